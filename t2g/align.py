@@ -1,0 +1,214 @@
+"""Quotes -> character spans -> token rewards: where the words of a critique become credit (Text2Grad, sec. 3.3).
+
+    feedback --resolve--> spans [(start, end, score)] --token_offsets, span_rewards--> delta (T,) in [-1, 1]
+
+Sampled ids are sacred: they are decoded to be read and never encoded again, for a sampled sequence is often not the
+canonical tokenisation of its own text. The written rules:
+
+1. A quote is looked for as it stands; if it is nowhere, up to white space, quotation marks and case; if it is still nowhere,
+   by the closest match above FUZZY_THRESHOLD. Each way is counted apart, and a quote that is nowhere rewards nothing.
+2. A quote that stands in several places marks all of them. A place that cuts a word in two counts only if there is no other.
+3. A token takes the lowest score of the spans that it overlaps: poor wins over good. No span, no reward.
+"""
+
+import itertools
+import os.path
+import re
+from collections import Counter
+
+import numpy as np
+import torch
+from rapidfuzz import fuzz
+
+from t2g.feedback import Feedback, Span
+
+FUZZY_THRESHOLD = 90.0  # percent, rapidfuzz's partial ratio
+FUZZY_MIN_CHARS = 8  # shorter quotes resemble too much
+MATCH_KINDS = ("exact", "normalised", "fuzzy", "lost")
+SAME_MARK = str.maketrans({**dict.fromkeys("“”„«»", '"'), **dict.fromkeys("‘’‚`´", "'"), **dict.fromkeys("–—", "-")})
+
+
+# ---- tokens: where each one stands in the text ---------------------------------------------------------------------------
+
+
+def response_text(tokenizer, ids) -> str:
+    """The text of sampled ids without special tokens: what critics read, and what every offset refers to."""
+    return tokenizer.decode(list(ids), skip_special_tokens=True)
+
+
+def token_offsets(tokenizer, ids) -> list[tuple[int, int]]:
+    """The half-open character range of each token in response_text(tokenizer, ids).
+
+    The ranges tile the text. Tokens that share a character (one of several bytes, say) all carry it; EOS and other special
+    tokens have an empty range. Only decode() is asked, so any tokenizer will do; its own offset_mapping would speak of the
+    re-encoded text.
+
+    Args: ids, the T token ids as sampled. Returns: T pairs (start, end), in characters.
+    Cost: a short decode for each different token; a run of byte fragments costs the square of its own length.
+    """
+    ids = [int(i) for i in ids]
+    text = response_text(tokenizer, ids)
+    alone = {i: response_text(tokenizer, [i]) for i in set(ids)}
+    # Decoders treat the first token in their own way (its space is dropped, say): read each one behind a common word.
+    anchor = [i for i in alone if alone[i].strip() and "\ufffd" not in alone[i]][:1]
+    skip = len(alone[anchor[0]]) if anchor else 0
+    pieces = {i: response_text(tokenizer, [*anchor, i])[skip:] for i in alone}
+
+    runs = []  # (text, the tokens' ranges in that text); byte fragments mean something only together
+    for fragments, group in itertools.groupby(ids, key=lambda i: "\ufffd" in pieces[i]):
+        group = list(group)
+        if fragments:
+            runs.append(_offsets_by_prefix(tokenizer, anchor, group))
+        else:
+            ends = list(itertools.accumulate(len(pieces[i]) for i in group))
+            runs.append(("".join(pieces[i] for i in group), list(zip([0, *ends], ends))))
+
+    joined = "".join(run_text for run_text, _ in runs)
+    lead = len(joined) - len(text)
+    if lead < 0 or joined[lead:] != text or joined[:lead].strip():
+        return _offsets_by_prefix(tokenizer, [], ids)[1]  # this text is not the sum of its tokens: ask for every prefix
+    offsets, base = [], -lead
+    for run_text, local in runs:
+        offsets += [(max(base + start, 0), max(base + end, 0)) for start, end in local]
+        base += len(run_text)
+    return offsets
+
+
+def _offsets_by_prefix(tokenizer, anchor: list[int], ids: list[int]) -> tuple[str, list[tuple[int, int]]]:
+    """The text that ids add behind anchor, and each token's range in it, read off the decoding of every prefix.
+
+    What a prefix has in common with the whole text is settled. If it says more than that, its last token holds the first
+    bytes of the next character. A token that adds nothing completes the character before it, unless it is special.
+    """
+    skip = len(response_text(tokenizer, anchor)) if anchor else 0
+    text = response_text(tokenizer, anchor + ids)[skip:]
+    offsets, settled, before = [], 0, ""
+    for n, token in enumerate(ids, 1):
+        prefix = response_text(tokenizer, anchor + ids[:n])[skip:]
+        start, settled = settled, max(settled, len(os.path.commonprefix([prefix, text])))
+        end = min(settled + (len(prefix) > settled), len(text))
+        if prefix == before and response_text(tokenizer, [token]) == "":
+            end = start = settled
+        elif start == end:
+            start = max(start - 1, 0)
+        offsets.append((start, end))
+        before = prefix
+    return text, offsets
+
+
+# ---- quotes: where each one stands in the text ---------------------------------------------------------------------------
+
+
+def locate(text: str, quote: str) -> list[tuple[int, int]]:
+    """Where a quote stands in text: half-open character ranges in order, [] if nowhere. See the rules above.
+
+    >>> locate("He is 27, not 27 and a half. In 1927?", "27")
+    [(6, 8), (14, 16)]
+    >>> locate("She said “Yes  please”.", '"yes please"')
+    [(9, 22)]
+    """
+    return find(text, quote)[1]
+
+
+def find(text: str, quote: str) -> tuple[str, list[tuple[int, int]]]:
+    """locate() with the way in which the quote was found: "exact", "normalised", "fuzzy" or "lost"."""
+    if not quote.strip():
+        return "lost", []
+    if places := _whole_words(text, _occurrences(text, quote)):
+        return "exact", places
+    plain_text, origin = _normalise(text)
+    plain_quote = _normalise(quote)[0].strip()
+    if len(plain_quote) > len(plain_text) / (FUZZY_THRESHOLD / 100):
+        return "lost", []
+
+    def back(start, end):
+        return origin[start][0], origin[end - 1][1]
+
+    if places := _occurrences(plain_text, plain_quote):
+        return "normalised", _whole_words(text, [back(*place) for place in places])
+    if len(plain_quote) >= FUZZY_MIN_CHARS:
+        match = fuzz.partial_ratio_alignment(plain_quote, plain_text, score_cutoff=FUZZY_THRESHOLD)
+        if match and match.dest_end > match.dest_start:
+            start, end = back(match.dest_start, match.dest_end)
+            while start > 0 and text[start].isalnum() and text[start - 1].isalnum():
+                start -= 1
+            while end < len(text) and text[end - 1].isalnum() and text[end].isalnum():
+                end += 1
+            return "fuzzy", [(start, end)]
+    return "lost", []
+
+
+def _occurrences(text, quote):
+    return [(m.start(), m.end()) for m in re.finditer(re.escape(quote), text)]
+
+
+def _whole_words(text, places):
+    def cuts_a_word(start, end):
+        left = start > 0 and text[start - 1].isalnum() and text[start].isalnum()
+        return left or (end < len(text) and text[end - 1].isalnum() and text[end].isalnum())
+
+    return [place for place in places if not cuts_a_word(*place)] or places
+
+
+def _normalise(text) -> tuple[str, list[tuple[int, int]]]:
+    """Text with one space for white space, plain quotation marks and no case; and each character's range in the original."""
+    out, origin = [], []
+    for piece in re.finditer(r"\s+|\S", text):
+        plain = " " if piece[0].isspace() else piece[0].translate(SAME_MARK).casefold()
+        out.append(plain)
+        origin += [piece.span()] * len(plain)
+    return "".join(out), origin
+
+
+def quote_of(text: str, start: int, end: int) -> str:
+    """A quote for text[start:end], lengthened to the left word by word until it stands in one place only.
+
+    The inverse of locate, for critics that are programs: what comes second ("27 ... 27") cannot be quoted alone.
+
+    >>> quote_of("is 27, is 27", 9, 12)
+    ' is 27'
+    """
+    while start > 0 and len(locate(text, text[start:end])) > 1:
+        start = max(text.rfind(" ", 0, start), text.rfind(",", 0, start), 0)
+    return text[start:end]
+
+
+def resolve(text: str, feedback: Feedback) -> tuple[list[Span], Counter]:
+    """The spans that feedback marks in text, +1 for good quotes and -1 for poor ones, and counts of how they were found.
+
+    The counts: one per quote under its kind of match, and "ambiguous" for each quote that stands in several places.
+    """
+    spans, counts = [], Counter()
+    for quotes, score in ((feedback.good, 1.0), (feedback.poor, -1.0)):
+        for quote in quotes:
+            kind, places = find(text, quote)
+            counts[kind] += 1
+            counts["ambiguous"] += len(places) > 1
+            spans += [Span(start, end, score) for start, end in places]
+    return spans, counts
+
+
+# ---- the meeting of the two ----------------------------------------------------------------------------------------------
+
+
+def span_rewards(offsets, spans) -> torch.Tensor:
+    """delta: the reward of each token, the lowest score of the spans that its characters overlap, 0 if there is none.
+
+    Args: offsets, T half-open ranges; spans, (start, end, score) with score in [-1, 1]. Returns: (T,) float32.
+    Raises: ValueError for a span that is empty, reversed or outside the text, or a score that is no number in [-1, 1].
+
+    >>> span_rewards([(0, 3), (3, 6), (6, 9), (9, 9)], [(0, 9, 1.0), (4, 7, -1.0)])
+    tensor([ 1., -1., -1.,  0.])
+    """
+    starts, ends = np.asarray(offsets, dtype=np.int64).reshape(-1, 2).T
+    length = ends.max(initial=0)
+    delta = np.full(len(starts), np.inf, dtype=np.float32)
+    for start, end, score in spans:
+        if not 0 <= start < end <= length:
+            raise ValueError(f"the span ({start}, {end}) is empty, reversed or outside the text of {length} characters")
+        if not -1 <= score <= 1:
+            raise ValueError(f"the score {score} of the span ({start}, {end}) is no number in [-1, 1]")
+        overlap = (starts < end) & (ends > start) & (starts < ends)
+        delta[overlap] = np.minimum(delta[overlap], score)
+    delta[np.isinf(delta)] = 0
+    return torch.from_numpy(delta)

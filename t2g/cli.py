@@ -1,0 +1,49 @@
+"""What the scripts share: their command line, one clear sentence for bad input, a folder for their output."""
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def fail(sentence: str):
+    """Ends the program with one sentence that says what is wrong and what to do, and exit code 2."""
+    print(f"error: {sentence}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def parser(doc: str) -> argparse.ArgumentParser:
+    """A parser whose help opens with the script's own docstring and shows every default."""
+
+    class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        pass
+
+    return argparse.ArgumentParser(description=doc, formatter_class=Help, allow_abbrev=False)
+
+
+def positive(kind):
+    """An argument type: a number of this kind above zero."""
+
+    def convert(text):
+        value = kind(text)
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        return value
+
+    convert.__name__ = f"positive {kind.__name__}"
+    return convert
+
+
+def fresh_folder(path) -> Path:
+    """An empty folder at path; an earlier run that stands there is moved aside, never overwritten."""
+    path = Path(path)
+    if path.is_dir() and any(path.iterdir()):
+        number = 1
+        while (aside := path.with_name(f"{path.name}.{number}")).exists():
+            number += 1
+        path.rename(aside)
+        print(f"{path} held an earlier run: moved to {aside}", flush=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"the folder {path} cannot be made ({error.strerror}); choose another --output_dir")
+    return path

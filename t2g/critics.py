@@ -1,0 +1,30 @@
+"""Where feedback comes from. A critic is a function (examples, responses) -> one Feedback a response, or None where it is unreadable.
+
+Critic and policy talk in text only: a reward model has its own tokenizer and may be of another family.
+"""
+
+from t2g.feedback import Feedback, FeedbackError, reward_prompt
+from t2g.rollout import respond
+
+
+def rule_critic(task):
+    """The task's own program as the critic."""
+    return lambda examples, responses: [task.critique(example, response) for example, response in zip(examples, responses)]
+
+
+def reward_model_critic(model, tokenizer, critique_length=200, bf16=False):
+    """A generative reward model: it writes z = [critique ; span map], greedily, and what does not parse is None."""
+
+    def critic(examples, responses):
+        prompts = [reward_prompt(example.prompt, response) for example, response in zip(examples, responses)]
+        texts, _ = respond(model, tokenizer, prompts, critique_length, temperature=0, bf16=bf16)
+        return [parse_or_none(z) for z in texts]
+
+    return critic
+
+
+def parse_or_none(z: str) -> Feedback | None:
+    try:
+        return Feedback.parse(z)
+    except FeedbackError:
+        return None

@@ -1,0 +1,95 @@
+"""What a run writes down: config.json, metrics.jsonl (one object a step) and, when asked, TensorBoard's files.
+
+METRICS is the one glossary: a metric that does not stand in it cannot be logged, and README's table is made from it.
+"""
+
+import json
+import resource
+import sys
+from pathlib import Path
+
+from t2g.cli import fail
+
+METRICS = {
+    "step": "optimiser steps (supervised) or rollouts (PPO) so far",
+    "loss": "mean of -log p over the completions' tokens of the batch",
+    "tokens": "completion tokens of the batch",
+    "grad_norm": "norm of the gradient before clipping, mean over the optimiser steps of this rollout",
+    "learning_rate": "learning rate of this step",
+    "reward": "sum over t of delta_t, mean over responses: what the critic gives, before the KL penalty",
+    "kl": "sum over t of the KL estimate against the reference, mean over responses, in nats",
+    "kl_coef": "coefficient of the KL penalty in r_t = delta_t - kl_coef KL_t",
+    "entropy": "-sum over v of p(v) log p(v), mean over response tokens, in nats",
+    "approx_kl": "k3 estimate of KL(old policy || policy) over the update, mean over tokens, epochs and minibatches",
+    "clipfrac": "share of tokens where PPO's clip binds, mean over epochs and minibatches",
+    "policy_loss": "-E[min(rho A, clip(rho, 1 - eps, 1 + eps) A)], mean over epochs and minibatches",
+    "value_loss": "half the clipped squared error of V, mean over epochs and minibatches",
+    "value_clipfrac": "share of tokens where the value clip binds, mean over epochs and minibatches",
+    "value_explained": "1 - Var(returns - V) / Var(returns) over the batch's tokens, before the update",
+    "first_ratio_error": "max |log rho| at the first minibatch, before any step: 0 within rounding, checked at run time",
+    "tokens_good": "share of response tokens with delta > 0",
+    "tokens_poor": "share of response tokens with delta < 0",
+    "response_tokens": "tokens of a response, EOS included, mean",
+    "eos_rate": "share of responses that ended by themselves",
+    "unparsable": "share of samples whose critique could not be parsed: masked out of the loss",
+    "quotes_exact": "share of quotes found as they stand",
+    "quotes_normalised": "share of quotes found up to white space, quotation marks and case",
+    "quotes_fuzzy": "share of quotes found by the closest match",
+    "quotes_lost": "share of quotes found nowhere: they reward nothing",
+    "quotes_ambiguous": "share of quotes that stand in several places: all are marked",
+    "seconds_rollout": "seconds of sampling",
+    "seconds_critique": "seconds of the critic",
+    "seconds_score": "seconds of alignment, reference and old log-probabilities, values, GAE",
+    "seconds_update": "seconds of the PPO epochs",
+    "seconds": "seconds of the whole step",
+    "peak_memory_gib": "highest resident memory of the process so far, GiB; on a GPU its highest allocation",
+}
+
+
+class Logger:
+    """log(step, metrics) writes a line of metrics.jsonl; `task_metrics` are the names that the task adds to METRICS."""
+
+    def __init__(self, folder, args, task_metrics=(), tensorboard=False):
+        self.folder, self.known = Path(folder), set(METRICS) | set(task_metrics)
+        write_json(self.folder / "config.json", {"argv": sys.argv, **vars(args)})
+        self.file = open(self.folder / "metrics.jsonl", "w")
+        self.board = None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                fail("--tensorboard needs the package tensorboard: pip install tensorboard")
+            self.board = SummaryWriter(str(self.folder))
+
+    def __call__(self, step, metrics):
+        if unknown := set(metrics) - self.known:
+            raise KeyError(f"metrics without a line in the glossary: {sorted(unknown)}")
+        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self.file.flush()
+        for name, value in metrics.items() if self.board else ():
+            self.board.add_scalar(name, value, step)
+
+
+def write_json(path, value):
+    Path(path).write_text(json.dumps(value, indent=1, default=str, ensure_ascii=False) + "\n")
+
+
+def read_jsonl(path) -> list[dict]:
+    """The objects of a .jsonl file. Fails with the line's number where one is no JSON object."""
+    if not Path(path).is_file():
+        fail(f"there is no file {path}")
+    rows = []
+    for number, line in enumerate(Path(path).read_text().splitlines(), 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            fail(f"line {number} of {path} is no JSON")
+    return rows
+
+
+def peak_memory_gib() -> float:
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB

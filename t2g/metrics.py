@@ -1,0 +1,78 @@
+"""How good a policy or a reward model is on held-out prompts: thin sums over the tasks' scores and well-kept libraries."""
+
+from collections import Counter, defaultdict
+from functools import cache
+
+import numpy as np
+
+from t2g.align import resolve, span_rewards, token_offsets
+from t2g.rollout import respond
+
+
+def evaluate(task, model, tokenizer, examples, response_length, bf16=False, desc=None) -> tuple[dict, list[str]]:
+    """The task's scores, averaged over examples: one sampled response each (temperature 1) and one greedy one (..._greedy).
+
+    Returns: the means, with "eos_rate" and its greedy twin; and the sampled texts.
+    """
+    prompts, means, texts = [example.prompt for example in examples], {}, {}
+    for suffix, temperature in (("", 1.0), ("_greedy", 0)):
+        label = desc and f"{desc}, {'greedy' if suffix else 'sampled'}"
+        texts[suffix], finished = respond(
+            model, tokenizer, prompts, response_length, desc=label, temperature=temperature, bf16=bf16
+        )
+        scores = [task.score(example, text) for example, text in zip(examples, texts[suffix])]
+        means |= {name + suffix: float(np.mean([score[name] for score in scores])) for name in scores[0]}
+        means["eos_rate" + suffix] = float(np.mean(finished))
+    return means, texts[""]
+
+
+def span_card(task, critic, tokenizer, examples, responses) -> dict:
+    """How well a critic marks: precision, recall and F1 of its good and poor tokens against the task's own rule.
+
+    Returns: {"good": {"precision", "recall", "f1"}, "poor": {...}, "json_valid", "verbatim"}; an unreadable critique marks
+    nothing and counts in recall. "verbatim" is the share of quotes that stand in the response to the letter.
+    """
+    hits, quotes, valid = defaultdict(Counter), Counter(), 0
+    for example, response, feedback in zip(examples, responses, critic(examples, responses)):
+        offsets = token_offsets(tokenizer, tokenizer(response, add_special_tokens=False)["input_ids"])
+        truth = span_rewards(offsets, resolve(response, task.critique(example, response))[0])
+        guess = truth * 0
+        if feedback:
+            spans, counts = resolve(response, feedback)
+            guess, valid = span_rewards(offsets, spans), valid + 1
+            quotes += counts
+        for name, sign in (("good", 1), ("poor", -1)):
+            hits[name].update(
+                both=int(((truth == sign) & (guess == sign)).sum()),
+                truth=int((truth == sign).sum()),
+                guess=int((guess == sign).sum()),
+            )
+    card = {name: precision_recall(**hits[name]) for name in ("good", "poor")}
+    total = sum(quotes[kind] for kind in ("exact", "normalised", "fuzzy", "lost"))
+    return card | {"json_valid": valid / len(responses), "verbatim": quotes["exact"] / max(total, 1)}
+
+
+def precision_recall(both, truth, guess) -> dict[str, float]:
+    precision, recall = both / max(guess, 1), both / max(truth, 1)
+    return {"precision": precision, "recall": recall, "f1": 2 * both / max(truth + guess, 1)}
+
+
+def mean_interval(values) -> tuple[float, float, float]:
+    """Mean and 95% interval of a few independent runs, by Student's t."""
+    from scipy.stats import t
+
+    values = np.asarray(values, dtype=float)
+    half = t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
+    return float(values.mean()), float(values.mean() - half), float(values.mean() + half)
+
+
+@cache
+def rouge_scorer():
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rougeL"], use_stemmer=True)
+
+
+def rouge_l(reference: str, text: str) -> float:
+    """F1 of ROUGE-L, by the package rouge-score."""
+    return rouge_scorer().score(reference, text)["rougeL"].fmeasure

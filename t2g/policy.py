@@ -1,0 +1,159 @@
+"""The policy: a causal language model with a value head on its backbone, and the log-probabilities of response tokens.
+
+Any decoder that transformers loads will do: a hub id, a folder, or a .gguf file. The shift between logits and tokens stands
+in `response_logits` and nowhere else. Left out: how responses are sampled (rollout.py), how losses are made (ppo.py).
+"""
+
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from t2g.cli import fail
+
+
+class ResponseStats(NamedTuple):
+    """What one forward pass says of the response tokens: (B, T) each, 0 off the mask."""
+
+    logprobs: torch.Tensor
+    entropy: torch.Tensor
+    values: torch.Tensor
+
+
+class Policy(nn.Module):
+    """A causal language model and a value head that starts at V = 0."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        self.value_head = nn.Linear(model.config.get_text_config().hidden_size, 1)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+
+    def forward(self, rollout, temperature=1.0, entropy_grad=False) -> ResponseStats:
+        logits, states = response_logits(self.model, rollout)
+        logprobs, entropy = token_stats(logits, rollout, temperature, entropy_grad)
+        return ResponseStats(logprobs, entropy, self.values(states, rollout.mask))
+
+    def values(self, states, mask):
+        """V (B, T) of the states before each response token, 0 off the mask."""
+        return self.value_head(states)[..., 0].float().masked_fill(~mask, 0)
+
+
+def token_stats(logits, rollout, temperature=1.0, entropy_grad=False):
+    """Log-probabilities (B, T) of the sampled tokens and entropies (B, T), in nats and fp32, 0 off the mask.
+
+        log pi(y_t) = l_t[y_t] - logsumexp(l_t)        H_t = logsumexp(l_t) - sum_v p_t(v) l_t(v)        l = logits / temperature
+    """
+    logits = logits.float() / temperature
+    normaliser = logits.logsumexp(-1)
+    logprobs = logits.gather(-1, rollout.response[..., None])[..., 0] - normaliser
+    with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):
+        entropy = normaliser - torch.stack([(row.softmax(-1) * row).sum(-1) for row in logits])  # a row at a time: V is large
+    return logprobs.masked_fill(~rollout.mask, 0), entropy.masked_fill(~rollout.mask, 0)
+
+
+def response_logits(model, rollout):
+    """Logits (B, T, V) and last hidden states (B, T, H) from which each response token was predicted.
+
+    The state before token t is that of the token before it, so all is shifted by one: here, and only here. Logits are computed
+    at these T positions and not for the prompt.
+    """
+    T = rollout.response.shape[1]
+    attention = torch.cat([rollout.prompt_mask, rollout.mask], dim=1)
+    out = model(
+        input_ids=torch.cat([rollout.prompt, rollout.response], dim=1),
+        attention_mask=attention.long(),
+        position_ids=positions(attention),
+        logits_to_keep=T + 1,
+        output_hidden_states=True,
+        use_cache=False,
+    )
+    return out.logits[:, -T - 1 : -1], out.hidden_states[-1][:, -T - 1 : -1]
+
+
+def positions(attention):
+    """Position ids that count real tokens only, so that left padding changes nothing."""
+    return (attention.long().cumsum(1) - 1).clamp(min=0)
+
+
+def save(model, tokenizer, run, step, value_head=None) -> Path:
+    """Writes run/checkpoint-{step}: the plain model, as from_pretrained and vLLM load it; the value head in a folder within.
+
+    The checkpoint appears whole or not at all: it is written under another name and renamed.
+    """
+    folder = Path(run) / f"checkpoint-{step}"
+    unfinished = folder.with_suffix(".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    if value_head is not None:
+        (unfinished / "value_head").mkdir()
+        save_file(value_head.state_dict(), unfinished / "value_head" / "value_head.safetensors")
+    return unfinished.rename(folder)
+
+
+def latest_checkpoint(run) -> Path | None:
+    """The checkpoint of a run with the highest step, None if there is none."""
+    found = [path for path in Path(run).glob("checkpoint-*") if path.suffix != ".unfinished"]
+    return max(found, key=lambda path: int(path.name.split("-")[1]), default=None)
+
+
+def load(path, device="cpu") -> tuple[PreTrainedTokenizerBase, torch.nn.Module]:
+    """A tokenizer and a causal language model in fp32, checked for what we need.
+
+    Args: path, a run's folder (its latest checkpoint), a model's folder, a .gguf file or a hub id.
+    """
+    path = str(latest_checkpoint(path) or path)
+    gguf = {}
+    source = path
+    if path.endswith(".gguf"):
+        if not Path(path).is_file():
+            fail(f"there is no file {path}")
+        source, gguf = str(Path(path).parent), {"gguf_file": Path(path).name}
+    elif path.startswith((".", "/")) and not (Path(path) / "config.json").is_file():
+        fail(f"{path} holds no model (no config.json); give a hub id, a model's folder or a .gguf file")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **gguf)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **gguf)
+    except OSError as error:
+        fail(f"no model could be loaded from {path!r} (hub id, folder or .gguf file): {str(error).splitlines()[0]}")
+    if gguf:  # the loader marks the model as quantised, though its weights are plain now; save_pretrained would refuse it
+        config = AutoConfig.from_pretrained(source, **gguf)
+        plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        plain.load_state_dict(model.state_dict())
+        model = plain
+    if not tokenizer.chat_template:
+        fail(f"the tokenizer of {path} has no chat template; use a chat model, or set tokenizer.chat_template and save it")
+    if tokenizer.eos_token_id is None:
+        fail(f"the tokenizer of {path} has no EOS token, so no response could ever end; set tokenizer.eos_token and save it")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    model.generation_config = GenerationConfig(eos_token_id=eos_ids(tokenizer, model), pad_token_id=tokenizer.pad_token_id)
+    return tokenizer, model.to(device).eval()
+
+
+def eos_ids(tokenizer, model) -> list[int]:
+    """All token ids that end a response: the tokenizer's, and those that the model's generation config names."""
+    named = model.generation_config.eos_token_id if model.generation_config else None
+    named = named if isinstance(named, list) else [named]
+    return sorted({tokenizer.eos_token_id, *named} - {None})
+
+
+def context_length(model) -> int:
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
+
+
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def autocast(bf16: bool):
+    """bf16 matrix products with fp32 weights where asked for, else nothing."""
+    return torch.autocast(device(), dtype=torch.bfloat16) if bf16 else nullcontext()

@@ -1,0 +1,133 @@
+"""The maths of PPO with token rewards: pure functions on tensors, nothing else. Equations as in Text2Grad, sec. 3.4.
+
+Every (B, T) tensor is indexed by response token t:
+
+    | tensor            | at t                                                                              |
+    |-------------------|-----------------------------------------------------------------------------------|
+    | logprobs[:, t]    | log pi(response[:, t] | prompt, response[:, :t]), in nats                           |
+    | values[:, t]      | V of the state before token t; V after the last token is 0                         |
+    | rewards[:, t]     | the reward for emitting token t                                                   |
+    | mask[:, t]        | True up to and including EOS; off the mask every tensor is 0 and counts for nothing |
+
+Losses are sums over tokens divided by `token_count`. Give the count of the whole minibatch, over all of its microbatches,
+and no split into microbatches changes the step.
+"""
+
+import math
+
+import torch
+
+
+def masked_mean(x, mask):
+    """The mean of x where mask is True; 0 if it is nowhere True."""
+    return (x * mask).sum() / mask.sum().clamp(min=1)
+
+
+def masked_variance(x, mask):
+    """The variance of x on the mask, divided by n and not n - 1."""
+    return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
+
+
+def whiten(x, mask):
+    """x shifted and scaled to mean 0 and variance 1 on the mask; 0 off it. A constant x becomes 0."""
+    centred = torch.where(mask, x - masked_mean(x, mask), 0.0)
+    return centred * torch.rsqrt(masked_variance(x, mask) + 1e-8)
+
+
+def kl_penalty(logprobs, ref_logprobs, kind):
+    """KL(pi || pi_ref) at each token, in nats, estimated from the sampled token or exact over the vocabulary.
+
+        k1    log pi - log pi_ref                   unbiased, of either sign
+        k2    (log pi - log pi_ref)^2 / 2           biased, low variance
+        k3    pi_ref / pi - 1 - log(pi_ref / pi)    unbiased, never negative        Schulman, "Approximating KL", 2020
+        abs   |log pi - log pi_ref|
+        full  sum_v pi(v) (log pi(v) - log pi_ref(v))
+
+    Args: (B, T) log-probabilities of the sampled tokens; for "full" (B, T, V) log-softmaxes. Returns: (B, T).
+    """
+    log_ratio = logprobs - ref_logprobs
+    if kind == "k1":
+        return log_ratio
+    if kind == "k2":
+        return log_ratio**2 / 2
+    if kind == "k3":
+        return torch.expm1(-log_ratio) + log_ratio
+    if kind == "abs":
+        return log_ratio.abs()
+    if kind == "full":
+        return (logprobs.exp() * log_ratio).sum(-1)
+    raise ValueError(f"unknown KL estimator {kind!r}: use k1, k2, k3, abs or full")
+
+
+class AdaptiveKL:
+    """The KL coefficient, steered so that the KL of a response stays near a target (Ziegler et al. 2019, sec. 2.2).
+
+        e = clip(kl / target - 1, -0.2, 0.2)        value <- value (1 + e n / horizon)
+
+    An infinite horizon keeps it fixed. `kl` is in nats a response, `n` the number of responses in the step.
+    """
+
+    def __init__(self, init, target=6.0, horizon=math.inf):
+        self.value, self.target, self.horizon = init, target, horizon
+
+    def update(self, kl, n):
+        error = min(max(kl / self.target - 1, -0.2), 0.2)
+        self.value *= 1 + error * n / self.horizon
+
+
+def gae(rewards, values, mask, gamma, lam):
+    """Generalised advantage estimation over response tokens.
+
+        TD_t = r_t + gamma V_{t+1} - V_t            V after the last real token is 0
+        A_t  = TD_t + gamma lam A_{t+1}             Schulman et al. 2016, eq. 16
+
+    Args: rewards (B, T), reward units; values (B, T); mask (B, T) bool, a prefix of each row.
+    Returns: advantages (B, T) and returns = advantages + values, both 0 off the mask.
+    Raises: ValueError if the shapes differ or the mask is no prefix.
+    """
+    if not rewards.shape == values.shape == mask.shape:
+        raise ValueError(f"shapes differ: rewards {rewards.shape}, values {values.shape}, mask {mask.shape}")
+    if (mask[:, 1:] & ~mask[:, :-1]).any():
+        raise ValueError("the mask must be a prefix of each row: True up to and including EOS, False after it")
+    rewards, values = rewards.masked_fill(~mask, 0), values.masked_fill(~mask, 0)
+    advantages = torch.zeros_like(rewards)
+    next_value = next_advantage = torch.zeros_like(rewards[:, 0]) if rewards.shape[1] else None
+    for t in reversed(range(rewards.shape[1])):
+        td = rewards[:, t] + gamma * next_value - values[:, t]
+        advantages[:, t] = next_advantage = td + gamma * lam * next_advantage
+        next_value = values[:, t]
+    return advantages, advantages + values
+
+
+def policy_loss(logprobs, old_logprobs, advantages, mask, cliprange, token_count=None):
+    """PPO's clipped loss (Schulman et al. 2017, eq. 7), to be minimised.
+
+        rho_t = pi(y_t) / pi_old(y_t)          loss = - sum_t min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t) / token_count
+
+    Args: (B, T) tensors; token_count, by default the tokens of this mask. Returns: the loss, and stats that add up over
+    microbatches: "approx_kl" (k3 of the old policy against this one) and "clipfrac" (share of tokens where the clip binds).
+    """
+    count = mask.sum().clamp(min=1) if token_count is None else token_count
+    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
+    ratio = log_ratio.exp()
+    plain = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
+    loss = torch.where(mask, torch.maximum(plain, clipped), 0.0).sum() / count
+    with torch.no_grad():
+        approx_kl = (ratio - 1 - log_ratio).sum() / count
+        clipfrac = ((clipped > plain) & mask).sum() / count
+    return loss, {"approx_kl": approx_kl, "clipfrac": clipfrac}
+
+
+def value_loss(values, old_values, returns, mask, cliprange_value, token_count=None):
+    """Half the squared error of V against the returns, V being held near its old values as the policy is to its own.
+
+        loss = sum_t max((V_t - R_t)^2, (V_old + clip(V_t - V_old, -eps, eps) - R_t)^2) / 2 token_count
+
+    Args and returns as for policy_loss; stats: "value_clipfrac".
+    """
+    count = mask.sum().clamp(min=1) if token_count is None else token_count
+    near = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
+    plain, clipped = (values - returns) ** 2, (near - returns) ** 2
+    loss = torch.where(mask, torch.maximum(plain, clipped), 0.0).sum() / (2 * count)
+    return loss, {"value_clipfrac": ((clipped > plain) & mask).sum() / count}

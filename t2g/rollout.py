@@ -1,0 +1,102 @@
+"""Sampling: prompts in, responses out, batched, with a key-value cache. The ids that come out are never re-tokenised.
+
+`sample` is the plain loop: temperature, multinomial, stop at EOS; no top-k, no top-p, no beams, no repetition penalty, for PPO's
+ratio is only right for tokens drawn from the very distribution whose log-probabilities it compares.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from tqdm import tqdm
+from transformers import DynamicCache
+
+from t2g.align import response_text
+from t2g.cli import fail
+from t2g.policy import autocast, context_length, eos_ids, positions
+
+
+@dataclass
+class Rollout:
+    """A batch of sampled responses: what flows from sampling to the critic and to the update."""
+
+    prompt: torch.Tensor  # (B, P) token ids, padded on the left
+    prompt_mask: torch.Tensor  # (B, P) bool
+    response: torch.Tensor  # (B, T) token ids as sampled, padded on the right
+    mask: torch.Tensor  # (B, T) bool, True up to and including EOS
+    finished: torch.Tensor  # (B,) bool, True if EOS was sampled
+    texts: list[str]  # the responses as text, without special tokens
+
+    def __len__(self):
+        return len(self.texts)
+
+    def rows(self, index) -> "Rollout":
+        """The rows of a microbatch; the columns stay, so that every (B, T) tensor keeps its index."""
+        tensors = {name: getattr(self, name)[index] for name in ("prompt", "prompt_mask", "response", "mask", "finished")}
+        return replace(self, **tensors, texts=[self.texts[i] for i in index])
+
+
+def encode_prompts(tokenizer, prompts: list[str], device="cpu"):
+    """User messages through the chat template: ids (B, P), padded on the left, and their mask (B, P) bool."""
+    chats = [chat_text(tokenizer, prompt) for prompt in prompts]
+    batch = tokenizer(chats, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt")
+    return batch["input_ids"].to(device), batch["attention_mask"].bool().to(device)
+
+
+def chat_text(tokenizer, prompt: str) -> str:
+    message = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+
+
+@torch.no_grad()
+def sample(model, tokenizer, prompts: list[str], response_length: int, temperature=1.0, generator=None, bf16=False) -> Rollout:
+    """One response to each prompt, of at most response_length tokens; temperature 0 takes the likeliest token."""
+    prompt, prompt_mask = encode_prompts(tokenizer, prompts, model.device)
+    if prompt.shape[1] + response_length > context_length(model):
+        fail(
+            f"a prompt of {prompt.shape[1]} tokens and a response of {response_length} do not fit the model's context of "
+            f"{context_length(model)}; lower --response_length or leave long prompts out with --max_prompt_length"
+        )
+    eos = torch.tensor(eos_ids(tokenizer, model), device=model.device)
+    cache, attention, ids = DynamicCache(config=model.config), prompt_mask, prompt
+    finished = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
+    tokens, masks = [], []
+    while len(tokens) < response_length and not finished.all():
+        with autocast(bf16):
+            out = model(
+                input_ids=ids,
+                attention_mask=attention.long(),
+                position_ids=positions(attention)[:, -ids.shape[1] :],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        logits = out.logits[:, -1].float()
+        if temperature == 0:
+            token = logits.argmax(-1)
+        else:
+            token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
+        masks.append(~finished)
+        tokens.append(token.masked_fill(finished, tokenizer.pad_token_id))
+        finished = finished | torch.isin(token, eos)
+        attention = torch.cat([attention, masks[-1][:, None]], dim=1)
+        ids = tokens[-1][:, None]
+    response, mask = torch.stack(tokens, dim=1), torch.stack(masks, dim=1)
+    texts = [response_text(tokenizer, row[m].tolist()) for row, m in zip(response, mask)]
+    return Rollout(prompt, prompt_mask, response, mask, finished, texts)
+
+
+def respond(model, tokenizer, prompts, response_length, batch_size=64, desc=None, **sampling) -> tuple[list[str], list[bool]]:
+    """The responses' texts, and whether each one ended by itself: for critics and for measuring.
+
+    Prompts go through in order of their length, so that batches hold little padding. desc shows a progress line.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    texts, finished = [""] * len(prompts), [False] * len(prompts)
+    with tqdm(total=len(prompts), desc=desc, disable=desc is None, unit="sample", mininterval=0.5) as bar:
+        for start in range(0, len(order), batch_size):
+            index = order[start : start + batch_size]
+            rollout = sample(model, tokenizer, [prompts[i] for i in index], response_length, **sampling)
+            for i, text, ended in zip(index, rollout.texts, rollout.finished.tolist()):
+                texts[i], finished[i] = text, ended
+            bar.update(len(index))
+    return texts, finished

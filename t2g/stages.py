@@ -1,0 +1,48 @@
+"""The order of the scripts: which earlier stage a script needs, and how to run it when it is missing.
+
+    runs/toy/sft  ->  runs/toy/annotations.jsonl  ->  runs/toy/rm  ->  runs/toy/ppo
+"""
+
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from t2g import tasks
+from t2g.policy import latest_checkpoint
+
+
+def ensure(names, args, root, policy=None) -> dict[str, float]:
+    """Runs those of the named stages whose output is missing under root, having said so. Returns the seconds of each.
+
+    A policy that the user named is a starting policy already: stage 0 falls away and the others build on it.
+    """
+    root, data = Path(root), tasks.data_flags(args)
+    stages = {
+        "sft": ("The starting policy", root / "sft", ["train_sft.py", *data, "--output_dir", f"{root}/sft"]),
+        "annotate": ("The annotations", root / "annotations.jsonl", ["annotate.py", *data, "--out", f"{root}/annotations.jsonl"]),
+        "rm": ("The reward model", root / "rm", ["train_rm.py", *data, "--output_dir", f"{root}/rm"]),
+    }
+    if policy:
+        del stages["sft"]
+        stages["annotate"][2].extend(["--policy", policy])
+        stages["rm"][2].extend(["--model", policy])
+    seconds = {}
+    for name, (title, output, command) in stages.items():
+        if name in names and not output.is_file() and not latest_checkpoint(output):
+            seconds[name] = run(title, command)
+    return seconds
+
+
+def run(title: str, command: list[str]) -> float:
+    print(f"\n{title}: missing, made first by\n  python {shlex.join(command)}\n", flush=True)
+    folder = Path(__file__).resolve().parent.parent
+    ours = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    env = {key: value for key, value in os.environ.items() if key not in ours and not key.startswith("TORCHELASTIC")}
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, str(folder / command[0]), *command[1:]], env=env)
+    if done.returncode:
+        raise SystemExit(done.returncode)
+    return time.perf_counter() - start

@@ -1,0 +1,69 @@
+"""Tasks: what the policy is asked, what a program says of its answers, and how they are scored. One file a task.
+
+A task is a module t2g/tasks/NAME.py with
+
+    load(args) -> (train, heldout)             lists of Example; args has data, source_field, reference_field, seed
+    critique(example, response) -> Feedback    the program as a critic, `--critic rule`
+    score(example, response) -> dict           numbers that a response is judged by, averaged over held-out prompts
+    METRICS                                    one sentence for each of these numbers
+    DEFAULTS                                   {script: {flag: default}}
+    sft_pairs(args, examples)                  optional: (prompt, response) pairs in training order; by default the references
+    new_model(seed)                            optional: a tokenizer and a model from scratch, for a task without a download
+"""
+
+import importlib
+from pathlib import Path
+from typing import NamedTuple
+
+from t2g.cli import fail
+
+
+class Example(NamedTuple):
+    prompt: str  # what the user says to the policy
+    reference: str  # a good response, "" if none is known
+    facts: dict  # whatever the task's own critic and scores need
+
+
+def names() -> list[str]:
+    return sorted(p.stem for p in Path(__file__).parent.glob("*.py") if not p.stem.startswith("_"))
+
+
+def get(name: str):
+    if name not in names():
+        fail(f"there is no task {name!r}; the tasks are {', '.join(names())}")
+    return importlib.import_module(f"t2g.tasks.{name}")
+
+
+def add_flags(add):
+    """The flags that say which examples a script works on, and where its run lies."""
+    add("--task", default="toy", help="the task, a file of t2g/tasks")
+    add("--data", help="examples: a .jsonl, .json or .parquet file or a hub id (the toy task makes its own)")
+    add("--source_field", default="article", help="the field of --data that holds the text to work on")
+    add("--reference_field", default="abstract", help="the field of --data that holds a good response")
+    add("--seed", type=int, default=0, help="seed of every random choice")
+
+
+def data_flags(args) -> list[str]:
+    """The flags that tell an earlier stage to read the same data."""
+    given = {"task": args.task, "seed": str(args.seed)}
+    if args.data:
+        given |= {"data": args.data, "source_field": args.source_field, "reference_field": args.reference_field}
+    return [word for name, value in given.items() for word in (f"--{name}", value)]
+
+
+def short_enough(examples, tokenizer, max_prompt_length) -> list[Example]:
+    """The examples whose prompt has at most max_prompt_length tokens, what is left out being counted on the console."""
+    if not max_prompt_length:
+        return examples
+    kept = [e for e in examples if len(tokenizer(e.prompt, add_special_tokens=False)["input_ids"]) <= max_prompt_length]
+    if not kept:
+        fail(f"all {len(examples)} examples have prompts of more than {max_prompt_length} tokens; raise --max_prompt_length")
+    print(f"{len(kept)} of {len(examples)} examples have prompts of at most {max_prompt_length} tokens; the others are left out")
+    return kept
+
+
+def parse(parser, script: str):
+    """The arguments of a script, under the defaults of its task: those for "all" scripts, then those for this one."""
+    task = get(parser.parse_known_args()[0].task)
+    parser.set_defaults(**task.DEFAULTS.get("all", {}), **task.DEFAULTS.get(script, {}))
+    return task, parser.parse_args()

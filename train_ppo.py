@@ -1,0 +1,249 @@
+"""Stage 3: PPO with token rewards from critiques. Rollout -> critique -> spans -> token rewards -> KL -> GAE -> PPO.
+
+    torchrun train_ppo.py                                              # the toy, every earlier stage included
+    torchrun train_ppo.py --reward scalar --output_dir runs/toy/ppo_scalar      # the same feedback, summed at the last token
+    torchrun train_ppo.py --task summarize --policy HUB_ID --data posts.jsonl --critic rule --output_dir runs/posts/ppo
+
+The loop in main() is the algorithm; what is numbered there is numbered so in the README. The maths is in t2g/ppo.py.
+"""
+
+import copy
+import json
+import math
+import os
+import random
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from tqdm import tqdm
+
+from t2g import cli, critics, policy, report, stages, tasks
+from t2g.align import MATCH_KINDS, resolve, span_rewards, token_offsets
+from t2g.log import Logger, peak_memory_gib, write_json
+from t2g.metrics import evaluate
+from t2g.policy import Policy, autocast, response_logits, token_stats
+from t2g.ppo import AdaptiveKL, gae, kl_penalty, masked_mean, masked_variance, policy_loss, value_loss, whiten
+from t2g.rollout import sample
+
+
+def parse_args():
+    parser = cli.parser(__doc__)
+    add = parser.add_argument
+    tasks.add_flags(add)
+    add("--policy", help="the starting policy: a run, a folder, a hub id or a .gguf file; sft beside --output_dir if not given")
+    add("--critic", choices=("rm", "rule"), default="rm", help="who criticises: the learned reward model or the task's program")
+    add("--reward_model", help="the reward model, in the same forms; the folder rm beside --output_dir if not given")
+    add("--critique_length", type=cli.positive(int), default=200, help="most tokens of a critique of the reward model")
+    add("--output_dir", help="where the run goes; runs/TASK/ppo if not given")
+    add("--reward", choices=("span", "scalar"), default="span", help="rewards at the spans' tokens, or their sum at the last token")
+    add("--max_steps", type=cli.positive(int), default=100, help="rollouts, each followed by one update")
+    add("--num_ppo_epochs", type=cli.positive(int), default=4, help="passes over a rollout")
+    add("--num_mini_batches", type=cli.positive(int), default=2, help="optimiser steps a pass")
+    add("--gradient_accumulation_steps", type=cli.positive(int), default=1, help="microbatches a minibatch")
+    add("--per_device_train_batch_size", type=cli.positive(int), default=8, help="responses a microbatch; times the two above: a rollout")
+    add("--learning_rate", type=cli.positive(float), default=1e-6, help="AdamW's learning rate, falling linearly to 0")
+    add("--max_grad_norm", type=cli.positive(float), default=1.0, help="gradients are clipped to this norm")
+    add("--response_length", type=cli.positive(int), default=64, help="most tokens of a response")
+    add("--temperature", type=cli.positive(float), default=1.0, help="of sampling and of all log-probabilities")
+    add("--missing_eos_penalty", type=float, default=1.0, help="taken from the reward of a response that does not end")
+    add("--kl_coef", type=float, default=0.05, help="coefficient of the KL penalty, at the start")
+    add("--kl_estimator", choices=("k1", "k2", "k3", "abs", "full"), default="full", help="how the KL penalty is computed")
+    add("--kl_target", type=cli.positive(float), help="nats a response that the coefficient is steered to; fixed if not given")
+    add("--kl_horizon", type=cli.positive(float), default=10000.0, help="how slowly it is steered, in responses")
+    add("--cliprange", type=cli.positive(float), default=0.2, help="PPO's clip of the ratio")
+    add("--cliprange_value", type=cli.positive(float), default=0.2, help="clip of the value's change")
+    add("--vf_coef", type=float, default=0.1, help="weight of the value loss")
+    add("--entropy_coef", type=float, default=0.0, help="weight of the entropy bonus")
+    add("--gamma", type=float, default=1.0, help="discount")
+    add("--lam", type=float, default=0.95, help="lambda of GAE")
+    add("--max_prompt_length", type=cli.positive(int), help="examples with a longer prompt, in tokens, are left out and counted")
+    add("--eval_samples", type=cli.positive(int), default=64, help="held-out prompts for the measurement before and after")
+    add("--bf16", action="store_true", help="matrix products in bf16, weights in fp32")
+    add("--tensorboard", action="store_true", help="also write TensorBoard's files")
+    task, args = tasks.parse(parser, "train_ppo")
+    args.output_dir = args.output_dir or f"runs/{args.task}/ppo"
+    args.batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.num_mini_batches
+    return task, args
+
+
+def main():
+    task, args = parse_args()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        cli.fail("this version trains in one process; start it without --nproc_per_node")
+    root = Path(args.output_dir).parent
+    needed = ["sft"] + (["annotate", "rm"] if args.critic == "rm" and not args.reward_model else [])
+    seconds = stages.ensure(needed, args, root, args.policy)
+    start = time.perf_counter()
+
+    torch.manual_seed(args.seed)
+    device = policy.device()
+    tokenizer, model = policy.load(args.policy or root / "sft", device)
+    actor, reference = Policy(model).to(device), copy.deepcopy(model).requires_grad_(False)
+    if args.critic == "rm":
+        rm_tokenizer, rm = policy.load(args.reward_model or root / "rm", device)
+        critic = critics.reward_model_critic(rm, rm_tokenizer, args.critique_length, args.bf16)
+    else:
+        critic = critics.rule_critic(task)
+    train, heldout = (tasks.short_enough(part, tokenizer, args.max_prompt_length) for part in task.load(args))
+    heldout, rng = heldout[: args.eval_samples], random.Random(args.seed)
+    kl_controller = AdaptiveKL(args.kl_coef, args.kl_target or 1.0, args.kl_horizon if args.kl_target else math.inf)
+    optimizer = torch.optim.AdamW(actor.parameters(), lr=args.learning_rate, weight_decay=0.0)
+    log = Logger(cli.fresh_folder(args.output_dir), args, task.METRICS, args.tensorboard)
+    pages = report.Samples(args.output_dir, args.max_steps)
+    measure = dict(response_length=args.response_length, bf16=args.bf16)
+    before, texts_before = evaluate(task, model, tokenizer, heldout, **measure, desc="before")
+
+    bar = tqdm(range(1, args.max_steps + 1), desc="PPO", unit="step")
+    for step in bar:
+        clock = [time.perf_counter()]
+        optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - (step - 1) / args.max_steps)
+
+        # 1. Rollout: one sampled response to each prompt.
+        examples = rng.choices(train, k=args.batch_size)
+        prompts = [example.prompt for example in examples]
+        rollout = sample(model, tokenizer, prompts, args.response_length, args.temperature, bf16=args.bf16)
+        clock.append(time.perf_counter())
+
+        # 2. Critique: what is wrong, and where. None where it is unreadable; such a sample is masked out of the loss.
+        feedback = critic(examples, rollout.texts)
+        readable = torch.tensor([f is not None for f in feedback], device=device)
+        mask = rollout.mask & readable[:, None]
+        clock.append(time.perf_counter())
+
+        # 3. Spans -> token rewards delta in {-1, 0, +1}.
+        delta, quotes = token_rewards(tokenizer, rollout, feedback)
+
+        # 4. KL penalty: r_t = delta_t - kl_coef KL_t, and what the policy and V were before the update.
+        old, entropy, old_values, kl = score(actor, reference, rollout, args)
+        if step == 1 and kl.abs().max() > 1e-3:
+            raise RuntimeError(f"before the first update policy and reference must agree; KL is {kl.abs().max():.2g} nats")
+        rewards = place(delta, rollout, args) - kl_controller.value * kl
+
+        # 5. Advantages by GAE, whitened over the batch.
+        advantages, returns = gae(rewards, old_values, mask, args.gamma, args.lam)
+        whitened = whiten(advantages, mask)
+        clock.append(time.perf_counter())
+
+        # 6. PPO: a few epochs of minibatches against the clipped losses.
+        batch = dict(old_logprobs=old, advantages=whitened, old_values=old_values, returns=returns, mask=mask)
+        stats = update(actor, optimizer, rollout, batch, args)
+        clock.append(time.perf_counter())
+
+        # 7. Steer the KL coefficient and write down what happened.
+        mean_kl = (kl * mask).sum().item() / max(readable.sum().item(), 1)
+        stats |= summary(rollout, mask, delta, quotes, readable, old_values, returns)
+        stats |= {"kl": mean_kl, "kl_coef": kl_controller.value, "entropy": masked_mean(entropy, mask).item()}
+        stats |= {"learning_rate": optimizer.param_groups[0]["lr"], "peak_memory_gib": peak_memory_gib(), "seconds": clock[-1] - clock[0]}
+        stats |= {f"seconds_{n}": b - a for n, a, b in zip(("rollout", "critique", "score", "update"), clock, clock[1:])}
+        scores = [task.score(example, text) for example, text in zip(examples, rollout.texts)]
+        log(step, stats | {name: sum(s[name] for s in scores) / len(scores) for name in task.METRICS})
+        kl_controller.update(mean_kl, len(rollout))
+        pages.add(step, tokenizer, examples, rollout, feedback, delta=delta, kl=kl, value=old_values, advantage=whitened)
+        bar.set_postfix_str(f"reward {stats['reward']:+.2f} kl {mean_kl:.2f} poor {stats['tokens_poor']:.0%} "
+                            f"tokens {stats['response_tokens']:.0f}")  # fmt: skip
+
+    policy.save(model, tokenizer, args.output_dir, args.max_steps, actor.value_head)
+    after, texts_after = evaluate(task, model, tokenizer, heldout, **measure, desc="after")
+    seconds["ppo"] = time.perf_counter() - start
+    result = {"before": before, "after": after, "seconds": {k: round(s, 1) for k, s in seconds.items()}}
+    result["page"] = str(report.write_page(args.output_dir, args, task, result, heldout, texts_before, texts_after))
+    write_json(Path(args.output_dir) / "result.json", result)
+    print(f"\n{'held-out prompts':24}{'before':>10}{'after':>10}")
+    print("\n".join(f"{name:24}{before[name]:10.3f}{after[name]:10.3f}" for name in before))
+    print(f"\npolicy: {args.output_dir}/checkpoint-{args.max_steps}\npage:   {result['page']}\n{json.dumps(result)}")
+
+
+def token_rewards(tokenizer, rollout, feedback):
+    """delta (B, T) from each sample's feedback, and how many quotes were found in which way."""
+    delta, counts = torch.zeros(rollout.mask.shape), dict.fromkeys((*MATCH_KINDS, "ambiguous"), 0)
+    for row, (text, said) in enumerate(zip(rollout.texts, feedback)):
+        if said is None:
+            continue
+        spans, found = resolve(text, said)
+        offsets = token_offsets(tokenizer, rollout.response[row][rollout.mask[row]].tolist())
+        delta[row, : len(offsets)] = span_rewards(offsets, spans)
+        counts = {kind: counts[kind] + found[kind] for kind in counts}
+    return delta.to(rollout.response.device), counts
+
+
+def place(delta, rollout, args):
+    """Rewards where --reward wants them: on the spans' tokens, or summed on the last token. A missing EOS costs there too."""
+    last = rollout.mask.sum(1, keepdim=True) - 1
+    rewards = delta if args.reward == "span" else torch.zeros_like(delta).scatter(1, last, delta.sum(1, keepdim=True))
+    penalty = args.missing_eos_penalty * (~rollout.finished).float()
+    return rewards.scatter_add(1, last, -penalty[:, None]) if args.missing_eos_penalty else rewards
+
+
+@torch.no_grad()
+def score(actor, reference, rollout, args):
+    """Old log-probabilities, entropies, values and KL against the reference, (B, T) each, a microbatch at a time."""
+    parts = []
+    for rows in torch.arange(len(rollout)).split(args.per_device_train_batch_size):
+        some = rollout.rows(rows)
+        with autocast(args.bf16):
+            logits, states = response_logits(actor.model, some)
+            ref_logits, _ = response_logits(reference, some)
+            values = actor.values(states, some.mask)
+        logprobs, entropy = token_stats(logits, some, args.temperature)
+        if args.kl_estimator == "full":  # a response at a time, so that no second tensor of the size of the logits lives
+            both = [[(x / args.temperature).float().log_softmax(-1) for x in pair] for pair in zip(logits, ref_logits)]
+            kl = torch.stack([kl_penalty(ours, theirs, "full") for ours, theirs in both]).masked_fill(~some.mask, 0)
+        else:
+            kl = kl_penalty(logprobs, token_stats(ref_logits, some, args.temperature)[0], args.kl_estimator)
+        parts.append((logprobs, entropy, values, kl))
+    return [torch.cat(column) for column in zip(*parts)]
+
+
+def update(actor, optimizer, rollout, batch, args):
+    """The PPO epochs over one rollout. Every loss is a sum over tokens, divided by the count of the whole minibatch."""
+    sums, optimizer_steps = {}, args.num_ppo_epochs * args.num_mini_batches
+    for epoch in range(args.num_ppo_epochs):
+        for number, minibatch in enumerate(torch.randperm(len(rollout)).chunk(args.num_mini_batches)):
+            token_count = batch["mask"][minibatch].sum().clamp(min=1)
+            for rows in minibatch.split(args.per_device_train_batch_size):
+                b = {name: tensor[rows] for name, tensor in batch.items()}
+                with autocast(args.bf16):
+                    now = actor(rollout.rows(rows), args.temperature, args.entropy_coef > 0)
+                if epoch == number == 0:
+                    check_first_ratio(now.logprobs, b, args, sums)
+                pg_loss, pg_stats = policy_loss(now.logprobs, b["old_logprobs"], b["advantages"], b["mask"], args.cliprange, token_count)
+                vf_loss, vf_stats = value_loss(now.values, b["old_values"], b["returns"], b["mask"], args.cliprange_value, token_count)
+                entropy = (now.entropy * b["mask"]).sum() / token_count
+                (pg_loss + args.vf_coef * vf_loss - args.entropy_coef * entropy).backward()
+                for name, value in {"policy_loss": pg_loss, "value_loss": vf_loss, **pg_stats, **vf_stats}.items():
+                    sums[name] = sums.get(name, 0.0) + value.item() / optimizer_steps
+            norm = torch.nn.utils.clip_grad_norm_(actor.parameters(), args.max_grad_norm)
+            sums["grad_norm"] = sums.get("grad_norm", 0.0) + norm.item() / optimizer_steps
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    return sums
+
+
+def check_first_ratio(logprobs, b, args, sums):
+    """Before any step the ratio is 1 within rounding; if it is not, log-probabilities are computed in two ways."""
+    error = ((logprobs.detach() - b["old_logprobs"]).abs() * b["mask"]).max().item()
+    sums["first_ratio_error"] = max(sums.get("first_ratio_error", 0.0), error)
+    if error > (0.5 if args.bf16 else 1e-3):
+        raise RuntimeError(f"the first ratio of a step must be 1 within rounding, but |log ratio| is {error:.2g}")
+
+
+def summary(rollout, mask, delta, quotes, readable, values, returns):
+    """The rollout's own metrics, see t2g/log.py for their formulas."""
+    total = max(sum(quotes[kind] for kind in MATCH_KINDS), 1)
+    return {
+        "reward": (delta.sum(1)[readable].mean().item() if readable.any() else 0.0),
+        "value_explained": 1 - (masked_variance(returns - values, mask) / masked_variance(returns, mask).clamp(min=1e-8)).item(),
+        "tokens_good": masked_mean((delta > 0).float(), mask).item(),
+        "tokens_poor": masked_mean((delta < 0).float(), mask).item(),
+        "response_tokens": rollout.mask.sum(1).float().mean().item(),
+        "eos_rate": rollout.finished.float().mean().item(),
+        "unparsable": 1 - readable.float().mean().item(),
+        **{f"quotes_{kind}": count / total for kind, count in quotes.items()},
+    }
+
+
+if __name__ == "__main__":
+    transformers.logging.set_verbosity_error()
+    main()

@@ -1,0 +1,48 @@
+"""Stage 2: the generative reward model. It learns to write z = [critique ; span map] for a prompt and a response, as one text.
+
+    L_R = - E[ log p(z | x, y) ]        loss on z only          (Text2Grad, sec. 3.2)
+
+    python train_rm.py                                                 # the toy's, started from its policy, into runs/toy/rm
+    python train_rm.py --model HUB_ID --annotations notes.jsonl --output_dir runs/posts/rm --learning_rate 1e-5
+"""
+
+import random
+import time
+from pathlib import Path
+
+import torch
+
+from t2g import cli, policy, stages, supervised, tasks
+from t2g.feedback import Feedback, reward_prompt
+from t2g.log import Logger, read_jsonl
+
+
+def main():
+    parser = cli.parser(__doc__)
+    add = parser.add_argument
+    tasks.add_flags(add)
+    add("--model", help="what to start from: a run, a folder, a hub id or a .gguf file; the folder sft beside --output_dir if not given")
+    add("--annotations", help="records as annotate.py writes them; annotations.jsonl beside --output_dir if not given")
+    add("--output_dir", help="where the run goes; runs/TASK/rm if not given")
+    supervised.add_flags(add)
+    task, args = tasks.parse(parser, "train_rm")
+    args.output_dir = args.output_dir or f"runs/{args.task}/rm"
+    root = Path(args.output_dir).parent
+    if not args.annotations:
+        stages.ensure(["sft", "annotate"], args, root, args.model)
+    start = time.perf_counter()
+
+    torch.manual_seed(args.seed)
+    records = [r for r in read_jsonl(args.annotations or root / "annotations.jsonl") if r["status"] == "ok"]
+    random.Random(args.seed).shuffle(records)
+    pairs = [(reward_prompt(r["prompt"], r["response"]), Feedback(r["critique"], r["good_spans"], r["poor_spans"]).render())
+             for r in records]  # fmt: skip
+    tokenizer, model = policy.load(args.model or root / "sft", policy.device())
+    log = Logger(cli.fresh_folder(args.output_dir), args)
+    supervised.finetune(model, tokenizer, pairs, args, log, desc="reward model")
+    saved = policy.save(model, tokenizer, args.output_dir, args.max_steps)
+    print(f"reward model: {saved}, from {len(pairs)} annotations ({time.perf_counter() - start:.0f} s)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""Stage 0: a starting policy, by supervised fine-tuning on good (or, for the toy, noisy) responses.
+
+    python train_sft.py                                                # the toy's policy, from scratch, into runs/toy/sft
+    python train_sft.py --task summarize --model HUB_ID --data posts.jsonl --output_dir runs/posts/sft
+"""
+
+import time
+
+import torch
+
+from t2g import cli, policy, supervised, tasks
+from t2g.log import Logger
+
+
+def main():
+    parser = cli.parser(__doc__)
+    add = parser.add_argument
+    tasks.add_flags(add)
+    add("--model", help="hub id, folder or .gguf file to start from; without it the task makes a small one from scratch")
+    add("--output_dir", help="where the run goes; runs/TASK/sft if not given")
+    supervised.add_flags(add)
+    task, args = tasks.parse(parser, "train_sft")
+    args.output_dir = args.output_dir or f"runs/{args.task}/sft"
+    start = time.perf_counter()
+
+    torch.manual_seed(args.seed)
+    examples, _ = task.load(args)
+    if args.model:
+        tokenizer, model = policy.load(args.model, policy.device())
+    elif hasattr(task, "new_model"):
+        tokenizer, model = task.new_model(args.seed)
+        model.to(policy.device())
+    else:
+        cli.fail(f"the task {args.task} has no model of its own: name one with --model (a hub id, a folder or a .gguf file)")
+    pairs = task.sft_pairs(args, examples) if hasattr(task, "sft_pairs") else [(e.prompt, e.reference) for e in examples]
+    log = Logger(cli.fresh_folder(args.output_dir), args)
+    supervised.finetune(model, tokenizer, pairs, args, log, desc="starting policy")
+    saved = policy.save(model, tokenizer, args.output_dir, args.max_steps)
+    print(f"starting policy: {saved} ({time.perf_counter() - start:.0f} s)")
+
+
+if __name__ == "__main__":
+    main()
