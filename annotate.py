@@ -21,7 +21,10 @@ def main():
     parser = cli.parser(__doc__)
     add = parser.add_argument
     tasks.add_flags(add)
-    add("--policy", help="whose responses are criticised: a run, a folder, a hub id or a .gguf file; the folder sft beside --out if not given")
+    add(
+        "--policy",
+        help="whose responses are criticised: a run, a folder, a hub id or a .gguf file; sft beside --out if not given",
+    )
     add("--out", help="the .jsonl file to write; runs/TASK/annotations.jsonl if not given")
     add("--critic", choices=("rule",), default="rule", help="who criticises: the task's own program")
     add("--num_samples", type=cli.positive(int), default=500, help="responses to sample and criticise")

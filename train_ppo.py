@@ -8,21 +8,20 @@ The loop in main() is the algorithm; what is numbered there is numbered so in th
 """
 
 import copy
+import itertools
 import json
-import math
 import os
 import random
 import time
 from pathlib import Path
 
 import torch
-import transformers
 from tqdm import tqdm
 
 from t2g import cli, critics, policy, report, stages, tasks
 from t2g.align import MATCH_KINDS, resolve, span_rewards, token_offsets
 from t2g.log import Logger, peak_memory_gib, write_json
-from t2g.metrics import evaluate
+from t2g.metrics import evaluate, mean_scores
 from t2g.policy import Policy, autocast, response_logits, token_stats
 from t2g.ppo import AdaptiveKL, gae, kl_penalty, masked_mean, masked_variance, policy_loss, value_loss, whiten
 from t2g.rollout import sample
@@ -42,7 +41,12 @@ def parse_args():
     add("--num_ppo_epochs", type=cli.positive(int), default=4, help="passes over a rollout")
     add("--num_mini_batches", type=cli.positive(int), default=2, help="optimiser steps a pass")
     add("--gradient_accumulation_steps", type=cli.positive(int), default=1, help="microbatches a minibatch")
-    add("--per_device_train_batch_size", type=cli.positive(int), default=8, help="responses a microbatch; times the two above: a rollout")
+    add(
+        "--per_device_train_batch_size",
+        type=cli.positive(int),
+        default=8,
+        help="responses a microbatch; times these two: a rollout",
+    )
     add("--learning_rate", type=cli.positive(float), default=1e-6, help="AdamW's learning rate, falling linearly to 0")
     add("--max_grad_norm", type=cli.positive(float), default=1.0, help="gradients are clipped to this norm")
     add("--response_length", type=cli.positive(int), default=64, help="most tokens of a response")
@@ -88,7 +92,7 @@ def main():
         critic = critics.rule_critic(task)
     train, heldout = (tasks.short_enough(part, tokenizer, args.max_prompt_length) for part in task.load(args))
     heldout, rng = heldout[: args.eval_samples], random.Random(args.seed)
-    kl_controller = AdaptiveKL(args.kl_coef, args.kl_target or 1.0, args.kl_horizon if args.kl_target else math.inf)
+    kl_controller = AdaptiveKL(args.kl_coef, args.kl_target, args.kl_horizon)
     optimizer = torch.optim.AdamW(actor.parameters(), lr=args.learning_rate, weight_decay=0.0)
     log = Logger(cli.fresh_folder(args.output_dir), args, task.METRICS, args.tensorboard)
     pages = report.Samples(args.output_dir, args.max_steps)
@@ -131,18 +135,13 @@ def main():
         stats = update(actor, optimizer, rollout, batch, args)
         clock.append(time.perf_counter())
 
-        # 7. Steer the KL coefficient and write down what happened.
-        mean_kl = (kl * mask).sum().item() / max(readable.sum().item(), 1)
-        stats |= summary(rollout, mask, delta, quotes, readable, old_values, returns)
-        stats |= {"kl": mean_kl, "kl_coef": kl_controller.value, "entropy": masked_mean(entropy, mask).item()}
-        stats |= {"learning_rate": optimizer.param_groups[0]["lr"], "peak_memory_gib": peak_memory_gib(), "seconds": clock[-1] - clock[0]}
-        stats |= {f"seconds_{n}": b - a for n, a, b in zip(("rollout", "critique", "score", "update"), clock, clock[1:])}
-        scores = [task.score(example, text) for example, text in zip(examples, rollout.texts)]
-        log(step, stats | {name: sum(s[name] for s in scores) / len(scores) for name in task.METRICS})
-        kl_controller.update(mean_kl, len(rollout))
+        # 7. Steer the KL coefficient, and write down what happened.
+        stats |= summary(rollout, mask, delta, quotes, kl, entropy, old_values, returns, clock)
+        stats |= {"kl_coef": kl_controller.value, "learning_rate": optimizer.param_groups[0]["lr"]}
+        kl_controller.update(stats["kl"], len(rollout))
+        log(step, stats | mean_scores(task, examples, rollout.texts))
         pages.add(step, tokenizer, examples, rollout, feedback, delta=delta, kl=kl, value=old_values, advantage=whitened)
-        bar.set_postfix_str(f"reward {stats['reward']:+.2f} kl {mean_kl:.2f} poor {stats['tokens_poor']:.0%} "
-                            f"tokens {stats['response_tokens']:.0f}")  # fmt: skip
+        bar.set_postfix_str("reward {reward:+.2f} kl {kl:.2f} poor {tokens_poor:.1%} tokens {response_tokens:.0f}".format(**stats))
 
     policy.save(model, tokenizer, args.output_dir, args.max_steps, actor.value_head)
     after, texts_after = evaluate(task, model, tokenizer, heldout, **measure, desc="after")
@@ -208,8 +207,12 @@ def update(actor, optimizer, rollout, batch, args):
                     now = actor(rollout.rows(rows), args.temperature, args.entropy_coef > 0)
                 if epoch == number == 0:
                     check_first_ratio(now.logprobs, b, args, sums)
-                pg_loss, pg_stats = policy_loss(now.logprobs, b["old_logprobs"], b["advantages"], b["mask"], args.cliprange, token_count)
-                vf_loss, vf_stats = value_loss(now.values, b["old_values"], b["returns"], b["mask"], args.cliprange_value, token_count)
+                pg_loss, pg_stats = policy_loss(
+                    now.logprobs, b["old_logprobs"], b["advantages"], b["mask"], args.cliprange, token_count
+                )
+                vf_loss, vf_stats = value_loss(
+                    now.values, b["old_values"], b["returns"], b["mask"], args.cliprange_value, token_count
+                )
                 entropy = (now.entropy * b["mask"]).sum() / token_count
                 (pg_loss + args.vf_coef * vf_loss - args.entropy_coef * entropy).backward()
                 for name, value in {"policy_loss": pg_loss, "value_loss": vf_loss, **pg_stats, **vf_stats}.items():
@@ -229,21 +232,27 @@ def check_first_ratio(logprobs, b, args, sums):
         raise RuntimeError(f"the first ratio of a step must be 1 within rounding, but |log ratio| is {error:.2g}")
 
 
-def summary(rollout, mask, delta, quotes, readable, values, returns):
-    """The rollout's own metrics, see t2g/log.py for their formulas."""
-    total = max(sum(quotes[kind] for kind in MATCH_KINDS), 1)
+def summary(rollout, mask, delta, quotes, kl, entropy, values, returns, clock):
+    """What a step's rollout looked like and how long its parts took; t2g/log.py has the formulas."""
+    quote_count, responses = max(sum(quotes[kind] for kind in MATCH_KINDS), 1), max(mask.any(1).sum().item(), 1)
+    unexplained = masked_variance(returns - values, mask) / masked_variance(returns, mask).clamp(min=1e-8)
+    seconds = [end - start for start, end in itertools.pairwise(clock)]
     return {
-        "reward": (delta.sum(1)[readable].mean().item() if readable.any() else 0.0),
-        "value_explained": 1 - (masked_variance(returns - values, mask) / masked_variance(returns, mask).clamp(min=1e-8)).item(),
+        "reward": (delta * mask).sum().item() / responses,
+        "kl": (kl * mask).sum().item() / responses,
+        "entropy": masked_mean(entropy, mask).item(),
+        "value_explained": 1 - unexplained.item(),
         "tokens_good": masked_mean((delta > 0).float(), mask).item(),
         "tokens_poor": masked_mean((delta < 0).float(), mask).item(),
         "response_tokens": rollout.mask.sum(1).float().mean().item(),
         "eos_rate": rollout.finished.float().mean().item(),
-        "unparsable": 1 - readable.float().mean().item(),
-        **{f"quotes_{kind}": count / total for kind, count in quotes.items()},
+        "unparsable": 1 - mask.any(1).float().mean().item(),
+        **{f"quotes_{kind}": count / quote_count for kind, count in quotes.items()},
+        **{f"seconds_{part}": s for part, s in zip(("rollout", "critique", "score", "update"), seconds)},
+        "seconds": clock[-1] - clock[0],
+        "peak_memory_gib": peak_memory_gib(),
     }
 
 
 if __name__ == "__main__":
-    transformers.logging.set_verbosity_error()
     main()

@@ -1,9 +1,9 @@
 """Stage 2: the generative reward model. It learns to write z = [critique ; span map] for a prompt and a response, as one text.
 
-    L_R = - E[ log p(z | x, y) ]        loss on z only          (Text2Grad, sec. 3.2)
+L_R = - E[ log p(z | x, y) ]        loss on z only          (Text2Grad, sec. 3.2)
 
-    python train_rm.py                                                 # the toy's, started from its policy, into runs/toy/rm
-    python train_rm.py --model HUB_ID --annotations notes.jsonl --output_dir runs/posts/rm --learning_rate 1e-5
+python train_rm.py                                                 # the toy's, started from its policy, into runs/toy/rm
+python train_rm.py --model HUB_ID --annotations notes.jsonl --output_dir runs/posts/rm --learning_rate 1e-5
 """
 
 import random
@@ -21,11 +21,14 @@ def main():
     parser = cli.parser(__doc__)
     add = parser.add_argument
     tasks.add_flags(add)
-    add("--model", help="what to start from: a run, a folder, a hub id or a .gguf file; the folder sft beside --output_dir if not given")
+    add(
+        "--model",
+        help="what to start from: a run, a folder, a hub id or a .gguf file; sft beside --output_dir if not given",
+    )
     add("--annotations", help="records as annotate.py writes them; annotations.jsonl beside --output_dir if not given")
     add("--output_dir", help="where the run goes; runs/TASK/rm if not given")
     supervised.add_flags(add)
-    task, args = tasks.parse(parser, "train_rm")
+    _, args = tasks.parse(parser, "train_rm")
     args.output_dir = args.output_dir or f"runs/{args.task}/rm"
     root = Path(args.output_dir).parent
     if not args.annotations:

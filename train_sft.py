@@ -1,7 +1,7 @@
 """Stage 0: a starting policy, by supervised fine-tuning on good (or, for the toy, noisy) responses.
 
-    python train_sft.py                                                # the toy's policy, from scratch, into runs/toy/sft
-    python train_sft.py --task summarize --model HUB_ID --data posts.jsonl --output_dir runs/posts/sft
+python train_sft.py                                                # the toy's policy, from scratch, into runs/toy/sft
+python train_sft.py --task summarize --model HUB_ID --data posts.jsonl --output_dir runs/posts/sft
 """
 
 import time

@@ -7,7 +7,8 @@ canonical tokenisation of its own text. The written rules:
 
 1. A quote is looked for as it stands; if it is nowhere, up to white space, quotation marks and case; if it is still nowhere,
    by the closest match above FUZZY_THRESHOLD. Each way is counted apart, and a quote that is nowhere rewards nothing.
-2. A quote that stands in several places marks all of them. A place that cuts a word in two counts only if there is no other.
+2. Of a quote that stands in several places, good marks the first one, for nobody is paid twice for saying a thing twice, and
+   poor marks them all. A place that cuts a word in two counts only if there is no other.
 3. A token takes the lowest score of the spans that it overlaps: poor wins over good. No span, no reward.
 """
 
@@ -85,7 +86,7 @@ def _offsets_by_prefix(tokenizer, anchor: list[int], ids: list[int]) -> tuple[st
     offsets, settled, before = [], 0, ""
     for n, token in enumerate(ids, 1):
         prefix = response_text(tokenizer, anchor + ids[:n])[skip:]
-        start, settled = settled, max(settled, len(os.path.commonprefix([prefix, text])))
+        start, settled = settled, max(settled, len(os.path.commonprefix([prefix, text])))  # noqa: RUF071
         end = min(settled + (len(prefix) > settled), len(text))
         if prefix == before and response_text(tokenizer, [token]) == "":
             end = start = settled
@@ -184,7 +185,7 @@ def resolve(text: str, feedback: Feedback) -> tuple[list[Span], Counter]:
             kind, places = find(text, quote)
             counts[kind] += 1
             counts["ambiguous"] += len(places) > 1
-            spans += [Span(start, end, score) for start, end in places]
+            spans += [Span(start, end, score) for start, end in (places if score < 0 else places[:1])]
     return spans, counts
 
 

@@ -4,6 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
+import transformers
+
 
 def fail(sentence: str):
     """Ends the program with one sentence that says what is wrong and what to do, and exit code 2."""
@@ -12,7 +14,10 @@ def fail(sentence: str):
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
-    """A parser whose help opens with the script's own docstring and shows every default."""
+    """A parser whose help opens with the script's own docstring and shows every default. The console is for our own lines."""
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
 
     class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
         pass

@@ -1,4 +1,4 @@
-"""Where feedback comes from. A critic is a function (examples, responses) -> one Feedback a response, or None where it is unreadable.
+"""Where feedback comes from. A critic is a function (examples, responses) -> a list of Feedback, None where it is unreadable.
 
 Critic and policy talk in text only: a reward model has its own tokenizer and may be of another family.
 """

@@ -20,10 +20,15 @@ def evaluate(task, model, tokenizer, examples, response_length, bf16=False, desc
         texts[suffix], finished = respond(
             model, tokenizer, prompts, response_length, desc=label, temperature=temperature, bf16=bf16
         )
-        scores = [task.score(example, text) for example, text in zip(examples, texts[suffix])]
-        means |= {name + suffix: float(np.mean([score[name] for score in scores])) for name in scores[0]}
+        means |= {name + suffix: mean for name, mean in mean_scores(task, examples, texts[suffix]).items()}
         means["eos_rate" + suffix] = float(np.mean(finished))
     return means, texts[""]
+
+
+def mean_scores(task, examples, texts) -> dict[str, float]:
+    """The task's scores, averaged over responses."""
+    scores = [task.score(example, text) for example, text in zip(examples, texts)]
+    return {name: float(np.mean([score[name] for score in scores])) for name in task.METRICS}
 
 
 def span_card(task, critic, tokenizer, examples, responses) -> dict:

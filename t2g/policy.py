@@ -48,7 +48,7 @@ class Policy(nn.Module):
 def token_stats(logits, rollout, temperature=1.0, entropy_grad=False):
     """Log-probabilities (B, T) of the sampled tokens and entropies (B, T), in nats and fp32, 0 off the mask.
 
-        log pi(y_t) = l_t[y_t] - logsumexp(l_t)        H_t = logsumexp(l_t) - sum_v p_t(v) l_t(v)        l = logits / temperature
+    log pi(y_t) = l_t[y_t] - logsumexp(l_t)        H_t = logsumexp(l_t) - sum_v p_t(v) l_t(v)        l = logits / temperature
     """
     logits = logits.float() / temperature
     normaliser = logits.logsumexp(-1)

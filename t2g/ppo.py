@@ -13,8 +13,6 @@ Losses are sums over tokens divided by `token_count`. Give the count of the whol
 and no split into microbatches changes the step.
 """
 
-import math
-
 import torch
 
 
@@ -64,13 +62,15 @@ class AdaptiveKL:
 
         e = clip(kl / target - 1, -0.2, 0.2)        value <- value (1 + e n / horizon)
 
-    An infinite horizon keeps it fixed. `kl` is in nats a response, `n` the number of responses in the step.
+    Without a target it stays fixed. `kl` is in nats a response, `n` the number of responses in the step.
     """
 
-    def __init__(self, init, target=6.0, horizon=math.inf):
+    def __init__(self, init, target=None, horizon=10000):
         self.value, self.target, self.horizon = init, target, horizon
 
     def update(self, kl, n):
+        if self.target is None:
+            return
         error = min(max(kl / self.target - 1, -0.2), 0.2)
         self.value *= 1 + error * n / self.horizon
 

@@ -1,6 +1,6 @@
 """The order of the scripts: which earlier stage a script needs, and how to run it when it is missing.
 
-    runs/toy/sft  ->  runs/toy/annotations.jsonl  ->  runs/toy/rm  ->  runs/toy/ppo
+runs/toy/sft  ->  runs/toy/annotations.jsonl  ->  runs/toy/rm  ->  runs/toy/ppo
 """
 
 import os
@@ -24,6 +24,7 @@ def ensure(names, args, root, policy=None) -> dict[str, float]:
         "sft": ("The starting policy", root / "sft", ["train_sft.py", *data, "--output_dir", f"{root}/sft"]),
         "annotate": ("The annotations", root / "annotations.jsonl", ["annotate.py", *data, "--out", f"{root}/annotations.jsonl"]),
         "rm": ("The reward model", root / "rm", ["train_rm.py", *data, "--output_dir", f"{root}/rm"]),
+        "ppo": ("The trained policy", root / "ppo", ["train_ppo.py", *data, "--output_dir", f"{root}/ppo"]),
     }
     if policy:
         del stages["sft"]

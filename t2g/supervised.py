@@ -27,21 +27,30 @@ def encode_pairs(tokenizer, pairs, device) -> Rollout:
     return Rollout(prompt, prompt_mask, response, mask, mask.any(1), [text for _, text in pairs])
 
 
-def in_batches(pairs, batch_size, max_steps, seed):
-    """max_steps batches; the first pass keeps the order of the pairs, each later one is shuffled."""
-    rng, queue = random.Random(seed), list(pairs)
+def in_batches(pairs, batch_size, max_steps, seed, window=8):
+    """max_steps batches; the first pass keeps the order of the pairs, each later one is shuffled.
+
+    Within a window of eight batches, pairs of like length go together: little padding, and still the order of the whole.
+    """
+    rng, queue, ready = random.Random(seed), list(pairs), []
     for _ in range(max_steps):
-        while len(queue) < batch_size:
-            queue += rng.sample(pairs, len(pairs))
-        yield queue[:batch_size]
-        queue = queue[batch_size:]
+        if not ready:
+            while len(queue) < window * batch_size:
+                queue += rng.sample(pairs, len(pairs))
+            near, queue = sorted(queue[: window * batch_size], key=lambda p: len(p[0]) + len(p[1])), queue[window * batch_size :]
+            ready = [near[i : i + batch_size] for i in range(0, len(near), batch_size)]
+            rng.shuffle(ready)
+        yield ready.pop()
 
 
 def make_optimizers(model, kind, learning_rate):
     """AdamW for all weights, or Muon for the matrices of the blocks and AdamW for the rest (for models from scratch)."""
-    parameters = dict(model.named_parameters())
-    matrices = [p for name, p in parameters.items() if kind == "muon" and p.ndim == 2 and "embed" not in name and "head" not in name]
-    rest = [p for p in parameters.values() if not any(p is m for m in matrices)]
+
+    def is_matrix(name, p):
+        return kind == "muon" and p.ndim == 2 and "embed" not in name and "head" not in name
+
+    matrices = [p for name, p in model.named_parameters() if is_matrix(name, p)]
+    rest = [p for name, p in model.named_parameters() if not is_matrix(name, p)]
     optimizers = [torch.optim.AdamW(rest, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)]
     if matrices:  # updates are scaled to the size of AdamW's, so that one learning rate serves both
         optimizers.append(torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))

@@ -88,7 +88,13 @@ def read_rows(data: str) -> list[dict]:
 WORD = re.compile(r"\d[\d,.:]*\d|\d|[^\W\d_]+(?:['’-][^\W\d_]+)*")
 QUOTED = re.compile(r"[\"“]([^\"“”]{3,})[\"”]")
 COMMON = set(
-    ["a", "an", "the", "and", "or", "but", "nor", "so", "yet", "if", "of", "in", "on", "at", "by", "to", "from", "for", "with", "as", "is", "are", "was", "were", "be", "been", "being", "has", "have", "had", "do", "does", "did", "will", "would", "can", "could", "may", "might", "must", "shall", "should", "not", "no", "it", "its", "this", "that", "these", "those", "he", "she", "they", "we", "you", "i", "his", "her", "their", "our", "your", "my", "him", "them", "us", "me", "who", "whom", "which", "what", "when", "where", "why", "how", "there", "here", "then", "than", "also", "after", "before", "over", "under", "about", "into", "out", "up", "down", "all", "some", "any", "each", "more", "most", "other", "such", "only", "own", "same", "very", "just", "while", "during", "between", "both", "through", "because", "against", "said", "says"]
+    (
+        "a an the and or but nor so yet if of in on at by to from for with as is are was were be been being has have had do "
+        "does did will would can could may might must shall should not no it its this that these those he she they we you i "
+        "his her their our your my him them us me who whom which what when where why how there here then than also after "
+        "before over under about into out up down all some any each more most other such only own same very just while "
+        "during between both through because against said says"
+    ).split()
 )
 
 
@@ -143,7 +149,7 @@ def names_and_numbers(text: str) -> list[tuple[int, int]]:
             found.append(word.span())
         elif word[0][0].isupper() and word[0].casefold() not in COMMON:
             opens = not text[: word.start()].strip() or bool(re.search(r"[.!?:\"“]\s*$", text[: word.start()]))
-            joined = found and found[-1][1] == word.start() - 1 and not text[found[-1][0]].isdigit()
+            joined = found and text[found[-1][1] : word.start()] == " " and not text[found[-1][0]].isdigit()
             if joined:
                 found[-1] = (found[-1][0], word.end())
             elif not opens:

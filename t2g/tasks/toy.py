@@ -15,11 +15,14 @@ from t2g.align import quote_of
 from t2g.feedback import Feedback, reward_prompt
 from t2g.tasks import Example
 
-NAMES = ["Ana", "Ben", "Carla", "David", "Elena", "Felix", "Grace", "Hugo", "Iris", "Jonas", "Kira", "Leo", "Maya", "Nils", "Olga", "Paul", "Rosa", "Sam", "Tara", "Viktor"]
-JOBS = ["baker", "nurse", "pilot", "painter", "lawyer", "farmer", "dentist", "singer", "plumber", "writer", "barber", "tailor", "cook", "guard", "judge", "miner"]
-CITIES = ["Porto", "Lyon", "Oslo", "Turin", "Ghent", "Cork", "Malmo", "Bern", "Graz", "Delft", "Split", "Leeds", "Riga", "Basel", "Nice", "Kyoto", "Lima", "Quito"]
-RELATIONS = ["sister", "brother", "cousin", "nephew", "niece", "mother", "father", "grandson", "daughter", "son"]
-PLANS = ["learn chess", "buy a boat", "paint a fence", "run a marathon", "open a shop", "write a novel", "sell a car", "climb a hill", "plant a tree", "build a shed", "study law", "adopt a dog", "bake a cake", "fix a roof", "join a choir", "keep bees"]
+NAMES = "Ana Ben Carla David Elena Felix Grace Hugo Iris Jonas Kira Leo Maya Nils Olga Paul Rosa Sam Tara Viktor".split()
+JOBS = "baker nurse pilot painter lawyer farmer dentist singer plumber writer barber tailor cook guard judge miner".split()
+CITIES = "Porto Lyon Oslo Turin Ghent Cork Malmo Bern Graz Delft Split Leeds Riga Basel Nice Kyoto Lima Quito".split()
+RELATIONS = "sister brother cousin nephew niece mother father grandson daughter son".split()
+PLANS = (
+    "learn chess,buy a boat,paint a fence,run a marathon,open a shop,write a novel,sell a car,climb a hill,"
+    "plant a tree,build a shed,study law,adopt a dog,bake a cake,fix a roof,join a choir,keep bees"
+).split(",")
 FACTS = ("name", "age", "job", "city", "relation", "plan")
 VALUES = dict(zip(FACTS, (NAMES, [str(n) for n in range(20, 80)], JOBS, CITIES, RELATIONS, PLANS)))
 PHRASES = {  # how a summary says each fact; the value comes last
@@ -94,16 +97,16 @@ def noisy_summary(example, rng) -> str:
     parts = []
     for fact in FACTS:
         draw = rng.random()
-        if draw < 0.5:
+        if draw < 0.6:
             parts.append(PHRASES[fact].format(me[fact]))
-        elif draw < 0.72:
+        elif draw < 0.78:
             parts.append(PHRASES[fact].format(other[fact]))
-        elif draw < 0.92 or fact in ("name", "age"):
+        elif draw < 0.94 or fact in ("name", "age"):
             parts.append(VAGUE[fact])
-        if fact not in ("name",) and rng.random() < 0.12:
+        if fact not in ("name", "age") and draw < 0.78 and rng.random() < 0.12:
+            parts.append(rng.choice((parts[-1], f", again{parts[-1].removeprefix(',')}")))
+        if fact != "name" and rng.random() < 0.12:
             parts.append(f", {rng.choice(FILLERS)}")
-        if fact not in ("name", "age") and draw < 0.72 and rng.random() < 0.12:
-            parts.append(f", again{parts[-1].removeprefix(',')}")
     return "".join(parts) + "."
 
 

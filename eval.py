@@ -1,0 +1,96 @@
+"""Measures policies and reward models on held-out prompts. The last line printed is one JSON object.
+
+python eval.py                                                     # the toy's trained policy beside its starting one
+python eval.py policy runs/toy/sft runs/toy/ppo runs/toy/ppo_scalar
+python eval.py rm                                                  # precision and recall of the toy's reward model
+python eval.py seeds runs/toy/ppo runs/toy-1/ppo runs/toy-2/ppo    # mean and 95% interval over runs of several seeds
+python eval.py glossary                                            # every metric that train_ppo.py logs, and its formula
+"""
+
+import json
+from pathlib import Path
+
+import torch
+
+from t2g import cli, critics, policy, stages, tasks
+from t2g.log import METRICS
+from t2g.metrics import evaluate, mean_interval, span_card
+from t2g.rollout import respond
+
+
+def main():
+    parser = cli.parser(__doc__)
+    add = parser.add_argument
+    add("what", nargs="?", choices=("policy", "rm", "seeds", "glossary"), default="policy", help="what to do")
+    add("runs", nargs="*", help="policy: the policies to measure; rm: the reward model; seeds: folders of train_ppo.py")
+    tasks.add_flags(add)
+    add("--policy", help="rm: whose responses are criticised; runs/TASK/sft if not given")
+    add("--response_length", type=cli.positive(int), default=64, help="most tokens of a response")
+    add("--critique_length", type=cli.positive(int), default=200, help="rm: most tokens of a critique")
+    add("--max_prompt_length", type=cli.positive(int), help="examples with a longer prompt, in tokens, are left out and counted")
+    add("--eval_samples", type=cli.positive(int), default=256, help="held-out prompts")
+    add("--bf16", action="store_true", help="matrix products in bf16")
+    task, args = tasks.parse(parser, "eval")
+    torch.manual_seed(args.seed)
+    print(json.dumps({"policy": policies, "rm": reward_model, "seeds": seeds, "glossary": glossary}[args.what](task, args)))
+
+
+def policies(task, args) -> dict:
+    """Each policy's scores on the same held-out prompts, sampled and greedy."""
+    if not args.runs:
+        stages.ensure(["sft", "ppo"], args, f"runs/{args.task}")
+    rows = {}
+    for run in args.runs or [f"runs/{args.task}/sft", f"runs/{args.task}/ppo"]:
+        tokenizer, model = policy.load(run, policy.device())
+        heldout = tasks.short_enough(task.load(args)[1], tokenizer, args.max_prompt_length)[: args.eval_samples]
+        rows[run], _ = evaluate(task, model, tokenizer, heldout, args.response_length, args.bf16, desc=run)
+    print_table(rows, next(iter(rows.values())))
+    return rows
+
+
+def reward_model(task, args) -> dict:
+    """The reward model's marks on responses of a policy, against the task's rule."""
+    root = Path(f"runs/{args.task}")
+    if not args.runs:
+        stages.ensure(["sft", "annotate", "rm"], args, root, args.policy)
+    tokenizer, model = policy.load(args.policy or root / "sft", policy.device())
+    rm_tokenizer, rm = policy.load(args.runs[0] if args.runs else root / "rm", policy.device())
+    heldout = tasks.short_enough(task.load(args)[1], tokenizer, args.max_prompt_length)[: args.eval_samples]
+    texts, _ = respond(model, tokenizer, [e.prompt for e in heldout], args.response_length, desc="responses", bf16=args.bf16)
+    critic = critics.reward_model_critic(rm, rm_tokenizer, args.critique_length, args.bf16)
+    card = span_card(task, critic, tokenizer, heldout, texts)
+    print_table({kind: card[kind] for kind in ("good", "poor")}, ("precision", "recall", "f1"))
+    return card
+
+
+def seeds(task, args) -> dict:
+    """Mean and 95% interval of the results of several runs: {metric: {when: {"mean", "low", "high", "seeds"}}}."""
+    missing = [run for run in args.runs if not (Path(run) / "result.json").is_file()]
+    if missing or not args.runs:
+        cli.fail(f"no result.json in {', '.join(missing) or 'no folder at all'}; name finished runs of train_ppo.py")
+    results = [json.loads((Path(run) / "result.json").read_text()) for run in args.runs]
+    table = {}
+    for when in ("before", "after"):
+        for name in results[0][when]:
+            mean, low, high = mean_interval([result[when][name] for result in results])
+            table.setdefault(name, {})[when] = {"mean": mean, "low": low, "high": high, "seeds": len(results)}
+            print(f"{name:24}{when:8}{mean:9.3f}  [{low:.3f}, {high:.3f}]")
+    return table
+
+
+def glossary(task, args) -> dict:
+    """The Markdown table of README: every metric and its formula."""
+    table = METRICS | task.METRICS
+    print("| metric | meaning |\n|---|---|\n" + "\n".join(f"| `{name}` | {meaning} |" for name, meaning in table.items()))
+    return table
+
+
+def print_table(rows, columns):
+    """A row for each column name, a column for each of the rows: few policies have many scores."""
+    print(f"\n{'':24}" + "".join(f"{Path(name).name:>14}" for name in rows))
+    for column in columns:
+        print(f"{column:24}" + "".join(f"{row[column]:14.3f}" for row in rows.values()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""The scripts as a stranger runs them: all stages in short, what they write, and one clear sentence for bad input."""
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from t2g.log import METRICS
+from t2g.tasks import toy
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = ("train_sft", "annotate", "train_rm", "train_ppo", "eval")
+
+
+def run(script, *flags):
+    done = subprocess.run([sys.executable, ROOT / f"{script}.py", *map(str, flags)], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def toy_run(tmp_path_factory):
+    """Every stage of the toy, a few steps each."""
+    root = tmp_path_factory.mktemp("toy")
+    run("train_sft", "--max_steps", 3, "--output_dir", root / "sft")
+    run("annotate", "--num_samples", 24, "--out", root / "annotations.jsonl")
+    run("train_rm", "--max_steps", 3, "--output_dir", root / "rm")
+    flags = ("--max_steps", 2, "--per_device_train_batch_size", 4, "--eval_samples", 8, "--critique_length", 20)
+    root.joinpath("stdout").write_text(run("train_ppo", "--output_dir", root / "ppo", *flags))
+    return root
+
+
+def test_the_main_job_ends_with_its_result_as_json(toy_run):
+    result = json.loads((toy_run / "stdout").read_text().splitlines()[-1])
+    assert set(result) == {"before", "after", "seconds", "page"}
+    assert set(result["before"]) == set(result["after"]) >= {"coverage", "poor", "perfect", "coverage_greedy"}
+    assert result["seconds"]["ppo"] > 0 and Path(result["page"]).is_file()
+    assert json.loads((toy_run / "ppo" / "result.json").read_text()) == result
+
+
+def test_a_run_writes_its_config_and_a_line_of_known_metrics_a_step(toy_run):
+    assert json.loads((toy_run / "ppo" / "config.json").read_text())["kl_coef"] == 0.05
+    lines = [json.loads(line) for line in (toy_run / "ppo" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    for line in lines:
+        assert set(line) <= set(METRICS) | set(toy.METRICS)
+    supervised = {"loss", "tokens"}
+    assert set(METRICS) - supervised <= set(lines[0]), "a metric of the glossary that nothing logs"
+    assert lines[0]["kl"] == 0 and lines[0]["first_ratio_error"] < 1e-4
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm", "ppo"])
+def test_checkpoints_load_as_plain_models(toy_run, stage):
+    (folder,) = (toy_run / stage).glob("checkpoint-*")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "Hi."}], return_tensors="pt", return_dict=True)["input_ids"]
+    assert torch.isfinite(model(ids).logits).all()
+
+
+def test_annotations_have_the_agreed_fields(toy_run):
+    records = [json.loads(line) for line in (toy_run / "annotations.jsonl").read_text().splitlines()]
+    assert len(records) == len({r["id"] for r in records}) == 24
+    assert set(records[0]) == {"id", "prompt", "response", "critique", "good_spans", "poor_spans", "status", "reason"}
+
+
+def test_an_earlier_run_is_moved_aside_and_not_overwritten(toy_run):
+    old = (toy_run / "sft" / "metrics.jsonl").read_text()
+    run("train_sft", "--max_steps", 1, "--output_dir", toy_run / "sft_again")
+    run("train_sft", "--max_steps", 2, "--output_dir", toy_run / "sft_again")
+    assert len((toy_run / "sft_again.1" / "metrics.jsonl").read_text().splitlines()) == 1
+    assert (toy_run / "sft" / "metrics.jsonl").read_text() == old
+
+
+def test_same_seed_same_metrics(toy_run):
+    """Two runs with one seed agree in everything but seconds and memory."""
+    flags = ("--critic", "rule", "--max_steps", 2, "--per_device_train_batch_size", 4, "--eval_samples", 4, "--seed", 3)
+    lines = []
+    for name in ("a", "b"):
+        run("train_ppo", "--policy", toy_run / "sft", "--output_dir", toy_run / name, *flags)
+        rows = [json.loads(line) for line in (toy_run / name / "metrics.jsonl").read_text().splitlines()]
+        lines.append([{k: v for k, v in row.items() if not k.startswith(("seconds", "peak"))} for row in rows])
+    assert lines[0] == lines[1]
+
+
+def test_evaluation_of_policies_and_reward_model(toy_run):
+    rows = json.loads(run("eval", "policy", toy_run / "sft", toy_run / "ppo", "--eval_samples", 8).splitlines()[-1])
+    assert list(rows) == [str(toy_run / "sft"), str(toy_run / "ppo")]
+    card = run("eval", "rm", toy_run / "rm", "--policy", toy_run / "sft", "--eval_samples", 8, "--critique_length", 20)
+    assert set(json.loads(card.splitlines()[-1])) == {"good", "poor", "json_valid", "verbatim"}
+
+
+def test_the_summarize_task_runs_on_a_file_of_real_looking_text(toy_run, tmp_path):
+    """The same scripts, another task: source and reference fields of a .jsonl file, the program as critic."""
+    row = {"text": "Ana lives in Porto and plans to learn chess.", "summary": "Ana, of Porto, wants to learn chess."}
+    (tmp_path / "posts.jsonl").write_text("\n".join(json.dumps(row) for _ in range(12)))
+    data = ("--task", "summarize", "--data", tmp_path / "posts.jsonl", "--source_field", "text", "--reference_field", "summary")
+    short = ("--max_steps", 1, "--response_length", 12, "--per_device_train_batch_size", 2, "--eval_samples", 1)
+    out = run("train_ppo", *data, "--policy", toy_run / "sft", "--critic", "rule", "--output_dir", tmp_path / "ppo", *short)
+    assert {"invented", "rouge_l"} <= set(json.loads(out.splitlines()[-1])["after"])
+
+
+# ---- bad input: one sentence, exit code 2 ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def refuse(monkeypatch, capsys):
+    """Runs a script's main() in this process, expects exit code 2, and returns the last line that it printed."""
+
+    def run_and_fail(script, *flags):
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, flags)])
+        with pytest.raises(SystemExit) as stopped:
+            importlib.import_module(script).main()
+        assert stopped.value.code == 2
+        return capsys.readouterr().err.strip().splitlines()[-1]
+
+    return run_and_fail
+
+
+def test_bad_flags(refuse):
+    assert "--max_steps" in refuse("train_ppo", "--max_steps", "0")
+    assert "--learning_rat" in refuse("train_ppo", "--learning_rat", "1")
+    assert "no task 'toi'" in refuse("train_ppo", "--task", "toi")
+
+
+def test_missing_or_unusable_data(refuse, toy_run, tmp_path):
+    task = ("--task", "summarize", "--policy", toy_run / "sft", "--critic", "rule", "--output_dir", tmp_path / "out")
+    empty, broken, fields = tmp_path / "empty.jsonl", tmp_path / "broken.json", tmp_path / "fields.jsonl"
+    empty.write_text("")
+    broken.write_text("[{")
+    fields.write_text('{"text": "a"}\n')
+    assert "needs --data" in refuse("train_ppo", *task)
+    assert "there is no file" in refuse("train_ppo", *task, "--data", tmp_path / "nowhere.jsonl")
+    assert "holds no example" in refuse("train_ppo", *task, "--data", empty)
+    assert "is no .json file" in refuse("train_ppo", *task, "--data", broken)
+    assert "has no field 'article'; it has text" in refuse("train_ppo", *task, "--data", fields)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_policy_without_chat_template_or_eos(refuse, toy_run, tmp_path):
+    (folder,) = (toy_run / "sft").glob("checkpoint-*")
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    flags = ("--critic", "rule", "--output_dir", tmp_path / "out", "--policy")
+    for name, change in (("chat template", {"chat_template": None}), ("EOS token", {"eos_token": None})):
+        for key, value in change.items():
+            setattr(tokenizer, key, value)
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        (tmp_path / name / "chat_template.jinja").unlink(missing_ok=name == "EOS token") if name == "chat template" else None
+        assert f"has no {name}" in refuse("train_ppo", *flags, tmp_path / name)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+
+
+def test_a_policy_that_is_nowhere(refuse, tmp_path):
+    assert "holds no model" in refuse("train_ppo", "--critic", "rule", "--policy", tmp_path)
+    assert "there is no file" in refuse("train_ppo", "--critic", "rule", "--policy", tmp_path / "none.gguf")
+
+
+def test_a_prompt_longer_than_the_context(refuse, toy_run, tmp_path):
+    flags = ("--critic", "rule", "--policy", toy_run / "sft", "--output_dir", tmp_path / "out", "--response_length")
+    assert "do not fit the model's context of 512" in refuse("train_ppo", *flags, 500)
+
+
+def test_several_processes_are_refused(refuse, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "one process" in refuse("train_ppo")
+
+
+# ---- the command line and the README keep their word ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_is_explained_and_read(script):
+    source = (ROOT / f"{script}.py").read_text()
+    library = "".join(path.read_text() for path in (ROOT / "t2g").rglob("*.py"))
+    flags = re.findall(r'add\(\s*"--(\w+)"', source + library)
+    assert flags
+    for flag in flags:
+        assert re.search(rf"args\.{flag}\b", source + library), f"nothing reads --{flag}"
+    for call in re.findall(r"add\(\s*\"[^\n]*(?:\n\s+[^\n]*)*?\n?\s*\)\n", source):
+        assert "help=" in call, call
+
+
+def test_readme_has_every_metric_as_the_glossary_explains_it():
+    readme = (ROOT / "README.md").read_text()
+    for name, meaning in {**METRICS, **toy.METRICS}.items():
+        assert f"| `{name}` | {meaning} |" in readme, f"make README's table anew: python eval.py glossary (missing: {name})"
+
+
+def test_the_core_stays_small():
+    core = ["train_ppo.py", *(f"t2g/{name}.py" for name in ("feedback", "align", "ppo", "policy", "rollout"))]
+    assert sum(len((ROOT / path).read_text().splitlines()) for path in core) <= 1200
