@@ -50,16 +50,27 @@ def token_offsets(tokenizer, ids) -> list[tuple[int, int]]:
     ids = [int(i) for i in ids]
     text = response_text(tokenizer, ids)
     alone = {i: response_text(tokenizer, [i]) for i in set(ids)}
+    special = {i for i in alone if not alone[i] and tokenizer.decode([i], skip_special_tokens=False)}
     # Decoders treat the first token in their own way (its space is dropped, say): read each one behind a common word.
     anchor = [i for i in alone if alone[i].strip() and "\ufffd" not in alone[i]][:1]
     skip = len(alone[anchor[0]]) if anchor else 0
     pieces = {i: response_text(tokenizer, [*anchor, i])[skip:] for i in alone}
 
+    written = _offsets_of_written(tokenizer, text, [i for i in ids if i not in special], anchor, pieces)
+    offsets, rest = [], iter(written)
+    for i in ids:
+        end = offsets[-1][1] if offsets else 0
+        offsets.append((end, end) if i in special else next(rest))
+    return offsets
+
+
+def _offsets_of_written(tokenizer, text, ids, anchor, pieces):
+    """token_offsets() of ids without special tokens, given what each token writes behind an anchor."""
     runs = []  # (text, the tokens' ranges in that text); byte fragments mean something only together
     for fragments, group in itertools.groupby(ids, key=lambda i: "\ufffd" in pieces[i]):
         group = list(group)
         if fragments:
-            runs.append(_offsets_by_prefix(tokenizer, anchor, group))
+            runs.append(_offsets_by_cuts(tokenizer, anchor, group))
         else:
             ends = list(itertools.accumulate(len(pieces[i]) for i in group))
             runs.append(("".join(pieces[i] for i in group), list(zip([0, *ends], ends))))
@@ -67,7 +78,7 @@ def token_offsets(tokenizer, ids) -> list[tuple[int, int]]:
     joined = "".join(run_text for run_text, _ in runs)
     lead = len(joined) - len(text)
     if lead < 0 or joined[lead:] != text or joined[:lead].strip():
-        return _offsets_by_prefix(tokenizer, [], ids)[1]  # this text is not the sum of its tokens: ask for every prefix
+        return _offsets_by_cuts(tokenizer, [], ids)[1]  # this text is not the sum of its tokens: cut it
     offsets, base = [], -lead
     for run_text, local in runs:
         offsets += [(max(base + start, 0), max(base + end, 0)) for start, end in local]
@@ -75,25 +86,32 @@ def token_offsets(tokenizer, ids) -> list[tuple[int, int]]:
     return offsets
 
 
-def _offsets_by_prefix(tokenizer, anchor: list[int], ids: list[int]) -> tuple[str, list[tuple[int, int]]]:
-    """The text that ids add behind anchor, and each token's range in it, read off the decoding of every prefix.
+def _offsets_by_cuts(tokenizer, anchor: list[int], ids: list[int]) -> tuple[str, list[tuple[int, int]]]:
+    """The text that ids add behind anchor and each token's range in it, read off where the text can be cut in two.
 
-    What a prefix has in common with the whole text is settled. If it says more than that, its last token holds the first
-    bytes of the next character. A token that adds nothing completes the character before it, unless it is special.
+    Between two tokens there is a cut if what they write apart is what they write together. Tokens without a cut between them
+    hold parts of one character, say: up to the last of them, each one ends with the first bytes of the next character.
     """
+
+    def read(part):
+        return response_text(tokenizer, anchor + part)[skip:]
+
     skip = len(response_text(tokenizer, anchor)) if anchor else 0
-    text = response_text(tokenizer, anchor + ids)[skip:]
-    offsets, settled, before = [], 0, ""
-    for n, token in enumerate(ids, 1):
-        prefix = response_text(tokenizer, anchor + ids[:n])[skip:]
-        start, settled = settled, max(settled, len(os.path.commonprefix([prefix, text])))  # noqa: RUF071
-        end = min(settled + (len(prefix) > settled), len(text))
-        if prefix == before and response_text(tokenizer, [token]) == "":
-            end = start = settled
-        elif start == end:
-            start = max(start - 1, 0)
-        offsets.append((start, end))
-        before = prefix
+    text = read(ids)
+    cuts = [n for n in range(len(ids) + 1) if read(ids[:n]) + read(ids[n:]) == text]
+    offsets, base = [], 0
+    for first, behind in itertools.pairwise(cuts):
+        length, settled = len(read(ids[:behind])) - base, 0
+        for n in range(first, behind):
+            start = settled
+            if n + 1 < behind:
+                prefix = read(ids[first : n + 1])
+                common = len(os.path.commonprefix([prefix, text[base : base + length]]))  # noqa: RUF071
+                settled = max(settled, min(common, len(prefix) - 1, length - 1))
+                offsets.append((base + start, base + min(settled + 1, length)))
+            else:
+                offsets.append((base + start, base + length))
+        base += length
     return text, offsets
 
 
@@ -117,17 +135,18 @@ def find(text: str, quote: str) -> tuple[str, list[tuple[int, int]]]:
         return "lost", []
     if places := _whole_words(text, _occurrences(text, quote)):
         return "exact", places
-    plain_text, origin = _normalise(text)
-    plain_quote = _normalise(quote)[0].strip()
-    if len(plain_quote) > len(plain_text) / (FUZZY_THRESHOLD / 100):
+    quote = " ".join(quote.split())
+    if len(quote) > 4 * len(text):  # too long by far, even for a text that case folding triples
         return "lost", []
+    plain_text, origin = _normalise(text)
+    plain_quote, _ = _normalise(quote)
 
     def back(start, end):
         return origin[start][0], origin[end - 1][1]
 
     if places := _occurrences(plain_text, plain_quote):
-        return "normalised", _whole_words(text, [back(*place) for place in places])
-    if len(plain_quote) >= FUZZY_MIN_CHARS:
+        return "normalised", _whole_words(text, list(dict.fromkeys(back(*place) for place in places)))
+    if FUZZY_MIN_CHARS <= len(plain_quote) <= len(plain_text) / (FUZZY_THRESHOLD / 100):
         match = fuzz.partial_ratio_alignment(plain_quote, plain_text, score_cutoff=FUZZY_THRESHOLD)
         if match and match.dest_end > match.dest_start:
             start, end = back(match.dest_start, match.dest_end)
@@ -140,7 +159,12 @@ def find(text: str, quote: str) -> tuple[str, list[tuple[int, int]]]:
 
 
 def _occurrences(text, quote):
-    return [(m.start(), m.end()) for m in re.finditer(re.escape(quote), text)]
+    """All of them, the overlapping ones too."""
+    places, start = [], text.find(quote)
+    while start >= 0:
+        places.append((start, start + len(quote)))
+        start = text.find(quote, start + 1)
+    return places
 
 
 def _whole_words(text, places):
@@ -169,7 +193,7 @@ def quote_of(text: str, start: int, end: int) -> str:
     >>> quote_of("is 27, is 27", 9, 12)
     ' is 27'
     """
-    while start > 0 and len(locate(text, text[start:end])) > 1:
+    while start > 0 and locate(text, text[start:end]) != [(start, end)]:
         start = max(text.rfind(" ", 0, start), text.rfind(",", 0, start), 0)
     return text[start:end]
 

@@ -7,7 +7,9 @@ The critique comes first, so that a model reasons before it marks (Text2Grad, se
 Neutral text is never marked. This module knows nothing of tokens: see align.py.
 """
 
+import itertools
 import json
+import re
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -56,17 +58,23 @@ class Feedback:
         if not line_break:
             raise FeedbackError("the feedback has one line; it needs a critique and, on the last line, the span map")
         try:
-            pairs = json.loads(last_line, object_pairs_hook=list)
+            span_map = json.loads(last_line, object_pairs_hook=_each_key_once)
         except (ValueError, RecursionError) as error:
-            raise FeedbackError(f"the last line is not JSON: {type(error).__name__}") from None
-        if not isinstance(pairs, list) or not all(isinstance(pair, tuple) for pair in pairs):
-            raise FeedbackError("the span map is not a JSON object")
-        if sorted(key for key, _ in pairs) != ["good", "poor"]:
-            raise FeedbackError('the span map must have the keys "good" and "poor", each once')
-        for key, quotes in pairs:
+            raise FeedbackError(f"the last line is not JSON: {error}") from None
+        if not isinstance(span_map, dict) or span_map.keys() != {"good", "poor"}:
+            raise FeedbackError('the span map must be a JSON object with the keys "good" and "poor", and no other')
+        for key, quotes in span_map.items():
             if not isinstance(quotes, list) or not all(isinstance(quote, str) for quote in quotes):
                 raise FeedbackError(f'"{key}" must be a list of texts')
-        return cls(critique, **dict(pairs))
+        if re.search("[\ud800-\udfff]", critique + "".join(itertools.chain(*span_map.values()))):
+            raise FeedbackError("the feedback holds half of a surrogate pair, which no file can")
+        return cls(critique, **span_map)
+
+
+def _each_key_once(pairs):
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key stands twice")
+    return dict(pairs)
 
 
 def reward_prompt(prompt: str, response: str) -> str:

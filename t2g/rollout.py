@@ -60,8 +60,8 @@ def sample(model, tokenizer, prompts: list[str], response_length: int, temperatu
     cache, attention, ids = DynamicCache(config=model.config), prompt_mask, prompt
     finished = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
     tokens, masks = [], []
-    while len(tokens) < response_length and not finished.all():
-        with autocast(bf16):
+    with autocast(bf16):  # one context for the whole loop: it keeps the bf16 copy of the weights
+        while len(tokens) < response_length and not finished.all():
             out = model(
                 input_ids=ids,
                 attention_mask=attention.long(),
@@ -70,16 +70,16 @@ def sample(model, tokenizer, prompts: list[str], response_length: int, temperatu
                 use_cache=True,
                 logits_to_keep=1,
             )
-        logits = out.logits[:, -1].float()
-        if temperature == 0:
-            token = logits.argmax(-1)
-        else:
-            token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
-        masks.append(~finished)
-        tokens.append(token.masked_fill(finished, tokenizer.pad_token_id))
-        finished = finished | torch.isin(token, eos)
-        attention = torch.cat([attention, masks[-1][:, None]], dim=1)
-        ids = tokens[-1][:, None]
+            logits = out.logits[:, -1].float()
+            if temperature == 0:
+                token = logits.argmax(-1)
+            else:
+                token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
+            masks.append(~finished)
+            tokens.append(token.masked_fill(finished, tokenizer.pad_token_id))
+            finished = finished | torch.isin(token, eos)
+            attention = torch.cat([attention, masks[-1][:, None]], dim=1)
+            ids = tokens[-1][:, None]
     response, mask = torch.stack(tokens, dim=1), torch.stack(masks, dim=1)
     texts = [response_text(tokenizer, row[m].tolist()) for row, m in zip(response, mask)]
     return Rollout(prompt, prompt_mask, response, mask, finished, texts)

@@ -166,6 +166,21 @@ def test_a_raw_tokenizer_and_a_tensor_of_ids_give_the_same(tok, data):
     assert token_offsets(tok, torch.tensor(ids, dtype=torch.long)) == offsets
 
 
+def test_a_long_text_costs_one_short_decode_or_two_for_each_different_token(tok):
+    """And not one for each place in it, which would make the cost grow with the square of the length."""
+    ids = tok.encode(HARD_TEXTS["ascii"] * 40, add_special_tokens=False)
+    lengths = []
+
+    class Counting:
+        def decode(self, ids, skip_special_tokens):
+            lengths.append(len(ids))
+            return tok.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    assert token_offsets(Counting(), ids) == token_offsets(tok, ids)
+    assert len([n for n in lengths if n > 2]) <= 2
+    assert len(lengths) <= 2 * len(set(ids)) + 3
+
+
 # ---- the meeting of tokens and spans -----------------------------------------------------------------------------------
 
 scores = st.floats(-1, 1, width=32)
@@ -353,9 +368,14 @@ def test_an_unrelated_quote_is_lost(text, quote):
     assert find(text, quote) == ("lost", [])
 
 
-@pytest.mark.parametrize("quote", ["41", "thrn", "runing", "The dog never sleeps at night.", "grumpy"])
+RESEMBLING = ["41", "thrn", "grumpy", "runing", "runnin9", "The dog never sleeps at night.", "The cat is 72, sleeps by day"]
+
+
+@pytest.mark.parametrize("quote", RESEMBLING)
 def test_a_quote_that_only_resembles_something_is_lost(quote):
-    assert find("The dog is 27, sleeps by day and then starts running.", quote) == ("lost", [])
+    """Too short to forgive a typo, or too far from anything that is there."""
+    assert find("The dog is 27, sleeps by day and then starts running", quote) == ("lost", [])
+    assert find("Then the dog sleeps", "sleepss") == ("lost", [])
 
 
 @pytest.mark.parametrize("quote", ["", " ", "\n\t ", "\u3000", "\u00a0"])

@@ -5,6 +5,7 @@ contain; what is said twice; a broken-off ending; all that runs on past MAX_WORD
 most MAX_GOOD of them, so that naming more and more does not pay.
 """
 
+import importlib
 import json
 import random
 import re
@@ -68,19 +69,23 @@ def read_rows(data: str) -> list[dict]:
         if not path.is_file():
             fail(f"there is no file {data}")
         if path.suffix == ".parquet":
-            import pyarrow.parquet
-
-            return pyarrow.parquet.read_table(path).to_pylist()
+            return needed("pyarrow.parquet", "a .parquet file").read_table(path).to_pylist()
         try:
             text = path.read_text()
             return json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines() if line.strip()]
         except ValueError as error:
             fail(f"{data} is no {path.suffix} file: {error}")
+    datasets = needed("datasets", f"{data} (no .jsonl, .json or .parquet file, so taken for a hub id)")
+    return list(datasets.load_dataset(data, split="train"))
+
+
+def needed(module: str, what: str):
+    """An optional package, or a sentence that says how to install it."""
     try:
-        from datasets import load_dataset
+        return importlib.import_module(module)
     except ImportError:
-        fail(f"{data} is no .jsonl, .json or .parquet file; for a hub id install the package datasets: pip install datasets")
-    return list(load_dataset(data, split="train"))
+        package = module.split(".")[0]
+        fail(f"{what} needs the package {package}: pip install {package}")
 
 
 # ---- the program as a critic -------------------------------------------------------------------------------------------
