@@ -28,8 +28,9 @@ def masked_variance(x, mask):
 
 def whiten(x, mask):
     """x shifted and scaled to mean 0 and variance 1 on the mask; 0 off it. A constant x becomes 0."""
-    centred = torch.where(mask, x - masked_mean(x, mask), 0.0)
-    return centred * torch.rsqrt(masked_variance(x, mask) + 1e-8)
+    exact = x.double()  # in fp32 the rounding of the mean would be blown up where x is nearly constant
+    centred = torch.where(mask, exact - masked_mean(exact, mask), 0.0)
+    return (centred * torch.rsqrt(masked_variance(exact, mask) + 1e-8)).to(x.dtype)
 
 
 def kl_penalty(logprobs, ref_logprobs, kind):
@@ -128,6 +129,5 @@ def value_loss(values, old_values, returns, mask, cliprange_value, token_count=N
     """
     count = mask.sum().clamp(min=1) if token_count is None else token_count
     near = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
-    plain, clipped = (values - returns) ** 2, (near - returns) ** 2
-    loss = torch.where(mask, torch.maximum(plain, clipped), 0.0).sum() / (2 * count)
-    return loss, {"value_clipfrac": ((clipped > plain) & mask).sum() / count}
+    plain, clipped = (torch.where(mask, v - returns, 0.0) ** 2 for v in (values, near))
+    return torch.maximum(plain, clipped).sum() / (2 * count), {"value_clipfrac": (clipped > plain).sum() / count}

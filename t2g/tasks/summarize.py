@@ -21,7 +21,7 @@ from t2g.tasks import Example
 INSTRUCTION = "Summarize this text in one sentence.\n\n{}"
 MAX_WORDS = 40
 MAX_GOOD = 8
-HELDOUT_SHARE = 0.1
+HELDOUT_SHARE = 0.2
 
 METRICS = {
     "invented": "share of the names and numbers of the summary that its source does not contain (0 if it has none)",
@@ -42,7 +42,7 @@ DEFAULTS = {
 
 
 def load(args):
-    """Every tenth example, after a shuffle that does not depend on the seed, is held out."""
+    """A fifth of the examples, after a shuffle that does not depend on the seed, is held out."""
     if not args.data:
         fail("the task summarize needs --data: a .jsonl, .json or .parquet file, or a hub id")
     rows = read_rows(args.data)

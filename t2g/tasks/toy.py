@@ -82,8 +82,8 @@ def make_example(rng) -> Example:
     ]
     rng.shuffle(mine)
     theirs = (
-        f"My friend {other['name']} turned {other['age']}, was born in {other['city']}, trained as a {other['job']}, "
-        f"has a {other['relation']} and hopes to {other['plan']}."
+        f"My friend {other['name']} turned {other['age']}, comes from {other['city']}, used to be a {other['job']}, "
+        f"has a {other['relation']} and can {other['plan']}."
     )
     where = rng.randrange(len(mine) + 1)
     post = " ".join([f"My name is {me['name']}.", *mine[:where], theirs, *mine[where:]])
