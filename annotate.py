@@ -1,4 +1,4 @@
-"""Stage 1: responses -> critiques and spans. Samples from a policy and lets a critic write what is good and poor in them.
+"""Stage 1: responses -> critiques and spans. Samples from a policy and lets the task's program write what is good and poor in them.
 
     python annotate.py                                                 # the toy: 6000 samples, criticised by its rule
     python annotate.py --task summarize --policy MODEL --data posts.jsonl --num_samples 500 --out runs/posts/annotations.jsonl
@@ -26,27 +26,30 @@ def main():
         help="whose responses are criticised: a run, a folder, a hub id or a .gguf file; sft beside --out if not given",
     )
     add("--out", help="the .jsonl file to write; runs/TASK/annotations.jsonl if not given")
-    add("--critic", choices=("rule",), default="rule", help="who criticises: the task's own program")
     add("--num_samples", type=cli.positive(int), default=500, help="responses to sample and criticise")
     add("--response_length", type=cli.positive(int), default=64, help="most tokens of a response")
     add("--temperature", type=cli.positive(float), default=1.0, help="sampling temperature")
-    add("--bf16", action="store_true", help="matrix products in bf16")
     task, args = tasks.parse(parser, "annotate")
     out = Path(args.out or f"runs/{args.task}/annotations.jsonl")
+    if out.exists():
+        cli.fail(f"{out} exists already; move it away or choose another --out")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        cli.fail(f"the folder {out.parent} cannot be made ({error.strerror}); choose another --out")
     stages.ensure(["sft"], args, out.parent, args.policy)
     start = time.perf_counter()
 
     torch.manual_seed(args.seed)
     tokenizer, model = policy.load(args.policy or out.parent / "sft", policy.device())
-    examples, _ = task.load(args)
+    examples = tasks.short_enough(task.load(args)[0], tokenizer, args.max_prompt_length)
     chosen = random.Random(args.seed).choices(examples, k=args.num_samples)
     sampling = dict(temperature=args.temperature, bf16=args.bf16)
     texts, _ = respond(model, tokenizer, [e.prompt for e in chosen], args.response_length, 128, "sampling to annotate", **sampling)
     feedback = critics.rule_critic(task)(chosen, texts)
 
-    out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = out.with_suffix(".unfinished")
-    with open(unfinished, "w") as file:
+    with open(unfinished, "w", encoding="utf-8") as file:
         for number, (example, text, f) in enumerate(zip(chosen, texts, feedback)):
             record = {"id": str(number), "prompt": example.prompt, "response": text, "critique": f.critique, "good_spans": f.good,
                       "poor_spans": f.poor, "status": "ok", "reason": ""}  # fmt: skip

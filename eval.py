@@ -27,9 +27,7 @@ def main():
     add("--policy", help="rm: whose responses are criticised; runs/TASK/sft if not given")
     add("--response_length", type=cli.positive(int), default=64, help="most tokens of a response")
     add("--critique_length", type=cli.positive(int), default=200, help="rm: most tokens of a critique")
-    add("--max_prompt_length", type=cli.positive(int), help="examples with a longer prompt, in tokens, are left out and counted")
     add("--eval_samples", type=cli.positive(int), default=256, help="held-out prompts")
-    add("--bf16", action="store_true", help="matrix products in bf16")
     task, args = tasks.parse(parser, "eval")
     torch.manual_seed(args.seed)
     print(json.dumps({"policy": policies, "rm": reward_model, "seeds": seeds, "glossary": glossary}[args.what](task, args)))
@@ -43,7 +41,7 @@ def policies(task, args) -> dict:
     for run in args.runs or [f"runs/{args.task}/sft", f"runs/{args.task}/ppo"]:
         tokenizer, model = policy.load(run, policy.device())
         heldout = tasks.short_enough(task.load(args)[1], tokenizer, args.max_prompt_length)[: args.eval_samples]
-        rows[run], _ = evaluate(task, model, tokenizer, heldout, args.response_length, args.bf16, desc=run)
+        rows[run], _ = evaluate(task, model, tokenizer, heldout, args.response_length, args.bf16, run, args.seed)
     print_table(rows, next(iter(rows.values())))
     return rows
 
@@ -66,8 +64,10 @@ def reward_model(task, args) -> dict:
 def seeds(task, args) -> dict:
     """Mean and 95% interval of the results of several runs: {metric: {when: {"mean", "low", "high", "seeds"}}}."""
     missing = [run for run in args.runs if not (Path(run) / "result.json").is_file()]
-    if missing or not args.runs:
-        cli.fail(f"no result.json in {', '.join(missing) or 'no folder at all'}; name finished runs of train_ppo.py")
+    if len(args.runs) < 2:
+        cli.fail("an interval needs the folders of two runs of train_ppo.py at least")
+    if missing:
+        cli.fail(f"no result.json in {', '.join(missing)}; name finished runs of train_ppo.py")
     results = [json.loads((Path(run) / "result.json").read_text()) for run in args.runs]
     table = {}
     for when in ("before", "after"):
@@ -87,9 +87,10 @@ def glossary(task, args) -> dict:
 
 def print_table(rows, columns):
     """A row for each column name, a column for each of the rows: few policies have many scores."""
-    print(f"\n{'':24}" + "".join(f"{Path(name).name:>14}" for name in rows))
+    width = max(10, *(len(name) + 2 for name in rows))
+    print(f"\n{'':24}" + "".join(f"{name:>{width}}" for name in rows))
     for column in columns:
-        print(f"{column:24}" + "".join(f"{row[column]:14.3f}" for row in rows.values()))
+        print(f"{column:24}" + "".join(f"{row[column]:{width}.3f}" for row in rows.values()))
 
 
 if __name__ == "__main__":

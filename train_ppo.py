@@ -10,9 +10,9 @@ The loop in main() is the algorithm; what is numbered there is numbered so in th
 import copy
 import itertools
 import json
-import os
 import random
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from t2g import cli, critics, policy, report, stages, tasks
 from t2g.align import MATCH_KINDS, resolve, span_rewards, token_offsets
 from t2g.log import Logger, peak_memory_gib, write_json
 from t2g.metrics import evaluate, mean_scores
-from t2g.policy import Policy, autocast, response_logits, token_stats
+from t2g.policy import Policy, autocast, now, response_logits, token_stats
 from t2g.ppo import AdaptiveKL, gae, kl_penalty, masked_mean, masked_variance, policy_loss, value_loss, whiten
 from t2g.rollout import sample
 
@@ -45,26 +45,26 @@ def parse_args():
         "--per_device_train_batch_size",
         type=cli.positive(int),
         default=8,
-        help="responses a microbatch; times these two: a rollout",
+        help="responses a microbatch; times num_mini_batches and the accumulation steps it is a rollout",
     )
     add("--learning_rate", type=cli.positive(float), default=1e-6, help="AdamW's learning rate, falling linearly to 0")
     add("--max_grad_norm", type=cli.positive(float), default=1.0, help="gradients are clipped to this norm")
     add("--response_length", type=cli.positive(int), default=64, help="most tokens of a response")
     add("--temperature", type=cli.positive(float), default=1.0, help="of sampling and of all log-probabilities")
-    add("--missing_eos_penalty", type=float, default=1.0, help="taken from the reward of a response that does not end")
-    add("--kl_coef", type=float, default=0.05, help="coefficient of the KL penalty, at the start")
+    add(
+        "--missing_eos_penalty", type=cli.between(0, 1e6), default=1.0, help="taken from the reward of a response that does not end"
+    )
+    add("--kl_coef", type=cli.between(0, 1e6), default=0.05, help="coefficient of the KL penalty, at the start")
     add("--kl_estimator", choices=("k1", "k2", "k3", "abs", "full"), default="full", help="how the KL penalty is computed")
     add("--kl_target", type=cli.positive(float), help="nats a response that the coefficient is steered to; fixed if not given")
     add("--kl_horizon", type=cli.positive(float), default=10000.0, help="how slowly it is steered, in responses")
     add("--cliprange", type=cli.positive(float), default=0.2, help="PPO's clip of the ratio")
     add("--cliprange_value", type=cli.positive(float), default=0.2, help="clip of the value's change")
-    add("--vf_coef", type=float, default=0.1, help="weight of the value loss")
-    add("--entropy_coef", type=float, default=0.0, help="weight of the entropy bonus")
-    add("--gamma", type=float, default=1.0, help="discount")
-    add("--lam", type=float, default=0.95, help="lambda of GAE")
-    add("--max_prompt_length", type=cli.positive(int), help="examples with a longer prompt, in tokens, are left out and counted")
+    add("--vf_coef", type=cli.between(0, 1e6), default=0.1, help="weight of the value loss")
+    add("--entropy_coef", type=cli.between(0, 1e6), default=0.0, help="weight of the entropy bonus")
+    add("--gamma", type=cli.between(0, 1), default=1.0, help="discount")
+    add("--lam", type=cli.between(0, 1), default=0.95, help="lambda of GAE")
     add("--eval_samples", type=cli.positive(int), default=64, help="held-out prompts for the measurement before and after")
-    add("--bf16", action="store_true", help="matrix products in bf16, weights in fp32")
     add("--tensorboard", action="store_true", help="also write TensorBoard's files")
     task, args = tasks.parse(parser, "train_ppo")
     args.output_dir = args.output_dir or f"runs/{args.task}/ppo"
@@ -74,8 +74,6 @@ def parse_args():
 
 def main():
     task, args = parse_args()
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        cli.fail("this version trains in one process; start it without --nproc_per_node")
     root = Path(args.output_dir).parent
     needed = ["sft"] + (["annotate", "rm"] if args.critic == "rm" and not args.reward_model else [])
     seconds = stages.ensure(needed, args, root, args.policy)
@@ -85,60 +83,63 @@ def main():
     device = policy.device()
     tokenizer, model = policy.load(args.policy or root / "sft", device)
     actor, reference = Policy(model).to(device), copy.deepcopy(model).requires_grad_(False)
+    actor.load_value_head(args.policy or root / "sft")
     if args.critic == "rm":
         rm_tokenizer, rm = policy.load(args.reward_model or root / "rm", device)
         critic = critics.reward_model_critic(rm, rm_tokenizer, args.critique_length, args.bf16)
     else:
         critic = critics.rule_critic(task)
     train, heldout = (tasks.short_enough(part, tokenizer, args.max_prompt_length) for part in task.load(args))
-    heldout, rng = heldout[: args.eval_samples], random.Random(args.seed)
+    heldout = heldout[: args.eval_samples]
+    prompt_rng = random.Random(f"ppo {args.seed}")  # not that of annotate.py: the reward model must judge new prompts
     kl_controller = AdaptiveKL(args.kl_coef, args.kl_target, args.kl_horizon)
     optimizer = torch.optim.AdamW(actor.parameters(), lr=args.learning_rate, weight_decay=0.0)
     log = Logger(cli.fresh_folder(args.output_dir), args, task.METRICS, args.tensorboard)
     pages = report.Samples(args.output_dir, args.max_steps)
-    measure = dict(response_length=args.response_length, bf16=args.bf16)
+    measure = dict(response_length=args.response_length, bf16=args.bf16, seed=args.seed)
     before, texts_before = evaluate(task, model, tokenizer, heldout, **measure, desc="before")
 
     bar = tqdm(range(1, args.max_steps + 1), desc="PPO", unit="step")
     for step in bar:
-        clock = [time.perf_counter()]
+        clock = [now()]
         optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - (step - 1) / args.max_steps)
 
         # 1. Rollout: one sampled response to each prompt.
-        examples = rng.choices(train, k=args.batch_size)
+        examples = prompt_rng.choices(train, k=args.batch_size)
         prompts = [example.prompt for example in examples]
         rollout = sample(model, tokenizer, prompts, args.response_length, args.temperature, bf16=args.bf16)
-        clock.append(time.perf_counter())
+        clock.append(now())
 
         # 2. Critique: what is wrong, and where. None where it is unreadable; such a sample is masked out of the loss.
         feedback = critic(examples, rollout.texts)
         readable = torch.tensor([f is not None for f in feedback], device=device)
         mask = rollout.mask & readable[:, None]
-        clock.append(time.perf_counter())
+        clock.append(now())
 
         # 3. Spans -> token rewards delta in {-1, 0, +1}.
         delta, quotes = token_rewards(tokenizer, rollout, feedback)
 
         # 4. KL penalty: r_t = delta_t - kl_coef KL_t, and what the policy and V were before the update.
-        old, entropy, old_values, kl = score(actor, reference, rollout, args)
-        if step == 1 and kl.abs().max() > 1e-3:
+        old_logprobs, entropy, old_values, kl = score(actor, reference, rollout, args)
+        if step == 1 and not kl.abs().max() <= 1e-3:
             raise RuntimeError(f"before the first update policy and reference must agree; KL is {kl.abs().max():.2g} nats")
         rewards = place(delta, rollout, args) - kl_controller.value * kl
 
         # 5. Advantages by GAE, whitened over the batch.
         advantages, returns = gae(rewards, old_values, mask, args.gamma, args.lam)
         whitened = whiten(advantages, mask)
-        clock.append(time.perf_counter())
+        clock.append(now())
 
         # 6. PPO: a few epochs of minibatches against the clipped losses.
-        batch = dict(old_logprobs=old, advantages=whitened, old_values=old_values, returns=returns, mask=mask)
-        stats = update(actor, optimizer, rollout, batch, args)
-        clock.append(time.perf_counter())
+        batch = dict(old_logprobs=old_logprobs, advantages=whitened, old_values=old_values, returns=returns, mask=mask)
+        stats = update(actor, optimizer, rollout, batch, args) if mask.any() else {}
+        clock.append(now())
 
         # 7. Steer the KL coefficient, and write down what happened.
         stats |= summary(rollout, mask, delta, quotes, kl, entropy, old_values, returns, clock)
         stats |= {"kl_coef": kl_controller.value, "learning_rate": optimizer.param_groups[0]["lr"]}
-        kl_controller.update(stats["kl"], len(rollout))
+        if mask.any():
+            kl_controller.update(stats["kl"], len(rollout))
         log(step, stats | mean_scores(task, examples, rollout.texts))
         pages.add(step, tokenizer, examples, rollout, feedback, delta=delta, kl=kl, value=old_values, advantage=whitened)
         bar.set_postfix_str("reward {reward:+.2f} kl {kl:.2f} poor {tokens_poor:.1%} tokens {response_tokens:.0f}".format(**stats))
@@ -146,9 +147,10 @@ def main():
     policy.save(model, tokenizer, args.output_dir, args.max_steps, actor.value_head)
     after, texts_after = evaluate(task, model, tokenizer, heldout, **measure, desc="after")
     seconds["ppo"] = time.perf_counter() - start
-    result = {"before": before, "after": after, "seconds": {k: round(s, 1) for k, s in seconds.items()}}
-    result["page"] = str(report.write_page(args.output_dir, args, task, result, heldout, texts_before, texts_after))
+    result = {"before": before, "after": after, "seconds": {stage: round(s, 1) for stage, s in seconds.items()}}
+    result["page"] = str(Path(args.output_dir) / "page.html")
     write_json(Path(args.output_dir) / "result.json", result)
+    report.write_page(args, task, result, heldout, texts_before, texts_after)
     print(f"\n{'held-out prompts':24}{'before':>10}{'after':>10}")
     print("\n".join(f"{name:24}{before[name]:10.3f}{after[name]:10.3f}" for name in before))
     print(f"\npolicy: {args.output_dir}/checkpoint-{args.max_steps}\npage:   {result['page']}\n{json.dumps(result)}")
@@ -172,7 +174,13 @@ def place(delta, rollout, args):
     last = rollout.mask.sum(1, keepdim=True) - 1
     rewards = delta if args.reward == "span" else torch.zeros_like(delta).scatter(1, last, delta.sum(1, keepdim=True))
     penalty = args.missing_eos_penalty * (~rollout.finished).float()
-    return rewards.scatter_add(1, last, -penalty[:, None]) if args.missing_eos_penalty else rewards
+    return rewards.scatter_add(1, last, -penalty[:, None])
+
+
+def full_kl(logits, ref_logits, temperature):
+    """The exact KL (T,) of one response from the two models' logits (T, V)."""
+    ours, theirs = ((x.float() / temperature).log_softmax(-1) for x in (logits, ref_logits))
+    return kl_penalty(ours, theirs, "full")
 
 
 @torch.no_grad()
@@ -187,8 +195,7 @@ def score(actor, reference, rollout, args):
             values = actor.values(states, some.mask)
         logprobs, entropy = token_stats(logits, some, args.temperature)
         if args.kl_estimator == "full":  # a response at a time, so that no second tensor of the size of the logits lives
-            both = [[(x / args.temperature).float().log_softmax(-1) for x in pair] for pair in zip(logits, ref_logits)]
-            kl = torch.stack([kl_penalty(ours, theirs, "full") for ours, theirs in both]).masked_fill(~some.mask, 0)
+            kl = torch.stack([full_kl(*pair, args.temperature) for pair in zip(logits, ref_logits)]).masked_fill(~some.mask, 0)
         else:
             kl = kl_penalty(logprobs, token_stats(ref_logits, some, args.temperature)[0], args.kl_estimator)
         parts.append((logprobs, entropy, values, kl))
@@ -197,39 +204,37 @@ def score(actor, reference, rollout, args):
 
 def update(actor, optimizer, rollout, batch, args):
     """The PPO epochs over one rollout. Every loss is a sum over tokens, divided by the count of the whole minibatch."""
-    sums, optimizer_steps = {}, args.num_ppo_epochs * args.num_mini_batches
+    sums, optimizer_steps = defaultdict(float), args.num_ppo_epochs * args.num_mini_batches
     for epoch in range(args.num_ppo_epochs):
         for number, minibatch in enumerate(torch.randperm(len(rollout)).chunk(args.num_mini_batches)):
             token_count = batch["mask"][minibatch].sum().clamp(min=1)
             for rows in minibatch.split(args.per_device_train_batch_size):
                 b = {name: tensor[rows] for name, tensor in batch.items()}
                 with autocast(args.bf16):
-                    now = actor(rollout.rows(rows), args.temperature, args.entropy_coef > 0)
+                    new = actor(rollout.rows(rows), args.temperature, args.entropy_coef > 0)
                 if epoch == number == 0:
-                    check_first_ratio(now.logprobs, b, args, sums)
-                pg_loss, pg_stats = policy_loss(
-                    now.logprobs, b["old_logprobs"], b["advantages"], b["mask"], args.cliprange, token_count
-                )
-                vf_loss, vf_stats = value_loss(
-                    now.values, b["old_values"], b["returns"], b["mask"], args.cliprange_value, token_count
-                )
-                entropy = (now.entropy * b["mask"]).sum() / token_count
+                    sums["first_ratio_error"] = max(sums["first_ratio_error"], first_ratio_error(new.logprobs, b, args))
+                limits = b["mask"], args.cliprange, token_count
+                pg_loss, pg_stats = policy_loss(new.logprobs, b["old_logprobs"], b["advantages"], *limits)
+                limits = b["mask"], args.cliprange_value, token_count
+                vf_loss, vf_stats = value_loss(new.values, b["old_values"], b["returns"], *limits)
+                entropy = (new.entropy * b["mask"]).sum() / token_count
                 (pg_loss + args.vf_coef * vf_loss - args.entropy_coef * entropy).backward()
                 for name, value in {"policy_loss": pg_loss, "value_loss": vf_loss, **pg_stats, **vf_stats}.items():
-                    sums[name] = sums.get(name, 0.0) + value.item() / optimizer_steps
-            norm = torch.nn.utils.clip_grad_norm_(actor.parameters(), args.max_grad_norm)
-            sums["grad_norm"] = sums.get("grad_norm", 0.0) + norm.item() / optimizer_steps
+                    sums[name] += value.item() / optimizer_steps
+            norm = torch.nn.utils.clip_grad_norm_(actor.parameters(), args.max_grad_norm, error_if_nonfinite=True)
+            sums["grad_norm"] += norm.item() / optimizer_steps
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-    return sums
+    return dict(sums)
 
 
-def check_first_ratio(logprobs, b, args, sums):
-    """Before any step the ratio is 1 within rounding; if it is not, log-probabilities are computed in two ways."""
-    error = ((logprobs.detach() - b["old_logprobs"]).abs() * b["mask"]).max().item()
-    sums["first_ratio_error"] = max(sums.get("first_ratio_error", 0.0), error)
-    if error > (0.5 if args.bf16 else 1e-3):
-        raise RuntimeError(f"the first ratio of a step must be 1 within rounding, but |log ratio| is {error:.2g}")
+def first_ratio_error(logprobs, b, args):
+    """The largest |log rho| before any step: 0 within rounding, or log-probabilities are computed in two ways."""
+    error = (logprobs.detach() - b["old_logprobs"]).abs() * b["mask"]
+    if not masked_mean(error, b["mask"]) <= (0.05 if args.bf16 else 1e-4):
+        raise RuntimeError(f"the first ratio of a step must be 1 within rounding, but |log ratio| is {error.max():.2g}")
+    return error.max().item()
 
 
 def summary(rollout, mask, delta, quotes, kl, entropy, values, returns, clock):

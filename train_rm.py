@@ -13,8 +13,28 @@ from pathlib import Path
 import torch
 
 from t2g import cli, policy, stages, supervised, tasks
-from t2g.feedback import Feedback, reward_prompt
+from t2g.feedback import Feedback, FeedbackError, reward_prompt
 from t2g.log import Logger, read_jsonl
+
+FIELDS = {"prompt": str, "response": str, "critique": str, "good_spans": list, "poor_spans": list}
+
+
+def read_pairs(path):
+    """(prompt, z) pairs from annotations whose status is "ok"; each z is one that the parser will take."""
+    pairs, records = [], read_jsonl(path)
+    for number, record in enumerate(records, 1):
+        if record.get("status", "ok") != "ok":
+            continue
+        if wrong := [name for name, kind in FIELDS.items() if not isinstance(record.get(name), kind)]:
+            cli.fail(f"record {number} of {path} has no usable {', '.join(wrong)}; see annotate.py for the fields")
+        z = Feedback(record["critique"], record["good_spans"], record["poor_spans"]).render()
+        try:
+            Feedback.parse(z)
+        except FeedbackError as error:
+            cli.fail(f"record {number} of {path} is no feedback: {error}")
+        pairs.append((reward_prompt(record["prompt"], record["response"]), z))
+    print(f"{len(pairs)} of {len(records)} annotations are of use")
+    return pairs
 
 
 def main():
@@ -36,10 +56,8 @@ def main():
     start = time.perf_counter()
 
     torch.manual_seed(args.seed)
-    records = [r for r in read_jsonl(args.annotations or root / "annotations.jsonl") if r["status"] == "ok"]
-    random.Random(args.seed).shuffle(records)
-    pairs = [(reward_prompt(r["prompt"], r["response"]), Feedback(r["critique"], r["good_spans"], r["poor_spans"]).render())
-             for r in records]  # fmt: skip
+    pairs = read_pairs(args.annotations or root / "annotations.jsonl")
+    random.Random(args.seed).shuffle(pairs)
     tokenizer, model = policy.load(args.model or root / "sft", policy.device())
     log = Logger(cli.fresh_folder(args.output_dir), args)
     supervised.finetune(model, tokenizer, pairs, args, log, desc="reward model")

@@ -31,7 +31,8 @@ def main():
         tokenizer, model = task.new_model(args.seed)
         model.to(policy.device())
     else:
-        cli.fail(f"the task {args.task} has no model of its own: name one with --model (a hub id, a folder or a .gguf file)")
+        cli.fail(f"the task {args.task} has no model of its own: name one with --model (in train_ppo.py: --policy)")
+    examples = tasks.short_enough(examples, tokenizer, args.max_prompt_length)
     pairs = task.sft_pairs(args, examples) if hasattr(task, "sft_pairs") else [(e.prompt, e.reference) for e in examples]
     log = Logger(cli.fresh_folder(args.output_dir), args)
     supervised.finetune(model, tokenizer, pairs, args, log, desc="starting policy")

@@ -1,6 +1,7 @@
 """What the scripts share: their command line, one clear sentence for bad input, a folder for their output."""
 
 import argparse
+import itertools
 import sys
 from pathlib import Path
 
@@ -38,16 +39,28 @@ def positive(kind):
     return convert
 
 
+def between(low, high):
+    """An argument type: a number in [low, high]."""
+
+    def convert(text):
+        if not low <= float(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return float(text)
+
+    convert.__name__ = "number"
+    return convert
+
+
 def fresh_folder(path) -> Path:
-    """An empty folder at path; an earlier run that stands there is moved aside, never overwritten."""
-    path = Path(path)
-    if path.is_dir() and any(path.iterdir()):
-        number = 1
-        while (aside := path.with_name(f"{path.name}.{number}")).exists():
-            number += 1
-        path.rename(aside)
-        print(f"{path} held an earlier run: moved to {aside}", flush=True)
+    """An empty folder at path. An earlier run that stands there is moved aside; a folder of anything else is left alone."""
+    path = Path(path).resolve()
     try:
+        if path.exists() and not (path / "metrics.jsonl").is_file() and (not path.is_dir() or any(path.iterdir())):
+            fail(f"{path} holds something that is no run of ours; choose another --output_dir")
+        if (path / "metrics.jsonl").is_file():
+            aside = next(p for n in itertools.count(1) if not (p := path.with_name(f"{path.name}.{n}")).exists())
+            path.rename(aside)
+            print(f"{path} held an earlier run: moved to {aside}", flush=True)
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(f"the folder {path} cannot be made ({error.strerror}); choose another --output_dir")

@@ -14,21 +14,21 @@ METRICS = {
     "step": "optimiser steps (supervised) or rollouts (PPO) so far",
     "loss": "mean of -log p over the completions' tokens of the batch",
     "tokens": "completion tokens of the batch",
-    "grad_norm": "norm of the gradient before clipping, mean over the optimiser steps of this rollout",
+    "grad_norm": "norm of the gradient before clipping, mean over the optimiser steps of a rollout",
     "learning_rate": "learning rate of this step",
-    "reward": "sum over t of delta_t, mean over responses: what the critic gives, before the KL penalty",
-    "kl": "sum over t of the KL estimate against the reference, mean over responses, in nats",
+    "reward": "sum over t of delta_t, mean over responses with a readable critique, before the KL penalty",
+    "kl": "sum over t of the KL estimate against the reference, in nats, mean over the same responses",
     "kl_coef": "coefficient of the KL penalty in r_t = delta_t - kl_coef KL_t",
-    "entropy": "-sum over v of p(v) log p(v), mean over response tokens, in nats",
-    "approx_kl": "k3 estimate of KL(old policy || policy) over the update, mean over tokens, epochs and minibatches",
+    "entropy": "-sum over v of p(v) log p(v), in nats, mean over the tokens of the same responses",
+    "approx_kl": "k3 estimate of KL(old policy, policy) over the update, mean over tokens, epochs and minibatches",
     "clipfrac": "share of tokens where PPO's clip binds, mean over epochs and minibatches",
     "policy_loss": "-E[min(rho A, clip(rho, 1 - eps, 1 + eps) A)], mean over epochs and minibatches",
     "value_loss": "half the clipped squared error of V, mean over epochs and minibatches",
     "value_clipfrac": "share of tokens where the value clip binds, mean over epochs and minibatches",
     "value_explained": "1 - Var(returns - V) / Var(returns) over the batch's tokens, before the update",
-    "first_ratio_error": "max |log rho| at the first minibatch, before any step: 0 within rounding, checked at run time",
-    "tokens_good": "share of response tokens with delta > 0",
-    "tokens_poor": "share of response tokens with delta < 0",
+    "first_ratio_error": "largest absolute log rho at the first minibatch, before any step: 0 within rounding, checked at run time",
+    "tokens_good": "share of their tokens with delta > 0",
+    "tokens_poor": "share of their tokens with delta < 0",
     "response_tokens": "tokens of a response, EOS included, mean",
     "eos_rate": "share of responses that ended by themselves",
     "unparsable": "share of samples whose critique could not be parsed: masked out of the loss",
@@ -41,8 +41,8 @@ METRICS = {
     "seconds_critique": "seconds of the critic",
     "seconds_score": "seconds of alignment, reference and old log-probabilities, values, GAE",
     "seconds_update": "seconds of the PPO epochs",
-    "seconds": "seconds of the whole step",
-    "peak_memory_gib": "highest resident memory of the process so far, GiB; on a GPU its highest allocation",
+    "seconds": "seconds of the four together",
+    "peak_memory_gib": "highest resident memory of the process so far, GiB (Linux); on a GPU its highest allocation",
 }
 
 
@@ -52,7 +52,7 @@ class Logger:
     def __init__(self, folder, args, task_metrics=(), tensorboard=False):
         self.folder, self.known = Path(folder), set(METRICS) | set(task_metrics)
         write_json(self.folder / "config.json", {"argv": sys.argv, **vars(args)})
-        self.file = open(self.folder / "metrics.jsonl", "w")
+        self.file = open(self.folder / "metrics.jsonl", "w", encoding="utf-8")
         self.board = None
         if tensorboard:
             try:
@@ -64,26 +64,33 @@ class Logger:
     def __call__(self, step, metrics):
         if unknown := set(metrics) - self.known:
             raise KeyError(f"metrics without a line in the glossary: {sorted(unknown)}")
-        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self.file.write(json.dumps({"step": step, **metrics}, allow_nan=False) + "\n")
         self.file.flush()
         for name, value in metrics.items() if self.board else ():
             self.board.add_scalar(name, value, step)
 
 
 def write_json(path, value):
-    Path(path).write_text(json.dumps(value, indent=1, default=str, ensure_ascii=False) + "\n")
+    Path(path).write_text(json.dumps(value, indent=1, default=str, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_jsonl(path) -> list[dict]:
-    """The objects of a .jsonl file. Fails with the line's number where one is no JSON object."""
+    """The objects of a .jsonl file. Fails with the number of a line that is none."""
     if not Path(path).is_file():
         fail(f"there is no file {path}")
-    rows = []
-    for number, line in enumerate(Path(path).read_text().splitlines(), 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            fail(f"line {number} of {path} is no JSON")
+    rows, number = [], 0
+    try:
+        for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):  # noqa: B007
+            if line.strip():
+                rows.append(json.loads(line))
+                if not isinstance(rows[-1], dict):
+                    raise ValueError("not an object")
+    except OSError as error:
+        fail(f"{path} cannot be read ({error.strerror})")
+    except UnicodeDecodeError:
+        fail(f"{path} is no UTF-8 text")
+    except ValueError as error:
+        fail(f"line {number} of {path} is no JSON object: {error}")
     return rows
 
 

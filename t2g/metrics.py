@@ -4,21 +4,25 @@ from collections import Counter, defaultdict
 from functools import cache
 
 import numpy as np
+import torch
 
-from t2g.align import resolve, span_rewards, token_offsets
+from t2g.align import MATCH_KINDS, resolve, response_text, span_rewards, token_offsets
 from t2g.rollout import respond
 
 
-def evaluate(task, model, tokenizer, examples, response_length, bf16=False, desc=None) -> tuple[dict, list[str]]:
+def evaluate(task, model, tokenizer, examples, response_length, bf16=False, desc=None, seed=0) -> tuple[dict, list[str]]:
     """The task's scores, averaged over examples: one sampled response each (temperature 1) and one greedy one (..._greedy).
+
+    Sampling has its own generator, so that measuring changes nothing else and is the same whatever came before.
 
     Returns: the means, with "eos_rate" and its greedy twin; and the sampled texts.
     """
+    generator = torch.Generator(model.device).manual_seed(seed)
     prompts, means, texts = [example.prompt for example in examples], {}, {}
     for suffix, temperature in (("", 1.0), ("_greedy", 0)):
         label = desc and f"{desc}, {'greedy' if suffix else 'sampled'}"
         texts[suffix], finished = respond(
-            model, tokenizer, prompts, response_length, desc=label, temperature=temperature, bf16=bf16
+            model, tokenizer, prompts, response_length, desc=label, temperature=temperature, bf16=bf16, generator=generator
         )
         means |= {name + suffix: mean for name, mean in mean_scores(task, examples, texts[suffix]).items()}
         means["eos_rate" + suffix] = float(np.mean(finished))
@@ -38,8 +42,10 @@ def span_card(task, critic, tokenizer, examples, responses) -> dict:
     nothing and counts in recall. "verbatim" is the share of quotes that stand in the response to the letter.
     """
     hits, quotes, valid = defaultdict(Counter), Counter(), 0
-    for example, response, feedback in zip(examples, responses, critic(examples, responses)):
-        offsets = token_offsets(tokenizer, tokenizer(response, add_special_tokens=False)["input_ids"])
+    ids = [tokenizer(response, add_special_tokens=False)["input_ids"] for response in responses]
+    responses = [response_text(tokenizer, row) for row in ids]  # where encoding is not lossless, what the offsets speak of
+    for example, row, response, feedback in zip(examples, ids, responses, critic(examples, responses)):
+        offsets = token_offsets(tokenizer, row)
         truth = span_rewards(offsets, resolve(response, task.critique(example, response))[0])
         guess = truth * 0
         if feedback:
@@ -53,7 +59,7 @@ def span_card(task, critic, tokenizer, examples, responses) -> dict:
                 guess=int((guess == sign).sum()),
             )
     card = {name: precision_recall(**hits[name]) for name in ("good", "poor")}
-    total = sum(quotes[kind] for kind in ("exact", "normalised", "fuzzy", "lost"))
+    total = sum(quotes[kind] for kind in MATCH_KINDS)
     return card | {"json_valid": valid / len(responses), "verbatim": quotes["exact"] / max(total, 1)}
 
 
@@ -63,11 +69,11 @@ def precision_recall(both, truth, guess) -> dict[str, float]:
 
 
 def mean_interval(values) -> tuple[float, float, float]:
-    """Mean and 95% interval of a few independent runs, by Student's t."""
+    """Mean and 95% interval of a few independent runs, by Student's t; at least two."""
     from scipy.stats import t
 
     values = np.asarray(values, dtype=float)
-    half = t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
+    half = t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
     return float(values.mean()), float(values.mean() - half), float(values.mean() + half)
 
 

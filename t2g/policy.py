@@ -5,12 +5,14 @@ in `response_logits` and nowhere else. Left out: how responses are sampled (roll
 """
 
 import shutil
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
@@ -42,7 +44,14 @@ class Policy(nn.Module):
 
     def values(self, states, mask):
         """V (B, T) of the states before each response token, 0 off the mask."""
-        return self.value_head(states)[..., 0].float().masked_fill(~mask, 0)
+        with torch.autocast(states.device.type, enabled=False):  # bf16 would leave V three digits
+            return self.value_head(states.float())[..., 0].masked_fill(~mask, 0)
+
+    def load_value_head(self, run):
+        """Takes the value head of an earlier run along, where there is one."""
+        saved = Path(latest_checkpoint(run) or run) / "value_head" / "value_head.safetensors"
+        if saved.is_file():
+            self.value_head.load_state_dict(load_file(saved))
 
 
 def token_stats(logits, rollout, temperature=1.0, entropy_grad=False):
@@ -100,8 +109,8 @@ def save(model, tokenizer, run, step, value_head=None) -> Path:
 
 def latest_checkpoint(run) -> Path | None:
     """The checkpoint of a run with the highest step, None if there is none."""
-    found = [path for path in Path(run).glob("checkpoint-*") if path.suffix != ".unfinished"]
-    return max(found, key=lambda path: int(path.name.split("-")[1]), default=None)
+    found = [path for path in Path(run).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
+    return max(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
 
 
 def load(path, device="cpu") -> tuple[PreTrainedTokenizerBase, torch.nn.Module]:
@@ -116,12 +125,14 @@ def load(path, device="cpu") -> tuple[PreTrainedTokenizerBase, torch.nn.Module]:
         if not Path(path).is_file():
             fail(f"there is no file {path}")
         source, gguf = str(Path(path).parent), {"gguf_file": Path(path).name}
-    elif path.startswith((".", "/")) and not (Path(path) / "config.json").is_file():
+    elif path.startswith((".", "/", "runs/")) and not (Path(path) / "config.json").is_file():
         fail(f"{path} holds no model (no config.json); give a hub id, a model's folder or a .gguf file")
+    elif (Path(path) / "metrics.jsonl").is_file():
+        fail(f"the run {path} has no checkpoint: it did not finish; move the folder away and run that stage again")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **gguf)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **gguf)
-    except OSError as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         fail(f"no model could be loaded from {path!r} (hub id, folder or .gguf file): {str(error).splitlines()[0]}")
     if gguf:  # the loader marks the model as quantised, though its weights are plain now; save_pretrained would refuse it
         config = AutoConfig.from_pretrained(source, **gguf)
@@ -148,6 +159,13 @@ def eos_ids(tokenizer, model) -> list[int]:
 
 def context_length(model) -> int:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
+
+
+def now() -> float:
+    """Seconds on the clock, after all that was sent to the GPU is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def device() -> str:

@@ -28,22 +28,24 @@ class Samples:
         """at_tokens: (B, T) tensors by name."""
         if step not in self.steps:
             return
-        with open(self.path, "a") as file:
+        with open(self.path, "a", encoding="utf-8") as file:
             for row in range(min(SAMPLES_PER_STEP, len(rollout))):
                 ids = rollout.response[row][rollout.mask[row]].tolist()
                 text, said = rollout.texts[row], feedback[row]
-                tokens = []
+                tokens, written = [], 0
                 for t, (token, (start, end)) in enumerate(zip(ids, token_offsets(tokenizer, ids))):
                     numbers = {name: round(tensor[row, t].item(), 4) for name, tensor in at_tokens.items()}
-                    tokens.append({"text": text[start:end] or tokenizer.decode([token]), **numbers})
+                    shown = text[max(start, written) : end]  # a character of several tokens is shown once
+                    written = max(written, end)
+                    tokens.append({"text": shown if start < end else tokenizer.decode([token]), **numbers})
                 sample = {"step": step, "prompt": examples[row].prompt, "tokens": tokens}
                 sample |= {"critique": said.critique, "good": said.good, "poor": said.poor} if said else {"critique": None}
                 file.write(json.dumps(sample, ensure_ascii=False) + "\n")
 
 
-def write_page(folder, args, task, result, heldout, before, after) -> Path:
-    """folder/page.html. before and after are sampled responses to the held-out examples."""
-    folder = Path(folder)
+def write_page(args, task, result, heldout, before, after):
+    """The page of the run args.output_dir, at result["page"]; before and after are sampled responses to the held-out examples."""
+    folder = Path(args.output_dir)
     metrics = read_jsonl(folder / "metrics.jsonl")
     curves = [name for name in (*task.METRICS, *CURVES) if name in metrics[0]]
     data = {
@@ -53,7 +55,7 @@ def write_page(folder, args, task, result, heldout, before, after) -> Path:
         "samples": read_jsonl(folder / "samples.jsonl"),
         "heldout": [{"prompt": e.prompt, "before": b, "after": a} for e, b, a in list(zip(heldout, before, after))[:6]],
     }
-    template = (Path(__file__).parent / "page.html").read_text()
-    page = folder / "page.html"
-    page.write_text(template.replace("/*DATA*/", json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")))
-    return page
+    template = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
+    Path(result["page"]).write_text(
+        template.replace("/*DATA*/", json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")), encoding="utf-8"
+    )

@@ -53,8 +53,9 @@ def sample(model, tokenizer, prompts: list[str], response_length: int, temperatu
     prompt, prompt_mask = encode_prompts(tokenizer, prompts, model.device)
     if prompt.shape[1] + response_length > context_length(model):
         fail(
-            f"a prompt of {prompt.shape[1]} tokens and a response of {response_length} do not fit the model's context of "
-            f"{context_length(model)}; lower --response_length or leave long prompts out with --max_prompt_length"
+            f"a prompt of {prompt.shape[1]} tokens and {response_length} new ones do not fit the model's context of "
+            f"{context_length(model)}; leave long prompts out with --max_prompt_length, or allow fewer new tokens "
+            "(--response_length for responses, --critique_length for critiques)"
         )
     eos = torch.tensor(eos_ids(tokenizer, model), device=model.device)
     cache, attention, ids = DynamicCache(config=model.config), prompt_mask, prompt

@@ -32,7 +32,11 @@ def ensure(names, args, root, policy=None) -> dict[str, float]:
         stages["rm"][2].extend(["--model", policy])
     seconds = {}
     for name, (title, output, command) in stages.items():
-        if name in names and not output.is_file() and not latest_checkpoint(output):
+        if name not in names:
+            continue
+        if output.is_file() or latest_checkpoint(output):
+            print(f"{title}: {output} (made before; move it away to make it anew)", flush=True)
+        else:
             seconds[name] = run(title, command)
     return seconds
 

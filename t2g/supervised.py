@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from t2g.cli import fail
+from t2g.cli import fail, positive
 from t2g.policy import autocast, context_length, response_logits
 from t2g.rollout import Rollout, encode_prompts
 
@@ -35,10 +35,12 @@ def in_batches(pairs, batch_size, max_steps, seed, window=8):
     rng, queue, ready = random.Random(seed), list(pairs), []
     for _ in range(max_steps):
         if not ready:
-            while len(queue) < window * batch_size:
+            while len(queue) < batch_size:
                 queue += rng.sample(pairs, len(pairs))
             near, queue = sorted(queue[: window * batch_size], key=lambda p: len(p[0]) + len(p[1])), queue[window * batch_size :]
             ready = [near[i : i + batch_size] for i in range(0, len(near), batch_size)]
+            if len(ready[-1]) < batch_size:
+                queue = ready.pop() + queue
             rng.shuffle(ready)
         yield ready.pop()
 
@@ -75,7 +77,7 @@ def finetune(model, tokenizer, pairs, args, log, desc):
             logits, _ = response_logits(model, batch)
         loss = F.cross_entropy(logits[batch.mask].float(), batch.response[batch.mask])
         loss.backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm, error_if_nonfinite=True)
         rate = args.learning_rate * min(step / warmup, 1 - (step - 1) / args.max_steps)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -91,9 +93,8 @@ def finetune(model, tokenizer, pairs, args, log, desc):
 
 def add_flags(add):
     """The flags of supervised training, under the names of TRL's SFTConfig."""
-    add("--learning_rate", type=float, default=1e-5, help="peak learning rate, after warm-up")
-    add("--max_steps", type=int, default=200, help="optimiser steps")
-    add("--per_device_train_batch_size", type=int, default=8, help="sequences a step")
+    add("--learning_rate", type=positive(float), default=1e-5, help="peak learning rate, after warm-up")
+    add("--max_steps", type=positive(int), default=200, help="optimiser steps")
+    add("--per_device_train_batch_size", type=positive(int), default=8, help="sequences a step")
     add("--optimizer", choices=("adamw", "muon"), default="adamw", help="muon is for models that start from scratch")
-    add("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this norm")
-    add("--bf16", action="store_true", help="matrix products in bf16, weights in fp32")
+    add("--max_grad_norm", type=positive(float), default=1.0, help="gradients are clipped to this norm")

@@ -45,8 +45,10 @@ def test_the_main_job_ends_with_its_result_as_json(toy_run):
 
 
 def test_a_run_writes_its_config_and_a_line_of_known_metrics_a_step(toy_run):
-    assert json.loads((toy_run / "ppo" / "config.json").read_text())["kl_coef"] == 0.05
-    lines = [json.loads(line) for line in (toy_run / "ppo" / "metrics.jsonl").read_text().splitlines()]
+    flags = ("--critic", "rule", "--max_steps", 2, "--per_device_train_batch_size", 4, "--eval_samples", 4)
+    run("train_ppo", "--output_dir", toy_run / "ppo_rule", *flags)
+    assert json.loads((toy_run / "ppo_rule" / "config.json").read_text())["kl_coef"] == 0.05
+    lines = [json.loads(line) for line in (toy_run / "ppo_rule" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2]
     for line in lines:
         assert set(line) <= set(METRICS) | set(toy.METRICS)
@@ -97,8 +99,8 @@ def test_evaluation_of_policies_and_reward_model(toy_run):
 
 def test_the_summarize_task_runs_on_a_file_of_real_looking_text(toy_run, tmp_path):
     """The same scripts, another task: source and reference fields of a .jsonl file, the program as critic."""
-    row = {"text": "Ana lives in Porto and plans to learn chess.", "summary": "Ana, of Porto, wants to learn chess."}
-    (tmp_path / "posts.jsonl").write_text("\n".join(json.dumps(row) for _ in range(12)))
+    rows = [{"text": f"Ana, {age}, lives in Porto and plans to learn chess.", "summary": f"Ana is {age}."} for age in range(20, 32)]
+    (tmp_path / "posts.jsonl").write_text("\n".join(map(json.dumps, rows)))
     data = ("--task", "summarize", "--data", tmp_path / "posts.jsonl", "--source_field", "text", "--reference_field", "summary")
     short = ("--max_steps", 1, "--response_length", 12, "--per_device_train_batch_size", 2, "--eval_samples", 1)
     out = run("train_ppo", *data, "--policy", toy_run / "sft", "--critic", "rule", "--output_dir", tmp_path / "ppo", *short)
@@ -126,6 +128,7 @@ def refuse(monkeypatch, capsys):
 def test_bad_flags(refuse):
     assert "--max_steps" in refuse("train_ppo", "--max_steps", "0")
     assert "--learning_rat" in refuse("train_ppo", "--learning_rat", "1")
+    assert "between 0 and 1" in refuse("train_ppo", "--lam", "2")
     assert "no task 'toi'" in refuse("train_ppo", "--task", "toi")
 
 
@@ -152,6 +155,31 @@ def test_a_policy_without_chat_template_or_eos(refuse, toy_run, tmp_path, attrib
     tokenizer.save_pretrained(tmp_path / "model")
     flags = ("--critic", "rule", "--output_dir", tmp_path / "out", "--policy", tmp_path / "model")
     assert f"has no {name}" in refuse("train_ppo", *flags)
+
+
+def test_annotations_that_are_none(refuse, toy_run, tmp_path):
+    flags = ("--model", toy_run / "sft", "--output_dir", tmp_path / "rm", "--annotations", tmp_path / "notes.jsonl")
+    for text, sentence in (
+        ("[1]\n", "line 1 of"),
+        ('{"prompt": "a", "response": "b", "critique": "c", "good_spans": "d"}\n', "no usable good_spans, poor_spans"),
+        ('{"status": "failed"}\n', "the data set is empty"),
+    ):
+        (tmp_path / "notes.jsonl").write_text(text)
+        assert sentence in refuse("train_rm", *flags)
+    assert "exists already" in refuse("annotate", "--out", tmp_path / "notes.jsonl")
+
+
+def test_a_folder_that_is_no_run_is_left_alone(refuse, toy_run, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    flags = ("--critic", "rule", "--policy", toy_run / "sft", "--output_dir", tmp_path)
+    assert "holds something that is no run" in refuse("train_ppo", *flags)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_an_interval_needs_two_runs(refuse, toy_run):
+    assert "two runs" in refuse("eval", "seeds", toy_run / "ppo")
+    table = json.loads(run("eval", "seeds", toy_run / "ppo", toy_run / "ppo").splitlines()[-1])
+    assert table["coverage"]["after"]["seeds"] == 2
 
 
 def test_a_policy_that_is_nowhere(refuse, tmp_path):

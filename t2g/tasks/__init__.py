@@ -6,16 +6,19 @@ A task is a module t2g/tasks/NAME.py with
     critique(example, response) -> Feedback    the program as a critic, `--critic rule`
     score(example, response) -> dict           numbers that a response is judged by, averaged over held-out prompts
     METRICS                                    one sentence for each of these numbers
-    DEFAULTS                                   {script: {flag: default}}
+    DEFAULTS                                   optional: {script: {flag: default}}
     sft_pairs(args, examples)                  optional: (prompt, response) pairs in training order; by default the references
     new_model(seed)                            optional: a tokenizer and a model from scratch, for a task without a download
 """
 
+import argparse
 import importlib
+import os
 from pathlib import Path
 from typing import NamedTuple
 
-from t2g.cli import fail
+from t2g.cli import fail, positive
+from t2g.rollout import chat_text
 
 
 class Example(NamedTuple):
@@ -40,22 +43,25 @@ def add_flags(add):
     add("--data", help="examples: a .jsonl, .json or .parquet file or a hub id (the toy task makes its own)")
     add("--source_field", default="article", help="the field of --data that holds the text to work on")
     add("--reference_field", default="abstract", help="the field of --data that holds a good response")
+    add("--max_prompt_length", type=positive(int), help="examples with a longer prompt, in tokens, are left out and counted")
+    add("--bf16", action="store_true", help="matrix products in bf16, weights in fp32")
     add("--seed", type=int, default=0, help="seed of every random choice")
 
 
 def data_flags(args) -> list[str]:
-    """The flags that tell an earlier stage to read the same data."""
-    given = {"task": args.task, "seed": str(args.seed)}
+    """The flags that tell an earlier stage to work on the same data in the same way."""
+    given = {"task": args.task, "seed": args.seed, "max_prompt_length": args.max_prompt_length}
     if args.data:
         given |= {"data": args.data, "source_field": args.source_field, "reference_field": args.reference_field}
-    return [word for name, value in given.items() for word in (f"--{name}", value)]
+    flags = [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
+    return [*flags, "--bf16"] if args.bf16 else flags
 
 
 def short_enough(examples, tokenizer, max_prompt_length) -> list[Example]:
     """The examples whose prompt has at most max_prompt_length tokens, what is left out being counted on the console."""
     if not max_prompt_length:
         return examples
-    kept = [e for e in examples if len(tokenizer(e.prompt, add_special_tokens=False)["input_ids"]) <= max_prompt_length]
+    kept = [e for e in examples if len(tokenizer(chat_text(tokenizer, e.prompt))["input_ids"]) <= max_prompt_length]
     if not kept:
         fail(f"all {len(examples)} examples have prompts of more than {max_prompt_length} tokens; raise --max_prompt_length")
     print(f"{len(kept)} of {len(examples)} examples have prompts of at most {max_prompt_length} tokens; the others are left out")
@@ -63,7 +69,12 @@ def short_enough(examples, tokenizer, max_prompt_length) -> list[Example]:
 
 
 def parse(parser, script: str):
-    """The arguments of a script, under the defaults of its task: those for "all" scripts, then those for this one."""
-    task = get(parser.parse_known_args()[0].task)
-    parser.set_defaults(**task.DEFAULTS.get("all", {}), **task.DEFAULTS.get(script, {}))
-    return task, parser.parse_args()
+    """The arguments of a script under the defaults of its task, and that task."""
+    name = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    name.add_argument("--task", default=parser.get_default("task"))
+    task = get(name.parse_known_args()[0].task)
+    parser.set_defaults(**getattr(task, "DEFAULTS", {}).get(script, {}))
+    args = parser.parse_args()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        fail("this version works in one process; start it without --nproc_per_node")
+    return task, args

@@ -15,6 +15,7 @@ from pathlib import Path
 from t2g.align import quote_of
 from t2g.cli import fail
 from t2g.feedback import Feedback
+from t2g.log import read_jsonl
 from t2g.metrics import rouge_l
 from t2g.tasks import Example
 
@@ -32,9 +33,7 @@ METRICS = {
     "rouge_l": "F1 of ROUGE-L against the human summary",
 }
 DEFAULTS = {
-    "all": {},
-    "annotate": dict(num_samples=500, response_length=56),
-    "train_rm": dict(learning_rate=1e-5, max_steps=200, per_device_train_batch_size=8),
+    "annotate": dict(response_length=56),
     "train_ppo": dict(learning_rate=1e-5, max_steps=20, per_device_train_batch_size=4, gradient_accumulation_steps=2,
                       num_mini_batches=2, num_ppo_epochs=2, response_length=56, eval_samples=32),
     "eval": dict(response_length=56, eval_samples=32),
@@ -46,37 +45,51 @@ def load(args):
     if not args.data:
         fail("the task summarize needs --data: a .jsonl, .json or .parquet file, or a hub id")
     rows = read_rows(args.data)
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        fail(f"{args.data} must hold a list of objects, one an example")
     if not rows:
         fail(f"{args.data} holds no example")
     for field in (args.source_field, args.reference_field):
-        if field not in rows[0]:
+        if not any(field in row for row in rows):
             fail(f"{args.data} has no field {field!r}; it has {', '.join(rows[0])}: see --source_field and --reference_field")
-    examples = []
+    texts = {}  # each source once, so that none is both trained on and held out
     for row in rows:
-        source, reference = str(row[args.source_field]).strip(), str(row[args.reference_field]).strip()
-        if source:
-            examples.append(Example(INSTRUCTION.format(source), reference, {"source": source}))
+        source, reference = row.get(args.source_field), row.get(args.reference_field)
+        if isinstance(source, str) and isinstance(reference, str) and source.strip() and reference.strip():
+            texts.setdefault(source.strip(), reference.strip())
+    if len(texts) < len(rows):
+        print(f"{len(texts)} of {len(rows)} rows of {args.data} are of use; the others lack a text or have the same source")
+    if len(texts) < 2:
+        fail(f"{args.data} holds {len(texts)} usable example(s); training and measuring need at least two")
+    examples = [Example(INSTRUCTION.format(source), reference, {"source": source}) for source, reference in texts.items()]
     random.Random(0).shuffle(examples)
     count = max(1, round(HELDOUT_SHARE * len(examples)))
-    if len(examples) <= count:
-        fail(f"{args.data} holds {len(examples)} usable example(s); training and measuring need at least two")
     return examples[count:], examples[:count]
 
 
-def read_rows(data: str) -> list[dict]:
+def read_rows(data: str):
     path = Path(data)
-    if path.suffix in (".jsonl", ".json", ".parquet"):
-        if not path.is_file():
-            fail(f"there is no file {data}")
-        if path.suffix == ".parquet":
-            return needed("pyarrow.parquet", "a .parquet file").read_table(path).to_pylist()
+    if path.suffix in (".jsonl", ".json", ".parquet") and not path.is_file():
+        fail(f"there is no file {data}")
+    if path.suffix == ".jsonl":
+        return read_jsonl(path)
+    if path.suffix == ".json":
         try:
-            text = path.read_text()
-            return json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines() if line.strip()]
-        except ValueError as error:
-            fail(f"{data} is no {path.suffix} file: {error}")
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            fail(f"{data} is no .json file: {error}")
+    if path.suffix == ".parquet":
+        try:
+            return needed("pyarrow.parquet", "a .parquet file").read_table(path).to_pylist()
+        except (OSError, ValueError) as error:
+            fail(f"{data} is no .parquet file: {error}")
+    if path.exists():
+        fail(f"{data} is no .jsonl, .json or .parquet file")
     datasets = needed("datasets", f"{data} (no .jsonl, .json or .parquet file, so taken for a hub id)")
-    return list(datasets.load_dataset(data, split="train"))
+    try:
+        return list(datasets.load_dataset(data, split="train"))
+    except (OSError, ValueError) as error:
+        fail(f"the data set {data} could not be loaded: {str(error).splitlines()[0]}")
 
 
 def needed(module: str, what: str):
@@ -130,7 +143,7 @@ def critique(example, response: str) -> Feedback:
 
     for word in words:
         clean = not any(start < word.end() and word.start() < end for start, end in bad)
-        if clean and word[0].casefold() in reference and word[0].casefold() not in map(str.casefold, good) and len(word[0]) > 3:
+        if clean and stands_in(word[0], reference) and word[0].casefold() not in map(str.casefold, good) and len(word[0]) > 3:
             good.append(word[0])
     good = good[:MAX_GOOD]
     remarks.append(f"It rightly speaks of {', '.join(good)}." if good else "It has nothing of what matters.")
