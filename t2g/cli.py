@@ -21,7 +21,8 @@ def parser(doc: str) -> argparse.ArgumentParser:
     transformers.logging.disable_progress_bar()
 
     class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        pass
+        def _get_help_string(self, action):
+            return action.help if action.default in (None, False) else super()._get_help_string(action)
 
     return argparse.ArgumentParser(description=doc, formatter_class=Help, allow_abbrev=False)
 

@@ -1,5 +1,6 @@
 """The scripts as a stranger runs them: all stages in short, what they write, and one clear sentence for bad input."""
 
+import doctest
 import importlib
 import json
 import re
@@ -105,6 +106,14 @@ def test_the_summarize_task_runs_on_a_file_of_real_looking_text(toy_run, tmp_pat
     short = ("--max_steps", 1, "--response_length", 12, "--per_device_train_batch_size", 2, "--eval_samples", 1)
     out = run("train_ppo", *data, "--policy", toy_run / "sft", "--critic", "rule", "--output_dir", tmp_path / "ppo", *short)
     assert {"invented", "rouge_l"} <= set(json.loads(out.splitlines()[-1])["after"])
+
+
+@pytest.mark.slow
+def test_the_main_job_from_nothing(tmp_path):
+    """Every stage in full, each made by the one that needs it: minutes. Held-out summaries become fully right."""
+    result = json.loads(run("train_ppo", "--output_dir", tmp_path / "ppo").splitlines()[-1])
+    assert set(result["seconds"]) == {"sft", "annotate", "rm", "ppo"}
+    assert result["before"]["perfect"] <= 0.05 and result["after"]["perfect"] >= 0.35
 
 
 # ---- bad input: one sentence, exit code 2 ------------------------------------------------------------------------------
@@ -216,6 +225,16 @@ def test_readme_has_every_metric_as_the_glossary_explains_it():
     readme = (ROOT / "README.md").read_text()
     for name, meaning in {**METRICS, **toy.METRICS}.items():
         assert f"| `{name}` | {meaning} |" in readme, f"make README's table anew: python eval.py glossary (missing: {name})"
+
+
+def test_readme_example_gives_what_it_says():
+    assert doctest.testfile(str(ROOT / "README.md"), module_relative=False).failed == 0
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/RESULTS.md", "docs/DEVIATIONS.md"])
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / page).read_text()):
+        assert ((ROOT / page).parent / link).exists(), link
 
 
 def test_the_core_stays_small():
