@@ -51,7 +51,7 @@ METRICS = {
     "words": "words of the summary",
 }
 DEFAULTS = {
-    "train_sft": dict(learning_rate=0.01, max_steps=520, per_device_train_batch_size=32, optimizer="muon"),
+    "train_sft": dict(learning_rate=0.01, max_steps=640, per_device_train_batch_size=32, optimizer="muon"),
     "annotate": dict(num_samples=6000, response_length=40),
     "train_rm": dict(learning_rate=0.006, max_steps=900, per_device_train_batch_size=32, optimizer="muon"),
     "train_ppo": dict(learning_rate=5e-4, max_steps=45, per_device_train_batch_size=32, num_mini_batches=2, num_ppo_epochs=2,
@@ -75,7 +75,7 @@ def make_example(rng) -> Example:
         me[fact], other[fact] = rng.sample(VALUES[fact], 2)
     mine = [
         f"I am {me['age']} years old.",
-        f"I work as a {me['job']}.",
+        f"In town I serve as the {me['job']}.",
         f"I live in {me['city']}.",
         f"I miss my {me['relation']}.",
         f"I plan to {me['plan']}.",
@@ -111,11 +111,11 @@ def noisy_summary(example, rng) -> str:
 
 
 def sft_pairs(args, examples):
-    """Clean summaries for 70% of the steps, so that the model learns to bind facts to the writer, then noisy ones."""
+    """Clean summaries for three quarters of the steps, so that the model learns to bind facts to the writer, then noisy ones."""
     rng = random.Random(f"noise {args.seed}")
     n = args.max_steps * args.per_device_train_batch_size
     order = [rng.choice(examples) for _ in range(n)]
-    return [(e.prompt, e.reference if i < 0.7 * n else noisy_summary(e, rng)) for i, e in enumerate(order)]
+    return [(e.prompt, e.reference if i < 0.75 * n else noisy_summary(e, rng)) for i, e in enumerate(order)]
 
 
 # ---- the rule: a critic that knows the facts ---------------------------------------------------------------------------
