@@ -48,7 +48,7 @@ def test_the_main_job_ends_with_its_result_as_json(toy_run):
 def test_a_run_writes_its_config_and_a_line_of_known_metrics_a_step(toy_run):
     flags = ("--critic", "rule", "--max_steps", 2, "--per_device_train_batch_size", 4, "--eval_samples", 4)
     run("train_ppo", "--output_dir", toy_run / "ppo_rule", *flags)
-    assert json.loads((toy_run / "ppo_rule" / "config.json").read_text())["kl_coef"] == 0.05
+    assert json.loads((toy_run / "ppo_rule" / "config.json").read_text())["kl_coef"] == toy.DEFAULTS["train_ppo"]["kl_coef"]
     lines = [json.loads(line) for line in (toy_run / "ppo_rule" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2]
     for line in lines:
