@@ -33,10 +33,7 @@ def main():
     out = Path(args.out or f"runs/{args.task}/annotations.jsonl")
     if out.exists():
         cli.fail(f"{out} exists already; move it away or choose another --out")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        cli.fail(f"the folder {out.parent} cannot be made ({error.strerror}); choose another --out")
+    cli.make_folder(out.parent, "--out")
     stages.ensure(["sft"], args, out.parent, args.policy)
     start = time.perf_counter()
 

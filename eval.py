@@ -37,10 +37,10 @@ def policies(task, args) -> dict:
     """Each policy's scores on the same held-out prompts, sampled and greedy."""
     if not args.runs:
         stages.ensure(["sft", "ppo"], args, f"runs/{args.task}")
-    rows = {}
+    rows, examples = {}, task.load(args)[1]
     for run in args.runs or [f"runs/{args.task}/sft", f"runs/{args.task}/ppo"]:
         tokenizer, model = policy.load(run, policy.device())
-        heldout = tasks.short_enough(task.load(args)[1], tokenizer, args.max_prompt_length)[: args.eval_samples]
+        heldout = tasks.short_enough(examples, tokenizer, args.max_prompt_length)[: args.eval_samples]
         rows[run], _ = evaluate(task, model, tokenizer, heldout, args.response_length, args.bf16, run, args.seed)
     print_table(rows, next(iter(rows.values())))
     return rows

@@ -52,6 +52,14 @@ def between(low, high):
     return convert
 
 
+def make_folder(path, flag: str):
+    """The folder and those above it, unless they are there; flag is the one to change if that cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"the folder {path} cannot be made ({error.strerror}); choose another {flag}")
+
+
 def fresh_folder(path) -> Path:
     """An empty folder at path. An earlier run that stands there is moved aside; a folder of anything else is left alone."""
     path = Path(path).resolve()
@@ -62,7 +70,7 @@ def fresh_folder(path) -> Path:
             aside = next(p for n in itertools.count(1) if not (p := path.with_name(f"{path.name}.{n}")).exists())
             path.rename(aside)
             print(f"{path} held an earlier run: moved to {aside}", flush=True)
-        path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        fail(f"the folder {path} cannot be made ({error.strerror}); choose another --output_dir")
+        fail(f"the folder {path} cannot be used ({error.strerror}); choose another --output_dir")
+    make_folder(path, "--output_dir")
     return path

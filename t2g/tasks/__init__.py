@@ -61,7 +61,9 @@ def short_enough(examples, tokenizer, max_prompt_length) -> list[Example]:
     """The examples whose prompt has at most max_prompt_length tokens, what is left out being counted on the console."""
     if not max_prompt_length:
         return examples
-    kept = [e for e in examples if len(tokenizer(chat_text(tokenizer, e.prompt))["input_ids"]) <= max_prompt_length]
+    chats = [chat_text(tokenizer, example.prompt) for example in examples]
+    lengths = map(len, tokenizer(chats, add_special_tokens=False)["input_ids"])  # as encode_prompts counts them
+    kept = [example for example, length in zip(examples, lengths) if length <= max_prompt_length]
     if not kept:
         fail(f"all {len(examples)} examples have prompts of more than {max_prompt_length} tokens; raise --max_prompt_length")
     print(f"{len(kept)} of {len(examples)} examples have prompts of at most {max_prompt_length} tokens; the others are left out")
