@@ -3,7 +3,8 @@
     python annotate.py                                                 # the toy: 6000 samples, criticised by its rule
     python annotate.py --task summarize --policy MODEL --data posts.jsonl --num_samples 500 --out runs/posts/annotations.jsonl
 
-Each line of --out: {"id", "prompt", "response", "critique", "good_spans", "poor_spans", "status", "reason"}.
+Each line of --out: {"id", "prompt", "response", "critique", "good_spans", "poor_spans", "status", "reason"}. With --severity, a
+span is {"text": ..., "severity": ...} where the critic says how much it matters.
 """
 
 import json
@@ -29,6 +30,7 @@ def main():
     add("--num_samples", type=cli.positive(int), default=500, help="responses to sample and criticise")
     add("--response_length", type=cli.positive(int), default=64, help="most tokens of a response")
     add("--temperature", type=cli.positive(float), default=1.0, help="sampling temperature")
+    add("--severity", action="store_true", help="keep how bad or good each quote is, where the critic says so")
     task, args = tasks.parse(parser, "annotate")
     out = Path(args.out or f"runs/{args.task}/annotations.jsonl")
     if out.exists():
@@ -44,6 +46,8 @@ def main():
     sampling = dict(temperature=args.temperature, bf16=args.bf16)
     texts, _ = respond(model, tokenizer, [e.prompt for e in chosen], args.response_length, 128, "sampling to annotate", **sampling)
     feedback = critics.rule_critic(task)(chosen, texts)
+    if not args.severity:
+        feedback = [f.plain() for f in feedback]
 
     unfinished = out.with_suffix(".unfinished")
     with open(unfinished, "w", encoding="utf-8") as file:

@@ -4,6 +4,7 @@ python eval.py                                                     # the toy's t
 python eval.py policy runs/toy/sft runs/toy/ppo runs/toy/ppo_scalar
 python eval.py rm                                                  # precision and recall of the toy's reward model
 python eval.py seeds runs/toy/ppo runs/toy-1/ppo runs/toy-2/ppo    # mean and 95% interval over runs of several seeds
+python eval.py alignment --data FILE [TOKENIZER ...]               # do quotes find the spans that people marked?
 python eval.py glossary                                            # every metric that train_ppo.py logs, and its formula
 """
 
@@ -12,8 +13,9 @@ from pathlib import Path
 
 import torch
 
-from t2g import cli, critics, policy, stages, tasks
-from t2g.log import METRICS
+from t2g import cli, critics, families, human_spans, policy, stages, tasks
+from t2g.align import MATCH_KINDS
+from t2g.log import METRICS, read_jsonl
 from t2g.metrics import evaluate, mean_interval, span_card
 from t2g.rollout import respond
 
@@ -21,8 +23,12 @@ from t2g.rollout import respond
 def main():
     parser = cli.parser(__doc__)
     add = parser.add_argument
-    add("what", nargs="?", choices=("policy", "rm", "seeds", "glossary"), default="policy", help="what to do")
-    add("runs", nargs="*", help="policy: the policies to measure; rm: the reward model; seeds: folders of train_ppo.py")
+    add("what", nargs="?", choices=list(WHAT), default="policy", help="what to do")
+    add(
+        "runs",
+        nargs="*",
+        help="policy: the policies to measure; rm: the reward model; seeds: folders of train_ppo.py; alignment: tokenizers",
+    )
     tasks.add_flags(add)
     add("--policy", help="rm: whose responses are criticised; runs/TASK/sft if not given")
     add("--response_length", type=cli.positive(int), default=64, help="most tokens of a response")
@@ -30,7 +36,7 @@ def main():
     add("--eval_samples", type=cli.positive(int), default=256, help="held-out prompts")
     task, args = tasks.parse(parser, "eval")
     torch.manual_seed(args.seed)
-    print(json.dumps({"policy": policies, "rm": reward_model, "seeds": seeds, "glossary": glossary}[args.what](task, args)))
+    print(json.dumps(WHAT[args.what](task, args)))
 
 
 def policies(task, args) -> dict:
@@ -78,6 +84,33 @@ def seeds(task, args) -> dict:
     return table
 
 
+def alignment(task, args) -> dict:
+    """What quotes mark, against spans that people marked: as t2g/human_spans.py measures it."""
+    if not args.data:
+        cli.fail("alignment needs --data: responses with spans that people marked; the head of t2g/human_spans.py lists the forms")
+    responses, verbatim = human_spans.read(read_jsonl(args.data), args.data)
+    found = human_spans.how_found(responses)
+    print_table({"share of quotes": found}, list(found)[1:])
+    if not verbatim:
+        corrections = human_spans.against_corrections(responses)
+        print_table(corrections, ("quotes", "changed", "by_chance"))
+        return {"quotes": found, "corrections": corrections}
+    if args.runs:
+        tokenizers = {Path(name).name: families.load(name) for name in args.runs}
+    else:
+        texts = [marked.text for marked in responses]
+        tokenizers = {name: train(texts) for name, train in families.FAMILIES.items()}
+    rules, garbled = human_spans.rules_for_ambiguous_quotes(responses), human_spans.garbled_quotes(responses, args.seed)
+    tokens = {name: human_spans.tokens_marked(responses, tokenizer) for name, tokenizer in tokenizers.items()}
+    print_table(rules, ("precision", "recall"))
+    print_table(garbled["ways"], MATCH_KINDS)
+    print_table(garbled["found"], ("right place", "right characters"))
+    for name in ("verbatim", "all"):
+        print(f"\ntokens of {name} quotes")
+        print_table({key: table[name] for key, table in tokens.items()}, ("marked", "wrong", "human", "missed"))
+    return {"quotes": found, "rules": rules, "garbled": garbled, "tokenizers": tokens}
+
+
 def glossary(task, args) -> dict:
     """The Markdown table of README: every metric and its formula."""
     table = METRICS | task.METRICS
@@ -90,8 +123,11 @@ def print_table(rows, columns):
     width = max(10, *(len(name) + 2 for name in rows))
     print(f"\n{'':24}" + "".join(f"{name:>{width}}" for name in rows))
     for column in columns:
-        print(f"{column:24}" + "".join(f"{row[column]:{width}.3f}" for row in rows.values()))
+        cells = [row[column] for row in rows.values()]
+        print(f"{column:24}" + "".join(f"{cell:{width}}" if isinstance(cell, int) else f"{cell:{width}.3f}" for cell in cells))
 
+
+WHAT = {"policy": policies, "rm": reward_model, "seeds": seeds, "alignment": alignment, "glossary": glossary}
 
 if __name__ == "__main__":
     main()

@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from t2g import cli, critics, policy, report, stages, tasks
-from t2g.align import MATCH_KINDS, resolve, span_rewards, token_offsets
+from t2g import ablations, cli, critics, policy, report, stages, tasks
+from t2g.align import MATCH_KINDS, SPAN_WEIGHTS, resolve, span_rewards, token_offsets
 from t2g.log import Logger, peak_memory_gib, write_json
-from t2g.metrics import evaluate, mean_scores
+from t2g.metrics import evaluate, mean_scores, shift
 from t2g.policy import Policy, autocast, now, response_logits, token_stats
 from t2g.ppo import AdaptiveKL, gae, kl_penalty, masked_mean, masked_variance, policy_loss, value_loss, whiten
 from t2g.rollout import sample
@@ -37,6 +37,14 @@ def parse_args():
     add("--critique_length", type=cli.positive(int), default=200, help="most tokens of a critique of the reward model")
     add("--output_dir", help="where the run goes; runs/TASK/ppo if not given")
     add("--reward", choices=("span", "scalar"), default="span", help="rewards at the spans' tokens, or their sum at the last token")
+    add("--span_weights", choices=list(SPAN_WEIGHTS), default="uniform", help="how a span's score is shared out among its tokens")
+    add(
+        "--span_noise",
+        type=ablations.kind_and_rate,
+        metavar="KIND:RATE",
+        help="spoil this share of the spans, for studies of a wrong critic: flip, drop, shift or random",
+    )
+    add("--dense", action="store_true", help="grow the spans until most words are labelled, the paper's ablation")
     add("--max_steps", type=cli.positive(int), default=100, help="rollouts, each followed by one update")
     add("--num_ppo_epochs", type=cli.positive(int), default=4, help="passes over a rollout")
     add("--num_mini_batches", type=cli.positive(int), default=2, help="optimiser steps a pass")
@@ -92,6 +100,7 @@ def main():
     train, heldout = (tasks.short_enough(part, tokenizer, args.max_prompt_length) for part in task.load(args))
     heldout = heldout[: args.eval_samples]
     prompt_rng = random.Random(f"ppo {args.seed}")  # not that of annotate.py: the reward model must judge new prompts
+    noise_rng = random.Random(f"noise {args.seed}")
     kl_controller = AdaptiveKL(args.kl_coef, args.kl_target, args.kl_horizon)
     optimizer = torch.optim.AdamW(actor.parameters(), lr=args.learning_rate, weight_decay=0.0)
     log = Logger(cli.fresh_folder(args.output_dir), args, task.METRICS, args.tensorboard)
@@ -117,7 +126,7 @@ def main():
         clock.append(now())
 
         # 3. Spans -> token rewards delta in {-1, 0, +1}.
-        delta, quotes = token_rewards(tokenizer, rollout, feedback)
+        delta, quotes = token_rewards(tokenizer, rollout, feedback, args, noise_rng)
 
         # 4. KL penalty: r_t = delta_t - kl_coef KL_t, and what the policy and V were before the update.
         old_logprobs, entropy, old_values, kl = score(actor, reference, rollout, args)
@@ -135,14 +144,19 @@ def main():
         stats = update(actor, optimizer, rollout, batch, args) if mask.any() else {}
         clock.append(now())
 
-        # 7. Steer the KL coefficient, and write down what happened.
+        # 7. Steer the KL coefficient, and write down what happened: first of all, whether the criticised tokens moved.
+        change = (response_logprobs(actor, rollout, args) - old_logprobs) * mask
+        clock.append(now())
+        stats |= shift(change, delta, mask)
         stats |= summary(rollout, mask, delta, quotes, kl, entropy, old_values, returns, clock)
         stats |= {"kl_coef": kl_controller.value, "learning_rate": optimizer.param_groups[0]["lr"]}
         if mask.any():
             kl_controller.update(stats["kl"], len(rollout))
         log(step, stats | mean_scores(task, examples, rollout.texts))
-        pages.add(step, tokenizer, examples, rollout, feedback, delta=delta, kl=kl, value=old_values, advantage=whitened)
-        bar.set_postfix_str("reward {reward:+.2f} kl {kl:.2f} poor {tokens_poor:.1%} tokens {response_tokens:.0f}".format(**stats))
+        at_tokens = dict(delta=delta, kl=kl, value=old_values, advantage=whitened, shift=change)
+        pages.add(step, tokenizer, examples, rollout, feedback, **at_tokens)
+        line = "reward {reward:+.2f} kl {kl:.2f} | log pi: good {shift_good:+.3f} rest {shift_rest:+.3f} poor {shift_poor:+.3f}"
+        bar.set_postfix_str(line.format(**stats))
 
     policy.save(model, tokenizer, args.output_dir, args.max_steps, actor.value_head)
     after, texts_after = evaluate(task, model, tokenizer, heldout, **measure, desc="after")
@@ -156,15 +170,16 @@ def main():
     print(f"\npolicy: {args.output_dir}/checkpoint-{args.max_steps}\npage:   {result['page']}\n{json.dumps(result)}")
 
 
-def token_rewards(tokenizer, rollout, feedback):
+def token_rewards(tokenizer, rollout, feedback, args, rng):
     """delta (B, T) from each sample's feedback, and how many quotes were found in which way."""
     delta, counts = torch.zeros(rollout.mask.shape), dict.fromkeys((*MATCH_KINDS, "ambiguous"), 0)
     for row, (text, said) in enumerate(zip(rollout.texts, feedback)):
         if said is None:
             continue
-        spans, found = resolve(text, said)
+        spans, found = resolve(text, said, severities=args.span_weights == "severity")
+        spans = ablations.change(spans, text, args, rng)
         offsets = token_offsets(tokenizer, rollout.response[row][rollout.mask[row]].tolist())
-        delta[row, : len(offsets)] = span_rewards(offsets, spans)
+        delta[row, : len(offsets)] = span_rewards(offsets, spans, args.span_weights)
         counts = {kind: counts[kind] + found[kind] for kind in counts}
     return delta.to(rollout.response.device), counts
 
@@ -200,6 +215,16 @@ def score(actor, reference, rollout, args):
             kl = kl_penalty(logprobs, token_stats(ref_logits, some, args.temperature)[0], args.kl_estimator)
         parts.append((logprobs, entropy, values, kl))
     return [torch.cat(column) for column in zip(*parts)]
+
+
+@torch.no_grad()
+def response_logprobs(actor, rollout, args):
+    """log pi (B, T) of the response tokens under the policy as it is now, by one more forward pass."""
+    parts = []
+    for rows in torch.arange(len(rollout)).split(args.per_device_train_batch_size):
+        with autocast(args.bf16):
+            parts.append(actor(rollout.rows(rows), args.temperature).logprobs)
+    return torch.cat(parts)
 
 
 def update(actor, optimizer, rollout, batch, args):
@@ -253,7 +278,7 @@ def summary(rollout, mask, delta, quotes, kl, entropy, values, returns, clock):
         "eos_rate": rollout.finished.float().mean().item(),
         "unparsable": 1 - mask.any(1).float().mean().item(),
         **{f"quotes_{kind}": count / quote_count for kind, count in quotes.items()},
-        **{f"seconds_{part}": s for part, s in zip(("rollout", "critique", "score", "update"), seconds)},
+        **{f"seconds_{part}": s for part, s in zip(("rollout", "critique", "score", "update", "shift"), seconds)},
         "seconds": clock[-1] - clock[0],
         "peak_memory_gib": peak_memory_gib(),
     }

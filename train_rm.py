@@ -12,27 +12,32 @@ from pathlib import Path
 
 import torch
 
-from t2g import cli, policy, stages, supervised, tasks
+from t2g import ablations, cli, policy, stages, supervised, tasks
 from t2g.feedback import Feedback, FeedbackError, reward_prompt
 from t2g.log import Logger, read_jsonl
 
 FIELDS = {"prompt": str, "response": str, "critique": str, "good_spans": list, "poor_spans": list}
 
 
-def read_pairs(path):
-    """(prompt, z) pairs from annotations whose status is "ok"; each z is one that the parser will take."""
+def read_pairs(path, no_critique=False, dense=False):
+    """(prompt, z) pairs from annotations whose status is "ok"; each z is one that the parser will take.
+
+    Two ablations of the paper: z without its critique, or with dense labels.
+    """
     pairs, records = [], read_jsonl(path)
     for number, record in enumerate(records, 1):
         if record.get("status", "ok") != "ok":
             continue
         if wrong := [name for name, kind in FIELDS.items() if not isinstance(record.get(name), kind)]:
             cli.fail(f"record {number} of {path} has no usable {', '.join(wrong)}; see annotate.py for the fields")
-        z = Feedback(record["critique"], record["good_spans"], record["poor_spans"]).render()
+        critique = "" if no_critique else record["critique"]
         try:
-            Feedback.parse(z)
+            feedback = Feedback.parse(Feedback(critique, record["good_spans"], record["poor_spans"]).render())
         except FeedbackError as error:
             cli.fail(f"record {number} of {path} is no feedback: {error}")
-        pairs.append((reward_prompt(record["prompt"], record["response"]), z))
+        if dense:
+            feedback = ablations.dense_feedback(record["response"], feedback)
+        pairs.append((reward_prompt(record["prompt"], record["response"]), feedback.render()))
     print(f"{len(pairs)} of {len(records)} annotations are of use")
     return pairs
 
@@ -47,6 +52,8 @@ def main():
     )
     add("--annotations", help="records as annotate.py writes them; annotations.jsonl beside --output_dir if not given")
     add("--output_dir", help="where the run goes; runs/TASK/rm if not given")
+    add("--no_critique", action="store_true", help="learn the span map alone, the paper's ablation")
+    add("--dense", action="store_true", help="learn dense labels, most words good or poor, the paper's ablation")
     supervised.add_flags(add)
     _, args = tasks.parse(parser, "train_rm")
     args.output_dir = args.output_dir or f"runs/{args.task}/rm"
@@ -56,7 +63,7 @@ def main():
     start = time.perf_counter()
 
     torch.manual_seed(args.seed)
-    pairs = read_pairs(args.annotations or root / "annotations.jsonl")
+    pairs = read_pairs(args.annotations or root / "annotations.jsonl", args.no_critique, args.dense)
     random.Random(args.seed).shuffle(pairs)
     tokenizer, model = policy.load(args.model or root / "sft", policy.device())
     log = Logger(cli.fresh_folder(args.output_dir), args)

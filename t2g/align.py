@@ -7,24 +7,29 @@ canonical tokenisation of its own text. The written rules:
 
 1. A quote is looked for as it stands; if it is nowhere, up to white space, quotation marks and case; if it is still nowhere,
    by the closest match above FUZZY_THRESHOLD. Each way is counted apart, and a quote that is nowhere rewards nothing.
-2. Of a quote that stands in several places, good marks the first one, for nobody is paid twice for saying a thing twice, and
-   poor marks them all. A place that cuts a word in two counts only if there is no other.
-3. A token takes the lowest score of the spans that it overlaps: poor wins over good. No span, no reward.
+2. Of a quote that stands in several places, good marks the first one and poor the last one: saying a thing twice is paid once,
+   and what people fault in a text that repeats itself is the repetition. A quote that is given k times marks k places. A place
+   that cuts a word in two counts only if there is no other.
+3. A token takes the lowest score of the spans that it overlaps: poor wins over good. No span, no reward. White space at the
+   ends of a quote marks nothing, for the space before a word is part of that word's token.
 """
 
 import itertools
 import os.path
 import re
-from collections import Counter
+import weakref
+from collections import Counter, defaultdict
+from functools import lru_cache
 
 import numpy as np
 import torch
 from rapidfuzz import fuzz
 
-from t2g.feedback import Feedback, Span
+from t2g.feedback import Feedback, Span, quoted
 
 FUZZY_THRESHOLD = 90.0  # percent, rapidfuzz's partial ratio
 FUZZY_MIN_CHARS = 8  # shorter quotes resemble too much
+SPAN_DECAY = 0.8  # of the weight, from token to token
 MATCH_KINDS = ("exact", "normalised", "fuzzy", "lost")
 SAME_MARK = str.maketrans({**dict.fromkeys("“”„«»", '"'), **dict.fromkeys("‘’‚`´", "'"), **dict.fromkeys("–—", "-")})
 
@@ -45,23 +50,48 @@ def token_offsets(tokenizer, ids) -> list[tuple[int, int]]:
     re-encoded text.
 
     Args: ids, the T token ids as sampled. Returns: T pairs (start, end), in characters.
-    Cost: a short decode for each different token; a run of byte fragments costs the square of its own length.
+    Cost: one decode, and a short one or two for each token that this tokenizer was never asked about before; a run of byte
+    fragments costs the square of its own length.
     """
     ids = [int(i) for i in ids]
-    text = response_text(tokenizer, ids)
-    alone = {i: response_text(tokenizer, [i]) for i in set(ids)}
-    special = {i for i in alone if not alone[i] and tokenizer.decode([i], skip_special_tokens=False)}
-    # Decoders treat the first token in their own way (its space is dropped, say): read each one behind a common word.
-    anchor = [i for i in alone if alone[i].strip() and "\ufffd" not in alone[i]][:1]
-    skip = len(alone[anchor[0]]) if anchor else 0
-    pieces = {i: response_text(tokenizer, [*anchor, i])[skip:] for i in alone}
-
-    written = _offsets_of_written(tokenizer, text, [i for i in ids if i not in special], anchor, pieces)
-    offsets, rest = [], iter(written)
+    anchor, pieces = _pieces(tokenizer, ids)
+    written = [i for i in ids if pieces[i] is not None]
+    rest = iter(_offsets_of_written(tokenizer, response_text(tokenizer, ids), written, anchor, pieces))
+    offsets, end = [], 0
     for i in ids:
-        end = offsets[-1][1] if offsets else 0
-        offsets.append((end, end) if i in special else next(rest))
+        offsets.append((end, end) if pieces[i] is None else next(rest))
+        end = offsets[-1][1]
     return offsets
+
+
+_KNOWN = weakref.WeakKeyDictionary()  # tokenizer -> (anchor, pieces): what it said once need not be asked again
+
+
+def _pieces(tokenizer, ids):
+    """A word to read tokens behind, [] if there is none, and what each token writes behind it; None for special tokens.
+
+    Decoders treat the first token of a text in their own way (its space is dropped, say), hence the word.
+    """
+    if tokenizer not in _KNOWN:
+        _KNOWN[tokenizer] = _anchor(tokenizer), {}
+    anchor, pieces = _KNOWN[tokenizer]
+    new = set(ids) - pieces.keys()
+    skip = len(response_text(tokenizer, anchor)) if new else 0
+    for i in new:
+        special = not response_text(tokenizer, [i]) and tokenizer.decode([i], skip_special_tokens=False)
+        pieces[i] = None if special else response_text(tokenizer, [*anchor, i])[skip:]
+    return anchor, pieces
+
+
+def _anchor(tokenizer):
+    for i in range(10_000):
+        try:
+            word = response_text(tokenizer, [i]).strip()
+        except LookupError:  # a vocabulary of less than that
+            break
+        if len(word) > 1 and word.isalpha():
+            return [i]
+    return []
 
 
 def _offsets_of_written(tokenizer, text, ids, anchor, pieces):
@@ -144,18 +174,27 @@ def find(text: str, quote: str) -> tuple[str, list[tuple[int, int]]]:
     def back(start, end):
         return origin[start][0], origin[end - 1][1]
 
-    if places := _occurrences(plain_text, plain_quote):
-        return "normalised", _whole_words(text, list(dict.fromkeys(back(*place) for place in places)))
-    if FUZZY_MIN_CHARS <= len(plain_quote) <= len(plain_text) / (FUZZY_THRESHOLD / 100):
-        match = fuzz.partial_ratio_alignment(plain_quote, plain_text, score_cutoff=FUZZY_THRESHOLD)
-        if match and match.dest_end > match.dest_start:
-            start, end = back(match.dest_start, match.dest_end)
-            while start > 0 and text[start].isalnum() and text[start - 1].isalnum():
-                start -= 1
-            while end < len(text) and text[end - 1].isalnum() and text[end].isalnum():
-                end += 1
-            return "fuzzy", [(start, end)]
+    for wanted in (plain_quote, unwrapped := plain_quote.strip("\"' ")):
+        if wanted and (places := _occurrences(plain_text, wanted)):
+            return "normalised", _whole_words(text, list(dict.fromkeys(back(*place) for place in places)))
+    if place := _closest(plain_text, unwrapped):
+        return "fuzzy", [back(*place)]
     return "lost", []
+
+
+def _closest(text, quote):
+    """The range of whole words of text that is most like quote, None if none is like enough."""
+    if not FUZZY_MIN_CHARS <= len(quote) <= len(text) / (FUZZY_THRESHOLD / 100):
+        return None
+    match = fuzz.partial_ratio_alignment(quote, text, score_cutoff=FUZZY_THRESHOLD)
+    if not match or match.dest_start == match.dest_end:
+        return None
+    words = [word.span() for word in re.finditer(r"\w+", text)]
+    first = sum(end <= match.dest_start for _, end in words)  # the first word that the match touches, and the one behind it
+    behind = sum(start < match.dest_end for start, _ in words)
+    starts, ends = words[max(first - 1, 0) : first + 2], words[max(behind - 2, 0) : behind + 1]
+    windows = [(start, end) for start, _ in starts for _, end in ends if start < end]
+    return max(windows, key=lambda window: fuzz.ratio(quote, text[slice(*window)]), default=None)
 
 
 def _occurrences(text, quote):
@@ -175,6 +214,7 @@ def _whole_words(text, places):
     return [place for place in places if not cuts_a_word(*place)] or places
 
 
+@lru_cache(maxsize=32)  # all quotes of a response are looked for in the same text
 def _normalise(text) -> tuple[str, list[tuple[int, int]]]:
     """Text with one space for white space, plain quotation marks and no case; and each character's range in the original."""
     out, origin = [], []
@@ -198,42 +238,75 @@ def quote_of(text: str, start: int, end: int) -> str:
     return text[start:end]
 
 
-def resolve(text: str, feedback: Feedback) -> tuple[list[Span], Counter]:
-    """The spans that feedback marks in text, +1 for good quotes and -1 for poor ones, and counts of how they were found.
+def resolve(text: str, feedback: Feedback, severities=False) -> tuple[list[Span], Counter]:
+    """The spans that feedback marks in text, and counts of how its quotes were found.
 
-    The counts: one per quote under its kind of match, and "ambiguous" for each quote that stands in several places.
+    The score is +1 for good quotes and -1 for poor ones, times the severity that the feedback gives if severities are asked for.
+    The counts: each quote under its kind of match, and "ambiguous" if it stands in more places than it was given times.
     """
     spans, counts = [], Counter()
-    for quotes, score in ((feedback.good, 1.0), (feedback.poor, -1.0)):
+    for sign, quotes in ((1.0, feedback.good), (-1.0, feedback.poor)):
+        given = defaultdict(list)
         for quote in quotes:
+            quote, severity = quoted(quote)
+            given[quote].append(sign * severity if severities else sign)
+        for quote, scores in given.items():
             kind, places = find(text, quote)
-            counts[kind] += 1
-            counts["ambiguous"] += len(places) > 1
-            spans += [Span(start, end, score) for start, end in (places if score < 0 else places[:1])]
+            counts[kind] += len(scores)
+            counts["ambiguous"] += len(scores) if len(places) > len(scores) else 0
+            places = places[: len(scores)] if sign > 0 else places[-len(scores) :]
+            spans += [Span(*_without_space(text, *place), score) for place, score in zip(places, scores)]
     return spans, counts
+
+
+def _without_space(text, start, end):
+    place = text[start:end]
+    return end - len(place.lstrip()), start + len(place.rstrip())
 
 
 # ---- the meeting of the two ----------------------------------------------------------------------------------------------
 
 
-def span_rewards(offsets, spans) -> torch.Tensor:
-    """delta: the reward of each token, the lowest score of the spans that its characters overlap, 0 if there is none.
+SPAN_WEIGHTS = {  # what the tokens of a span of n tokens weigh, from the first one on
+    "uniform": lambda n: np.ones(n),  # the paper's
+    "severity": lambda n: np.ones(n),  # with the scores that the feedback gives
+    "first": lambda n: np.ones(1),
+    "inverse_length": lambda n: np.full(n, 1 / n),
+    "decayed": lambda n: SPAN_DECAY ** np.arange(n),
+}
 
-    Args: offsets, T half-open ranges; spans, (start, end, score) with score in [-1, 1]. Returns: (T,) float32.
-    Raises: ValueError for a span that is empty, reversed or outside the text, or a score that is no number in [-1, 1].
+
+def span_rewards(offsets, spans, weights="uniform") -> torch.Tensor:
+    """delta: the reward of each token, the lowest one of the spans that its characters overlap, 0 if there is none.
+
+        delta_t = min over spans s around t of score_s w(k, n)            t is token k of the n tokens of s
+
+    Args: offsets, T half-open ranges in order; spans, (start, end, score) with score in [-1, 1]; weights, a key of SPAN_WEIGHTS.
+    Returns: (T,) float32.
+    Raises: ValueError for a span that is empty, reversed or outside the text, or a score that is no number in [-1, 1], or
+        offsets that are out of order.
 
     >>> span_rewards([(0, 3), (3, 6), (6, 9), (9, 9)], [(0, 9, 1.0), (4, 7, -1.0)])
     tensor([ 1., -1., -1.,  0.])
     """
-    starts, ends = np.asarray(offsets, dtype=np.int64).reshape(-1, 2).T
+    ranges = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
+    written = np.flatnonzero(ranges[:, 0] < ranges[:, 1])
+    starts, ends = ranges[written].T
+    if (np.diff(starts) < 0).any() or (np.diff(ends) < 0).any():
+        raise ValueError("the offsets of the tokens are out of order")
     length = ends.max(initial=0)
-    delta = np.full(len(starts), np.inf, dtype=np.float32)
+    delta = np.full(len(written), np.inf, dtype=np.float32)
     for start, end, score in spans:
         if not 0 <= start < end <= length:
             raise ValueError(f"the span ({start}, {end}) is empty, reversed or outside the text of {length} characters")
         if not -1 <= score <= 1:
             raise ValueError(f"the score {score} of the span ({start}, {end}) is no number in [-1, 1]")
-        overlap = (starts < end) & (ends > start) & (starts < ends)
-        delta[overlap] = np.minimum(delta[overlap], score)
-    delta[np.isinf(delta)] = 0
-    return torch.from_numpy(delta)
+    marks = np.asarray(spans, dtype=np.float64).reshape(-1, 3)
+    first = np.searchsorted(ends, marks[:, 0], side="right")
+    behind = np.searchsorted(starts, marks[:, 1], side="left")
+    for token, n, score in zip(first, behind - first, marks[:, 2]):
+        values = score * SPAN_WEIGHTS[weights](n) if n else np.zeros(0)
+        delta[token : token + len(values)] = np.minimum(delta[token : token + len(values)], values)
+    rewards = np.zeros(len(ranges), dtype=np.float32)
+    rewards[written] = np.where(np.isinf(delta), 0, delta)
+    return torch.from_numpy(rewards)

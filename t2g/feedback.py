@@ -4,10 +4,10 @@
                                                    {"good": [" Porto"], "poor": [" 27"]}
 
 The critique comes first, so that a model reasons before it marks (Text2Grad, sec. 3.2); the span map is one line of JSON.
-Neutral text is never marked. This module knows nothing of tokens: see align.py.
+Neutral text is never marked. A quote is a text, or {"text": ..., "severity": ...} where the critic says how much it matters.
+This module knows nothing of tokens: see align.py.
 """
 
-import itertools
 import json
 import re
 from dataclasses import dataclass, field
@@ -41,8 +41,8 @@ class Feedback:
     """
 
     critique: str
-    good: list[str] = field(default_factory=list)
-    poor: list[str] = field(default_factory=list)
+    good: list[str | dict] = field(default_factory=list)
+    poor: list[str | dict] = field(default_factory=list)
 
     def render(self) -> str:
         """z: the critique, a line break, and the span map as one line of JSON."""
@@ -50,7 +50,7 @@ class Feedback:
 
     @classmethod
     def parse(cls, z: str) -> "Feedback":
-        """The inverse of render(), and strict: the last line must be {"good": [...], "poor": [...]} with texts inside.
+        """The inverse of render(), and strict: the last line must be {"good": [...], "poor": [...]} with quotes inside.
 
         Raises: FeedbackError, and nothing else, for any other text.
         """
@@ -64,11 +64,33 @@ class Feedback:
         if not isinstance(span_map, dict) or span_map.keys() != {"good", "poor"}:
             raise FeedbackError('the span map must be a JSON object with the keys "good" and "poor", and no other')
         for key, quotes in span_map.items():
-            if not isinstance(quotes, list) or not all(isinstance(quote, str) for quote in quotes):
-                raise FeedbackError(f'"{key}" must be a list of texts')
-        if re.search("[\ud800-\udfff]", critique + "".join(itertools.chain(*span_map.values()))):
+            if not isinstance(quotes, list) or not all(map(_is_quote, quotes)):
+                raise FeedbackError(f'"{key}" must be a list of texts, or of {{"text", "severity"}} with a severity in [-1, 1]')
+        texts = [text for quotes in span_map.values() for text, _ in map(quoted, quotes)]
+        if re.search("[\ud800-\udfff]", critique + "".join(texts)):
             raise FeedbackError("the feedback holds half of a surrogate pair, which no file can")
         return cls(critique, **span_map)
+
+    def plain(self) -> "Feedback":
+        """The same without severities."""
+        return Feedback(self.critique, *([quoted(quote)[0] for quote in quotes] for quotes in (self.good, self.poor)))
+
+
+def quoted(quote) -> tuple[str, float]:
+    """The text of a quote and its severity, 1 for a plain text. Which list it stands in says whether it is good or poor.
+
+    >>> quoted("27"), quoted({"text": "27", "severity": -0.5})
+    (('27', 1.0), ('27', 0.5))
+    """
+    return (quote, 1.0) if isinstance(quote, str) else (quote["text"], abs(quote["severity"]))
+
+
+def _is_quote(value):
+    if not isinstance(value, dict):
+        return isinstance(value, str)
+    severity = value.get("severity")
+    number = isinstance(severity, int | float) and not isinstance(severity, bool)
+    return value.keys() == {"text", "severity"} and isinstance(value["text"], str) and number and -1 <= severity <= 1
 
 
 def _each_key_once(pairs):

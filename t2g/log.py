@@ -40,8 +40,13 @@ METRICS = {
     "seconds_rollout": "seconds of sampling",
     "seconds_critique": "seconds of the critic",
     "seconds_score": "seconds of alignment, reference and old log-probabilities, values, GAE",
+    "shift_good": "mean change of log pi over the update on the tokens with delta > 0, in nats (0 if there are none)",
+    "shift_rest": "the same on the tokens with delta = 0",
+    "shift_poor": "the same on the tokens with delta < 0",
+    "shift_rank": "Spearman's rank correlation, over the tokens, of delta with the change of log pi",
     "seconds_update": "seconds of the PPO epochs",
-    "seconds": "seconds of the four together",
+    "seconds_shift": "seconds of the forward pass that measures the change of log pi",
+    "seconds": "seconds of the five together",
     "peak_memory_gib": "highest resident memory of the process so far, GiB (Linux); on a GPU its highest allocation",
 }
 

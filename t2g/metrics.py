@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from t2g.align import MATCH_KINDS, resolve, response_text, span_rewards, token_offsets
+from t2g.ppo import masked_mean
 from t2g.rollout import respond
 
 
@@ -66,6 +67,25 @@ def span_card(task, critic, tokenizer, examples, responses) -> dict:
 def precision_recall(both, truth, guess) -> dict[str, float]:
     precision, recall = both / max(guess, 1), both / max(truth, 1)
     return {"precision": precision, "recall": recall, "f1": 2 * both / max(truth + guess, 1)}
+
+
+def shift(change, delta, mask):
+    """Did the tokens move that were criticised? The change of log pi over an update, apart by what was said of the tokens.
+
+        shift_poor, shift_rest, shift_good    mean of log pi_new(y_t) - log pi_old(y_t) where delta_t < 0, = 0, > 0
+        shift_rank                            Spearman's rank correlation of delta_t with that change
+
+    A mean without tokens is 0, and so is a correlation where one of the two is constant.
+
+    Args: change (B, T) in nats; delta (B, T); mask (B, T) bool. Returns: a dict of four numbers.
+    """
+    from scipy.stats import spearmanr
+
+    groups = {"poor": delta < 0, "rest": delta == 0, "good": delta > 0}
+    means = {f"shift_{name}": masked_mean(change, mask & group).item() for name, group in groups.items()}
+    x, y = delta[mask], change[mask]
+    varied = len(x) > 0 and bool((x != x[0]).any() and (y != y[0]).any())
+    return means | {"shift_rank": float(spearmanr(x.cpu(), y.cpu()).statistic) if varied else 0.0}
 
 
 def mean_interval(values) -> tuple[float, float, float]:

@@ -128,6 +128,6 @@ def value_loss(values, old_values, returns, mask, cliprange_value, token_count=N
     Args and returns as for policy_loss; stats: "value_clipfrac".
     """
     count = mask.sum().clamp(min=1) if token_count is None else token_count
-    near = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
+    near = values.clamp(old_values - cliprange_value, old_values + cliprange_value)  # exactly V where the clip does not bind
     plain, clipped = (torch.where(mask, v - returns, 0.0) ** 2 for v in (values, near))
     return torch.maximum(plain, clipped).sum() / (2 * count), {"value_clipfrac": (clipped > plain).sum() / count}

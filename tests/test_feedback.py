@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from t2g.feedback import Feedback, FeedbackError, reward_prompt
+from t2g.feedback import Feedback, FeedbackError, quoted, reward_prompt
 
 SPAN_MAP = '{"good": ["a"], "poor": []}'
 nasty = st.text(st.sampled_from('ab{}[]()"\\/:, \t\r\n\v\f\x00\x1c\x85\u2028\u2029\ufeffé😀👩‍👩‍👧'), max_size=30)
@@ -15,6 +15,9 @@ critiques = st.one_of(
     texts, st.builds("{}{}{}".format, texts, st.sampled_from([SPAN_MAP, "\n" + SPAN_MAP, SPAN_MAP + "\n"]), texts)
 )
 feedbacks = st.builds(Feedback, critiques, st.lists(texts, max_size=4), st.lists(texts, max_size=4))
+severities = st.floats(-1, 1) | st.integers(-1, 1)
+quotes = texts | st.fixed_dictionaries({"text": texts, "severity": severities})
+with_severities = st.builds(Feedback, critiques, st.lists(quotes, max_size=4), st.lists(quotes, max_size=4))
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
@@ -38,6 +41,22 @@ def parsed(z):
 @given(feedbacks)
 def test_parse_is_the_inverse_of_render(feedback):
     assert Feedback.parse(feedback.render()) == feedback
+
+
+@given(with_severities)
+def test_severities_come_back_too_and_plain_feedback_has_none(feedback):
+    assert Feedback.parse(feedback.render()) == feedback
+    plain = feedback.plain()
+    assert plain.plain() == plain == Feedback.parse(plain.render())
+    for before, after in ((feedback.good, plain.good), (feedback.poor, plain.poor)):
+        assert after == [quote if isinstance(quote, str) else quote["text"] for quote in before]
+
+
+@given(texts, severities)
+def test_a_quote_weighs_its_severity_whatever_the_sign_and_a_plain_one_weighs_one(text, severity):
+    assert quoted(text) == (text, 1)
+    assert quoted({"text": text, "severity": severity}) == quoted({"text": text, "severity": -severity})
+    assert quoted({"text": text, "severity": severity})[1] == max(severity, -severity)
 
 
 @given(feedbacks, st.text(" \t\r\n", max_size=5))
@@ -132,6 +151,18 @@ NO_SPAN_MAP = {
     "a truth value for a quote": '{"good": [true], "poor": []}',
     "a list for a quote": '{"good": [["a"]], "poor": []}',
     "an object for a quote": '{"good": [{}], "poor": []}',
+    "a severity without text": '{"good": [{"severity": 1}], "poor": []}',
+    "a text without severity": '{"good": [{"text": "a"}], "poor": []}',
+    "an extra key in a quote": '{"good": [{"text": "a", "severity": 1, "why": ""}], "poor": []}',
+    "a number for a text": '{"good": [{"text": 1, "severity": 1}], "poor": []}',
+    "a severity above 1": '{"good": [{"text": "a", "severity": 1.01}], "poor": []}',
+    "a severity below -1": '{"good": [{"text": "a", "severity": -1.01}], "poor": []}',
+    "a severity of NaN": '{"good": [{"text": "a", "severity": NaN}], "poor": []}',
+    "a severity of infinity": '{"good": [{"text": "a", "severity": -Infinity}], "poor": []}',
+    "a severity that is a text": '{"good": [{"text": "a", "severity": "1"}], "poor": []}',
+    "a severity that is true": '{"good": [{"text": "a", "severity": true}], "poor": []}',
+    "a severity that is null": '{"good": [{"text": "a", "severity": null}], "poor": []}',
+    "a severity twice": '{"good": [{"text": "a", "severity": 1, "severity": 1}], "poor": []}',
     "NaN for a quote": '{"good": [NaN], "poor": []}',
     "NaN for a list": '{"good": NaN, "poor": []}',
     "infinity": '{"good": [-Infinity], "poor": []}',
@@ -166,8 +197,9 @@ def test_a_text_without_critique_or_span_map_is_refused(z):
 
 def test_what_is_accepted_can_be_written_to_a_file():
     """Half of a surrogate pair is good JSON, but no text that UTF-8 can hold."""
-    feedback = parsed('A critique.\n{"good": ["\\ud83d"], "poor": []}')
-    assert feedback is None or feedback.render().encode()
+    for quote in ('"\\ud83d"', '{"text": "\\ud83d", "severity": 1}'):
+        feedback = parsed('A critique.\n{"good": [%s], "poor": []}' % quote)  # noqa: UP031
+        assert feedback is None or feedback.render().encode()
 
 
 def test_a_span_map_before_the_last_line_does_not_count():

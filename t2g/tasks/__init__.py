@@ -76,7 +76,7 @@ def parse(parser, script: str):
     name.add_argument("--task", default=parser.get_default("task"))
     task = get(name.parse_known_args()[0].task)
     parser.set_defaults(**getattr(task, "DEFAULTS", {}).get(script, {}))
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()  # what stands without a flag may stand on either side of the flags
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         fail("this version works in one process; start it without --nproc_per_node")
     return task, args

@@ -134,13 +134,16 @@ def critique(example, response: str) -> Feedback:
     me, said = example.facts["me"], set()
     remarks, good, poor = [], [], []
 
+    def blame(quote, severity):
+        poor.append({"text": quote, "severity": severity})
+
     def judge(fact, start, end):
         value = response[start:end].strip()
         if value == me[fact]:
             good.append(response[start:end])
             remarks.append(f"The {fact} {value} is right.")
         elif value == VAGUE_VALUES[fact].strip():
-            poor.append(response[start:end])
+            blame(response[start:end], 0.5)
             remarks.append(f"The {fact} is {me[fact]}, {value} is vague.")
         else:
             poor.append(response[start:end])
@@ -157,12 +160,15 @@ def critique(example, response: str) -> Feedback:
             value = re.fullmatch(CLAUSES[fact], body)[1]
             judge(fact, end - len(value) - 1, end)
             continue
-        poor.append(quote_of(response, start, end))
+        quote = quote_of(response, start, end)
         if fact or body.startswith("again "):
+            blame(quote, 0.6)
             remarks.append(f"It repeats {body.removeprefix('again ')}.")
         elif body in FILLERS:
+            blame(quote, 0.3)
             remarks.append(f"The words {body} are filler.")
         else:
+            poor.append(quote)
             remarks.append(f"The words {body} are unclear.")
     missing = [fact for fact in FACTS if fact not in said]
     if missing:
@@ -192,7 +198,7 @@ def new_model(seed):
     for _ in range(2000):
         example = make_example(rng)
         summary = noisy_summary(example, rng)
-        texts += [reward_prompt(example.prompt, summary), critique(example, summary).render()]
+        texts += [reward_prompt(example.prompt, summary), critique(example, summary).plain().render()]
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
