@@ -4,6 +4,7 @@ python eval.py                                                     # the toy's t
 python eval.py policy runs/toy/sft runs/toy/ppo runs/toy/ppo_scalar
 python eval.py rm                                                  # precision and recall of the toy's reward model
 python eval.py seeds runs/toy/ppo runs/toy-1/ppo runs/toy-2/ppo    # mean and 95% interval over runs of several seeds
+python eval.py page runs/toy/ppo runs/toy/ppo_scalar               # one page that compares runs, with bands over their seeds
 python eval.py alignment --data FILE [TOKENIZER ...]               # do quotes find the spans that people marked?
 python eval.py glossary                                            # every metric that train_ppo.py logs, and its formula
 """
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from t2g import cli, critics, families, human_spans, policy, stages, tasks
+from t2g import cli, critics, families, human_spans, policy, report, stages, tasks
 from t2g.align import MATCH_KINDS
 from t2g.log import METRICS, read_jsonl
 from t2g.metrics import evaluate, mean_interval, span_card
@@ -27,13 +28,14 @@ def main():
     add(
         "runs",
         nargs="*",
-        help="policy: the policies to measure; rm: the reward model; seeds: folders of train_ppo.py; alignment: tokenizers",
+        help="policy: the policies to measure; rm: the reward model; seeds, page: folders of train_ppo.py; alignment: tokenizers",
     )
     tasks.add_flags(add)
     add("--policy", help="rm: whose responses are criticised; runs/TASK/sft if not given")
     add("--response_length", type=cli.positive(int), default=64, help="most tokens of a response")
     add("--critique_length", type=cli.positive(int), default=200, help="rm: most tokens of a critique")
     add("--eval_samples", type=cli.positive(int), default=256, help="held-out prompts")
+    add("--out", default="page.html", help="page: the file to write")
     task, args = tasks.parse(parser, "eval")
     torch.manual_seed(args.seed)
     print(json.dumps(WHAT[args.what](task, args)))
@@ -84,6 +86,11 @@ def seeds(task, args) -> dict:
     return table
 
 
+def page(task, args) -> dict:
+    """One page that compares runs of train_ppo.py; those that differ in nothing but the seed are shown as one, with intervals."""
+    return {"page": report.write_page(args.out, args.runs)}
+
+
 def alignment(task, args) -> dict:
     """What quotes mark, against spans that people marked: as t2g/human_spans.py measures it."""
     if not args.data:
@@ -127,7 +134,7 @@ def print_table(rows, columns):
         print(f"{column:24}" + "".join(f"{cell:{width}}" if isinstance(cell, int) else f"{cell:{width}.3f}" for cell in cells))
 
 
-WHAT = {"policy": policies, "rm": reward_model, "seeds": seeds, "alignment": alignment, "glossary": glossary}
+WHAT = {"policy": policies, "rm": reward_model, "seeds": seeds, "page": page, "alignment": alignment, "glossary": glossary}
 
 if __name__ == "__main__":
     main()

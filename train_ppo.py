@@ -38,30 +38,17 @@ def parse_args():
     add("--output_dir", help="where the run goes; runs/TASK/ppo if not given")
     add("--reward", choices=("span", "scalar"), default="span", help="rewards at the spans' tokens, or their sum at the last token")
     add("--span_weights", choices=list(SPAN_WEIGHTS), default="uniform", help="how a span's score is shared out among its tokens")
-    add(
-        "--span_noise",
-        type=ablations.kind_and_rate,
-        metavar="KIND:RATE",
-        help="spoil this share of the spans, for studies of a wrong critic: flip, drop, shift or random",
-    )
-    add("--dense", action="store_true", help="grow the spans until most words are labelled, the paper's ablation")
+    ablations.add_flags(add)
     add("--max_steps", type=cli.positive(int), default=100, help="rollouts, each followed by one update")
     add("--num_ppo_epochs", type=cli.positive(int), default=4, help="passes over a rollout")
-    add("--num_mini_batches", type=cli.positive(int), default=2, help="optimiser steps a pass")
+    add("--num_mini_batches", type=cli.positive(int), default=2, help="optimiser steps a pass; times the next two it is a rollout")
     add("--gradient_accumulation_steps", type=cli.positive(int), default=1, help="microbatches a minibatch")
-    add(
-        "--per_device_train_batch_size",
-        type=cli.positive(int),
-        default=8,
-        help="responses a microbatch; times num_mini_batches and the accumulation steps it is a rollout",
-    )
+    add("--per_device_train_batch_size", type=cli.positive(int), default=8, help="responses a microbatch")
     add("--learning_rate", type=cli.positive(float), default=1e-6, help="AdamW's learning rate, falling linearly to 0")
     add("--max_grad_norm", type=cli.positive(float), default=1.0, help="gradients are clipped to this norm")
     add("--response_length", type=cli.positive(int), default=64, help="most tokens of a response")
     add("--temperature", type=cli.positive(float), default=1.0, help="of sampling and of all log-probabilities")
-    add(
-        "--missing_eos_penalty", type=cli.between(0, 1e6), default=1.0, help="taken from the reward of a response that does not end"
-    )
+    add("--missing_eos_penalty", type=cli.between(0, 1e6), default=1.0, help="taken from a response that does not end")
     add("--kl_coef", type=cli.between(0, 1e6), default=0.05, help="coefficient of the KL penalty, at the start")
     add("--kl_estimator", choices=("k1", "k2", "k3", "abs", "full"), default="full", help="how the KL penalty is computed")
     add("--kl_target", type=cli.positive(float), help="nats a response that the coefficient is steered to; fixed if not given")
@@ -164,7 +151,7 @@ def main():
     result = {"before": before, "after": after, "seconds": {stage: round(s, 1) for stage, s in seconds.items()}}
     result["page"] = str(Path(args.output_dir) / "page.html")
     write_json(Path(args.output_dir) / "result.json", result)
-    report.write_page(args, task, result, heldout, texts_before, texts_after)
+    pages.finish(heldout, texts_before, texts_after)
     print(f"\n{'held-out prompts':24}{'before':>10}{'after':>10}")
     print("\n".join(f"{name:24}{before[name]:10.3f}{after[name]:10.3f}" for name in before))
     print(f"\npolicy: {args.output_dir}/checkpoint-{args.max_steps}\npage:   {result['page']}\n{json.dumps(result)}")

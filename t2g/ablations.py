@@ -12,11 +12,17 @@
 
 import re
 
-from t2g.align import quote_of, resolve
+from t2g.align import resolve
+from t2g.critics import quote_of
 from t2g.feedback import Feedback, Span
 
 KINDS = ("flip", "drop", "shift", "random")
 DENSE_SHARE = 0.7
+
+
+def add_flags(add):
+    add("--dense", action="store_true", help="grow the spans until most words are labelled, the paper's ablation")
+    add("--span_noise", type=kind_and_rate, metavar="KIND:RATE", help="spoil this share of the spans: flip, drop, shift or random")
 
 
 def kind_and_rate(text: str) -> tuple[str, float]:

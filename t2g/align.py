@@ -76,7 +76,9 @@ def _pieces(tokenizer, ids):
         _KNOWN[tokenizer] = _anchor(tokenizer), {}
     anchor, pieces = _KNOWN[tokenizer]
     new = set(ids) - pieces.keys()
-    skip = len(response_text(tokenizer, anchor)) if new else 0
+    if not new:
+        return anchor, pieces
+    skip = len(response_text(tokenizer, anchor))
     for i in new:
         special = not response_text(tokenizer, [i]) and tokenizer.decode([i], skip_special_tokens=False)
         pieces[i] = None if special else response_text(tokenizer, [*anchor, i])[skip:]
@@ -107,7 +109,7 @@ def _offsets_of_written(tokenizer, text, ids, anchor, pieces):
 
     joined = "".join(run_text for run_text, _ in runs)
     lead = len(joined) - len(text)
-    if lead < 0 or joined[lead:] != text or joined[:lead].strip():
+    if not joined.endswith(text) or joined[:lead].strip():
         return _offsets_by_cuts(tokenizer, [], ids)[1]  # this text is not the sum of its tokens: cut it
     offsets, base = [], -lead
     for run_text, local in runs:
@@ -126,21 +128,17 @@ def _offsets_by_cuts(tokenizer, anchor: list[int], ids: list[int]) -> tuple[str,
     def read(part):
         return response_text(tokenizer, anchor + part)[skip:]
 
-    skip = len(response_text(tokenizer, anchor)) if anchor else 0
+    skip = len(response_text(tokenizer, anchor))
     text = read(ids)
     cuts = [n for n in range(len(ids) + 1) if read(ids[:n]) + read(ids[n:]) == text]
     offsets, base = [], 0
     for first, behind in itertools.pairwise(cuts):
         length, settled = len(read(ids[:behind])) - base, 0
         for n in range(first, behind):
-            start = settled
-            if n + 1 < behind:
-                prefix = read(ids[first : n + 1])
-                common = len(os.path.commonprefix([prefix, text[base : base + length]]))  # noqa: RUF071
-                settled = max(settled, min(common, len(prefix) - 1, length - 1))
-                offsets.append((base + start, base + min(settled + 1, length)))
-            else:
-                offsets.append((base + start, base + length))
+            start, prefix = settled, read(ids[first : n + 1])
+            common = len(os.path.commonprefix([prefix, text[base : base + length]]))  # noqa: RUF071
+            settled = max(settled, min(common, len(prefix) - 1, length - 1))
+            offsets.append((base + start, base + min(settled + 1, length)))
         base += length
     return text, offsets
 
@@ -225,19 +223,6 @@ def _normalise(text) -> tuple[str, list[tuple[int, int]]]:
     return "".join(out), origin
 
 
-def quote_of(text: str, start: int, end: int) -> str:
-    """A quote for text[start:end], lengthened to the left word by word until it stands in one place only.
-
-    The inverse of locate, for critics that are programs: what comes second ("27 ... 27") cannot be quoted alone.
-
-    >>> quote_of("is 27, is 27", 9, 12)
-    ' is 27'
-    """
-    while start > 0 and locate(text, text[start:end]) != [(start, end)]:
-        start = max(text.rfind(" ", 0, start), text.rfind(",", 0, start), 0)
-    return text[start:end]
-
-
 def resolve(text: str, feedback: Feedback, severities=False) -> tuple[list[Span], Counter]:
     """The spans that feedback marks in text, and counts of how its quotes were found.
 
@@ -289,24 +274,25 @@ def span_rewards(offsets, spans, weights="uniform") -> torch.Tensor:
     >>> span_rewards([(0, 3), (3, 6), (6, 9), (9, 9)], [(0, 9, 1.0), (4, 7, -1.0)])
     tensor([ 1., -1., -1.,  0.])
     """
-    ranges = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
+    ranges = np.asarray(offsets).reshape(-1, 2)
     written = np.flatnonzero(ranges[:, 0] < ranges[:, 1])
     starts, ends = ranges[written].T
     if (np.diff(starts) < 0).any() or (np.diff(ends) < 0).any():
         raise ValueError("the offsets of the tokens are out of order")
     length = ends.max(initial=0)
-    delta = np.full(len(written), np.inf, dtype=np.float32)
+    delta = np.full(len(written), np.inf)
     for start, end, score in spans:
         if not 0 <= start < end <= length:
             raise ValueError(f"the span ({start}, {end}) is empty, reversed or outside the text of {length} characters")
         if not -1 <= score <= 1:
             raise ValueError(f"the score {score} of the span ({start}, {end}) is no number in [-1, 1]")
-    marks = np.asarray(spans, dtype=np.float64).reshape(-1, 3)
+    marks = np.asarray(spans).reshape(-1, 3)
     first = np.searchsorted(ends, marks[:, 0], side="right")
-    behind = np.searchsorted(starts, marks[:, 1], side="left")
+    behind = np.searchsorted(starts, marks[:, 1])
     for token, n, score in zip(first, behind - first, marks[:, 2]):
-        values = score * SPAN_WEIGHTS[weights](n) if n else np.zeros(0)
-        delta[token : token + len(values)] = np.minimum(delta[token : token + len(values)], values)
+        if n:
+            values = score * SPAN_WEIGHTS[weights](n)
+            delta[token : token + len(values)] = np.minimum(delta[token : token + len(values)], values)
     rewards = np.zeros(len(ranges), dtype=np.float32)
     rewards[written] = np.where(np.isinf(delta), 0, delta)
     return torch.from_numpy(rewards)

@@ -3,6 +3,7 @@
 Critic and policy talk in text only: a reward model has its own tokenizer and may be of another family.
 """
 
+from t2g.align import locate
 from t2g.feedback import Feedback, FeedbackError, reward_prompt
 from t2g.rollout import respond
 
@@ -28,3 +29,16 @@ def parse_or_none(z: str) -> Feedback | None:
         return Feedback.parse(z)
     except FeedbackError:
         return None
+
+
+def quote_of(text: str, start: int, end: int) -> str:
+    """A quote for text[start:end], lengthened to the left word by word until it stands in one place only.
+
+    The inverse of locate, for critics that are programs: what comes second ("27 ... 27") cannot be quoted alone.
+
+    >>> quote_of("is 27, is 27", 9, 12)
+    ' is 27'
+    """
+    while start > 0 and locate(text, text[start:end]) != [(start, end)]:
+        start = max(text.rfind(" ", 0, start), text.rfind(",", 0, start), 0)
+    return text[start:end]

@@ -12,8 +12,9 @@ import re
 from collections import Counter, defaultdict
 from typing import NamedTuple
 
-from t2g.align import MATCH_KINDS, find, quote_of, resolve, response_text, span_rewards, token_offsets
+from t2g.align import MATCH_KINDS, find, resolve, response_text, span_rewards, token_offsets
 from t2g.cli import fail
+from t2g.critics import quote_of
 from t2g.feedback import Feedback
 
 INSTRUCTION = re.compile(r"(?:Remove|Replace) the information about (.+?)(?: from the summary| with the information about .+)\.?")

@@ -73,15 +73,20 @@ def shift(change, delta, mask):
     """Did the tokens move that were criticised? The change of log pi over an update, apart by what was said of the tokens.
 
         shift_poor, shift_rest, shift_good    mean of log pi_new(y_t) - log pi_old(y_t) where delta_t < 0, = 0, > 0
+        shift_poor_above, shift_good_below    the same for poor tokens of responses whose sum of delta is above the batch's mean,
+                                              and good tokens of the others: there, one number for the response speaks against it
         shift_rank                            Spearman's rank correlation of delta_t with that change
 
     A mean without tokens is 0, and so is a correlation where one of the two is constant.
 
-    Args: change (B, T) in nats; delta (B, T); mask (B, T) bool. Returns: a dict of four numbers.
+    Args: change (B, T) in nats; delta (B, T); mask (B, T) bool. Returns: a dict of six numbers.
     """
     from scipy.stats import spearmanr
 
+    reward, read = (delta * mask).sum(1), mask.any(1)
+    above = (reward > masked_mean(reward, read))[:, None]
     groups = {"poor": delta < 0, "rest": delta == 0, "good": delta > 0}
+    groups |= {"poor_above": groups["poor"] & above, "good_below": groups["good"] & ~above}
     means = {f"shift_{name}": masked_mean(change, mask & group).item() for name, group in groups.items()}
     x, y = delta[mask], change[mask]
     varied = len(x) > 0 and bool((x != x[0]).any() and (y != y[0]).any())

@@ -1,61 +1,157 @@
-"""The page of a run: one HTML file without network, made from metrics.jsonl, samples.jsonl and the result.
+"""The page of a run, or of several runs side by side: one HTML file without network, made from the runs' folders alone.
 
-The tokens of sampled responses coloured by delta, the critique beside them, KL, value and advantage under the pointer, and the
-curves. Texts of models go into the page as JSON and reach the screen as text, never as markup.
+The tokens of sampled responses coloured by delta, the critique beside them, every number of a token under the pointer, the curves,
+and first among them whether the criticised tokens moved. Texts of models go into the page as JSON and reach the screen as text,
+never as markup.
 """
 
 import json
 from pathlib import Path
 
+from t2g import tasks
 from t2g.align import token_offsets
-from t2g.log import read_jsonl
+from t2g.cli import fail
+from t2g.log import METRICS, read_jsonl
+from t2g.metrics import mean_interval
 
-SAMPLES_PER_STEP = 4
-STEPS_SHOWN = 12
+SAMPLES_PER_STEP, STEPS_SHOWN, POINTS_SHOWN, HELDOUT_SHOWN, GROUPS_SHOWN = 4, 12, 400, 6, 4  # a page stays small and legible
+SHIFTS = ("shift_good", "shift_rest", "shift_poor")
+AGAINST = ("shift_poor_above", "shift_good_below")
 CURVES = ("reward", "kl", "entropy", "tokens_good", "tokens_poor", "response_tokens", "eos_rate", "approx_kl", "clipfrac",
           "value_explained", "unparsable", "quotes_lost")  # fmt: skip
+FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "heldout.jsonl", "result.json")
+NO_SETTING = {"argv", "seed", "output_dir", "policy", "reward_model", "batch_size"}  # seeds, places, and what follows from others
 
 
 class Samples:
-    """Keeps a few responses of a dozen steps, spread evenly, with every number that stands at their tokens."""
+    """Keeps a few responses of a dozen steps, spread evenly, with every number that stands at their tokens; and makes the page."""
 
     def __init__(self, folder, max_steps):
-        count = min(STEPS_SHOWN, max_steps)
-        self.path = Path(folder) / "samples.jsonl"
-        self.steps = {1 + round(i * (max_steps - 1) / max(count - 1, 1)) for i in range(count)}
+        self.folder, self.steps = Path(folder), spread(STEPS_SHOWN, max_steps)
 
     def add(self, step, tokenizer, examples, rollout, feedback, **at_tokens):
         """at_tokens: (B, T) tensors by name."""
-        if step not in self.steps:
-            return
-        with open(self.path, "a", encoding="utf-8") as file:
-            for row in range(min(SAMPLES_PER_STEP, len(rollout))):
-                ids = rollout.response[row][rollout.mask[row]].tolist()
-                text, said = rollout.texts[row], feedback[row]
-                tokens, written = [], 0
-                for t, (token, (start, end)) in enumerate(zip(ids, token_offsets(tokenizer, ids))):
-                    numbers = {name: round(tensor[row, t].item(), 4) for name, tensor in at_tokens.items()}
-                    shown = text[max(start, written) : end]  # a character of several tokens is shown once
-                    written = max(written, end)
-                    tokens.append({"text": shown if start < end else tokenizer.decode([token]), **numbers})
-                sample = {"step": step, "prompt": examples[row].prompt, "tokens": tokens}
-                sample |= {"critique": said.critique, "good": said.good, "poor": said.poor} if said else {"critique": None}
-                file.write(json.dumps(sample, ensure_ascii=False) + "\n")
+        for row in range(min(SAMPLES_PER_STEP, len(rollout)) if step in self.steps else 0):
+            ids = rollout.response[row][rollout.mask[row]].tolist()
+            text, said = rollout.texts[row], feedback[row]
+            tokens, written = [], 0
+            for t, (token, (start, end)) in enumerate(zip(ids, token_offsets(tokenizer, ids))):
+                numbers = {name: round(tensor[row, t].item(), 4) for name, tensor in at_tokens.items()}
+                shown = text[max(start, written) : end]  # a character of several tokens is shown once
+                written = max(written, end)
+                tokens.append({"text": shown if start < end else tokenizer.decode([token]), **numbers})
+            sample = {"step": step, "prompt": examples[row].prompt, "tokens": tokens}
+            sample |= {"critique": said.critique, "good": said.good, "poor": said.poor} if said else {"critique": None}
+            self.write("samples.jsonl", sample)
+
+    def finish(self, heldout, before, after):
+        """The run's page, once result.json is written; before and after are sampled responses to the held-out examples."""
+        for example, *responses in zip(heldout, before, after):
+            self.write("heldout.jsonl", {"prompt": example.prompt} | dict(zip(("before", "after"), responses)))
+        write_page(self.folder / "page.html", [self.folder])
+
+    def write(self, name, row):
+        with open(self.folder / name, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def write_page(args, task, result, heldout, before, after):
-    """The page of the run args.output_dir, at result["page"]; before and after are sampled responses to the held-out examples."""
-    folder = Path(args.output_dir)
-    metrics = read_jsonl(folder / "metrics.jsonl")
-    curves = [name for name in (*task.METRICS, *CURVES) if name in metrics[0]]
+def write_page(path, folders) -> str:
+    """The page of finished runs of train_ppo.py on one task; runs that differ in nothing but seed and places form a group.
+
+    Of a group the page shows means, with 95% intervals where it has two runs or more, and the texts of its first run.
+
+    Returns: the path.
+    """
+    if len({Path(folder).resolve() for folder in folders}) < len(folders):
+        fail("a run is named twice, and an interval needs independent runs")
+    runs = [read_run(folder) for folder in folders]
+    task_names = sorted({run["config"]["task"] for run in runs})
+    if len(task_names) != 1:
+        fail(f"a page needs finished runs of one task, and these are of {' and '.join(task_names) or 'none'}")
+    groups, task_metrics = grouped(runs), tasks.get(task_names[0]).METRICS
+    if len(groups) > GROUPS_SHOWN:
+        fail(f"a page shows {GROUPS_SHOWN} settings side by side, and these runs have {len(groups)}")
+    names = list(dict.fromkeys((*SHIFTS, *task_metrics, *CURVES)))
+    values = {name: [row[name] for run in runs for row in run["metrics"] if name in row] for name in names}
     data = {
-        "title": f"{args.task}: {args.reward} rewards, critic {args.critic}, seed {args.seed}",
-        "result": result,
-        "curves": {name: [[m["step"], m[name]] for m in metrics] for name in curves},
-        "samples": read_jsonl(folder / "samples.jsonl"),
-        "heldout": [{"prompt": e.prompt, "before": b, "after": a} for e, b, a in list(zip(heldout, before, after))[:6]],
+        "title": f"{task_names[0]}: {' against '.join(groups)}",
+        "groups": [{"label": label, **group_data(members, names)} for label, members in groups.items()],
+        "limits": {name: [min(seen), max(seen)] for name, seen in values.items() if seen},  # of the runs, not of the intervals
+        "meanings": METRICS | task_metrics,
     }
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     template = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
-    Path(result["page"]).write_text(
-        template.replace("/*DATA*/", json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")), encoding="utf-8"
-    )
+    try:
+        Path(path).write_text(template.replace("/*DATA*/", text), encoding="utf-8")
+    except OSError as error:
+        fail(f"{path} cannot be written ({error.strerror})")
+    return str(path)
+
+
+def read_run(folder) -> dict:
+    """What a finished run left in its folder, by the stem of each file's name."""
+    run = {}
+    for path in (Path(folder) / name for name in FILES):
+        if not path.is_file():
+            fail(f"{folder} is no finished run of train_ppo.py: it has no {path.name}")
+        try:
+            run[path.stem] = read_jsonl(path) if path.suffix == ".jsonl" else json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            fail(f"{path} is no JSON: {error}")
+    return run
+
+
+def grouped(runs) -> dict[str, list]:
+    """Lists of runs with the same settings, each under a label: the settings in which the lists differ, or else the main ones."""
+    groups = {}
+    for run in runs:
+        settings = {k: v for k, v in run["config"].items() if k not in NO_SETTING and v is not None and v is not False}
+        groups.setdefault(json.dumps(settings, sort_keys=True), []).append(run)
+    settings = [json.loads(key) for key in groups]
+    names = [name for name in sorted(set().union(*settings)) if any(s.get(name) != settings[0].get(name) for s in settings)]
+    labels = [", ".join(in_words(name, s.get(name)) for name in names or ("reward", "critic")) for s in settings]
+    return dict(zip(labels, groups.values()))
+
+
+def in_words(name, value) -> str:
+    """A setting in words.
+
+    >>> in_words("reward", "span"), in_words("span_noise", ["flip", 0.3]), in_words("span_noise", None)
+    ('reward span', 'span noise flip:0.3', 'no span noise')
+    """
+    words = name.replace("_", " ")
+    if value is None or value is True:
+        return words if value else f"no {words}"
+    return f"{words} {':'.join(map(str, value)) if isinstance(value, list) else value}"
+
+
+def group_data(runs, names) -> dict:
+    """What the page shows of runs with the same settings. A metric's curve has the steps at which all of them have it."""
+    curves, means, result = {}, {}, {}
+    for name in runs[0]["result"]["after"]:
+        result[name] = [interval([run["result"][when][name] for run in runs]) for when in ("before", "after")]
+    for name in (*SHIFTS, *AGAINST, "shift_rank"):
+        means[name] = interval([sum(row[name] for row in run["metrics"]) / len(run["metrics"]) for run in runs])
+    for name in names:
+        rows = [rows for rows in zip(*(run["metrics"] for run in runs)) if all(name in row for row in rows)]
+        rows = [rows[i - 1] for i in spread(POINTS_SHOWN, len(rows))]
+        curves[name] = [[at_step[0]["step"], *interval([row[name] for row in at_step])] for at_step in rows]
+    return {
+        "seeds": [run["config"]["seed"] for run in runs],
+        "result": result,
+        "curves": curves,
+        "means": means,
+        "samples": runs[0]["samples"],
+        "heldout": runs[0]["heldout"][:HELDOUT_SHOWN],
+    }
+
+
+def interval(values) -> list[float]:
+    """[mean], or [mean, low, high] of two runs or more; five digits are enough for a screen."""
+    return [float(f"{x:.5g}") for x in (mean_interval(values) if len(values) > 1 else values)]
+
+
+def spread(count, n) -> list[int]:
+    """Up to so many of the numbers 1 to n, spread evenly, both ends among them."""
+    count = min(count, n)
+    return [1 + round(i * (n - 1) / max(count - 1, 1)) for i in range(count)]

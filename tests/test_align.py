@@ -16,7 +16,6 @@ from t2g.align import (
     SPAN_WEIGHTS,
     find,
     locate,
-    quote_of,
     resolve,
     response_text,
     span_rewards,
@@ -43,7 +42,7 @@ def token_text(tokenizer, token):
     return name.replace("Ġ", " ").replace("Ċ", "\n").replace("▁", " ").removeprefix("##")
 
 
-def assert_tiles(tokenizer, ids, offsets):
+def assert_tiles(tokenizer, ids, offsets, text=None):
     """The ranges cover the text in order; two neighbours overlap by one character at most, and specials have none."""
     assert len(offsets) == len(ids)
     reached = 0
@@ -54,7 +53,7 @@ def assert_tiles(tokenizer, ids, offsets):
             assert start in (reached, reached - 1) and start >= 0 and end >= reached
             reached = end
         assert 0 <= start <= end
-    assert reached == len(response_text(tokenizer, ids))
+    assert reached == len(response_text(tokenizer, ids) if text is None else text)
 
 
 # ---- tokens ------------------------------------------------------------------------------------------------------------
@@ -164,6 +163,27 @@ def test_special_tokens_take_no_characters_and_move_no_others(tok, text):
         offsets = token_offsets(tok, mixed)
         assert all(start == end for token, (start, end) in zip(mixed, offsets) if token == eos)
         assert [pair for token, pair in zip(mixed, offsets) if token != eos] == plain
+
+
+class Untidy:
+    """A tokenizer whose text is not the sum of its tokens: it takes the space before a full stop away when all is joined."""
+
+    def __init__(self, tok):
+        self.tok = tok
+
+    def decode(self, ids, skip_special_tokens):
+        return self.tok.decode(ids, skip_special_tokens=skip_special_tokens).replace(" .", ".").replace(" ,", ",")
+
+
+@given(text=st.lists(st.sampled_from(["the", "dog", ".", ",", "sleeps", "27"])).map(" ".join))
+def test_a_text_that_is_not_the_sum_of_its_tokens_is_tiled_all_the_same(tok, text):
+    untidy = Untidy(tok)
+    ids = tok.encode(text, add_special_tokens=False)
+    written, offsets = response_text(untidy, ids), token_offsets(untidy, ids)
+    assert_tiles(tok, ids, offsets, written)
+    for token, (start, end) in zip(ids, offsets):
+        letters = re.sub(r"\W", "", token_text(tok, token))
+        assert letters in written[start:end]
 
 
 def test_only_special_tokens(tok):
@@ -325,8 +345,15 @@ def test_ten_thousand_spans_are_no_trouble():
 
 @pytest.mark.parametrize("offsets", [[(3, 6), (0, 3)], [(0, 6), (1, 2)]])
 def test_offsets_out_of_order_are_refused(offsets):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError) as refused:
         span_rewards(offsets, [(0, 1, 1.0)])
+    assert str(refused.value) == "the offsets of the tokens are out of order"
+
+
+@pytest.mark.parametrize("weights", SPAN_WEIGHTS)
+def test_a_span_that_no_token_touches_marks_nothing(weights):
+    """Where the offsets leave a part of the text out."""
+    assert span_rewards([(0, 2), (4, 6)], [(2, 4, 1.0)], weights).tolist() == [0, 0]
 
 
 def test_ranges_that_only_touch_do_not_overlap():
@@ -340,8 +367,14 @@ BAD_SCORES = [1.01, -1.01, float("inf"), -float("inf"), float("nan")]
 @pytest.mark.parametrize("span", [*((*place, 1.0) for place in BAD_RANGES), *((0, 2, score) for score in BAD_SCORES)])
 def test_a_bad_span_is_refused(span):
     """Empty, reversed, outside the text, or with a score that is no number in [-1, 1]."""
-    with pytest.raises(ValueError):
+    start, end, score = span
+    sentences = (
+        f"the span ({start}, {end}) is empty, reversed or outside the text of 6 characters",
+        f"the score {score} of the span ({start}, {end}) is no number in [-1, 1]",
+    )
+    with pytest.raises(ValueError) as refused:
         span_rewards([(0, 3), (3, 6)], [(0, 3, 1.0), span])
+    assert str(refused.value) == sentences[0 if -1 <= score <= 1 else 1]
 
 
 def test_without_spans_or_tokens_there_are_no_rewards():
@@ -461,6 +494,16 @@ def test_a_small_typo_in_a_long_quote_is_forgiven(data):
     kind, [(s, e)] = find(LONG, LONG[start:at] + data.draw(st.sampled_from(["", "z", "zz"])) + LONG[at + 1 : end])
     assert kind == "fuzzy"
     assert LONG[s:e].strip(" ,.") == LONG[start:end]
+
+
+def test_a_fuzzy_quote_needs_eight_characters():
+    assert find("then he starts running", "runninng") == ("fuzzy", [(15, 22)])
+    assert find("then he starts runnin", "runninn") == ("lost", [])
+
+
+def test_where_there_are_no_words_no_place_is_close():
+    assert find("!?#$ %&()= +-*/ <>", "!?#$ %&()= +-*/ <") == ("exact", [(0, 17)])
+    assert find("!?#$ %&()= +-*/ <>", "!?#$ %&()= +.*/ <>") == ("lost", [])
 
 
 def test_a_fuzzy_place_covers_whole_words():
@@ -626,32 +669,3 @@ def test_a_quote_becomes_the_reward_of_its_own_tokens(tok):
     for score, quote in ((1, "dog"), (-1, "27")):
         assert "".join(text[start:end] for (start, end), d in zip(offsets, delta) if d == score).strip() == quote
     assert delta[-1] == 0
-
-
-# ---- text to quotes ------------------------------------------------------------------------------------------------------
-
-
-@given(st.data(), st.lists(st.sampled_from(["a", "b", "ab", "27"]), min_size=1, max_size=8), st.sampled_from([" ", ", ", ","]))
-def test_a_quote_made_for_words_stands_in_one_place_that_ends_where_asked(data, parts, glue):
-    """Wherever that can be: the text up to there must not itself come again."""
-    text = glue.join(parts)
-    bounds = [match.span() for match in re.finditer(r"\w+", text)]
-    first = data.draw(st.integers(0, len(parts) - 1))
-    start, end = bounds[first][0], bounds[data.draw(st.integers(first, len(parts) - 1))][1]
-    assume(text.count(text[:end]) == 1 and locate(text, text[:end]) == [(0, end)])
-    quote = quote_of(text, start, end)
-    assert quote.endswith(text[start:end])
-    assert locate(text, quote) == [(end - len(quote), end)]
-
-
-def test_a_quote_made_for_part_of_a_word_stands_where_asked():
-    """The "27" of 1927 cannot be quoted alone where 27 is a word of its own."""
-    assert locate("In 1927 27", quote_of("In 1927 27", 5, 7))[0][1] == 7
-
-
-def test_a_quote_that_stands_alone_is_not_lengthened():
-    assert quote_of("Ana is 27, lives in Porto", 7, 9) == "27"
-
-
-def test_a_quote_is_lengthened_no_further_than_needed():
-    assert quote_of("it is 27, and it is not 27", 24, 26).strip() == "not 27"

@@ -144,15 +144,17 @@ def test_different_shapes_are_refused(which, shape):
     shapes = [(2, 3)] * 3
     shapes[which] = shape
     rewards, values, mask = (torch.ones(s) for s in shapes)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError) as refused:
         gae(rewards, values, mask.bool(), 1.0, 0.95)
+    assert str(refused.value) == f"shapes differ: rewards {rewards.shape}, values {values.shape}, mask {mask.shape}"
 
 
 @pytest.mark.parametrize("holes", [[0, 1, 1], [1, 0, 1], [0, 0, 1], [0, 1, 0]])
 def test_a_mask_that_is_no_prefix_is_refused(holes):
     mask = torch.tensor([[1, 1, 0], holes]).bool()
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError) as refused:
         gae(torch.ones(2, 3), torch.ones(2, 3), mask, 1.0, 0.95)
+    assert str(refused.value) == "the mask must be a prefix of each row: True up to and including EOS, False after it"
 
 
 # ---- whitening -----------------------------------------------------------------------------------------------------------
@@ -265,8 +267,9 @@ def test_k3_is_exact_where_policies_almost_agree():
 
 @pytest.mark.parametrize("kind", ["", "k4", "K1", "kl", None])
 def test_an_unknown_estimator_is_refused(kind):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError) as refused:
         kl_penalty(torch.zeros(1, 1), torch.zeros(1, 1), kind)
+    assert str(refused.value) == f"unknown KL estimator {kind!r}: use k1, k2, k3, abs or full"
 
 
 # ---- the policy's loss ---------------------------------------------------------------------------------------------------
@@ -297,6 +300,15 @@ def test_the_clip_binds_only_where_it_lowers_the_gain(ratio, advantage, binds):
     assert loss.item() == pytest.approx(-advantage * (bound if binds else ratio))
     assert gradient(loss, logprobs).item() == pytest.approx(0 if binds else -advantage * ratio)
     assert stats["clipfrac"] == binds
+
+
+@pytest.mark.parametrize("loss", [policy_loss, value_loss])
+def test_the_clip_fraction_is_a_share_of_the_tokens_that_count(loss):
+    """Both clips bind on the first token of four, and on the last of five, which is off the mask."""
+    new, old = row(1.0, 0.0, 0.0, 0.0, 1.0), row(0.0, 0.0, 0.0, 0.0, 0.0)
+    mask = torch.tensor([[True, True, True, True, False]])
+    (share,) = [value for name, value in loss(new, old, row(9.0, 9.0, 9.0, 9.0, 9.0), mask, EPS)[1].items() if "clipfrac" in name]
+    assert share == 0.25
 
 
 @given(masks(), seeds)
@@ -439,6 +451,12 @@ def test_a_tenth_of_the_horizon_moves_it_by_a_tenth_of_the_error(kl, factor):
     steered = AdaptiveKL(0.5, target=6.0, horizon=1000)
     steered.update(kl, 100)
     assert steered.value == pytest.approx(0.5 * factor)
+
+
+def test_the_horizon_is_ten_thousand_responses_unless_told():
+    steered = AdaptiveKL(1.0, target=1.0)
+    steered.update(2.0, 100)
+    assert steered.value == pytest.approx(1 + 0.2 * 100 / 10_000, abs=1e-12)
 
 
 def test_the_coefficient_keeps_moving_while_the_kl_is_off_target():

@@ -12,8 +12,8 @@ import re
 from functools import cache
 from pathlib import Path
 
-from t2g.align import quote_of
 from t2g.cli import fail
+from t2g.critics import quote_of
 from t2g.feedback import Feedback
 from t2g.log import read_jsonl
 from t2g.metrics import rouge_l

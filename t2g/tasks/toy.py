@@ -11,7 +11,7 @@ import re
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from t2g.align import quote_of
+from t2g.critics import quote_of
 from t2g.feedback import Feedback, reward_prompt
 from t2g.tasks import Example
 
