@@ -1,8 +1,10 @@
 """The scripts as a stranger runs them: all stages in short, what they write, and one clear sentence for bad input."""
 
+import argparse
 import doctest
 import importlib
 import json
+import random
 import re
 import subprocess
 import sys
@@ -12,7 +14,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from t2g.log import METRICS
+import train_ppo
+import train_rm
+from t2g.families import FAMILIES
+from t2g.feedback import Feedback, quoted, reward_prompt
+from t2g.log import METRICS, read_jsonl
+from t2g.rollout import Rollout
 from t2g.tasks import toy
 
 ROOT = Path(__file__).parent.parent
@@ -45,11 +52,17 @@ def test_the_main_job_ends_with_its_result_as_json(toy_run):
     assert json.loads((toy_run / "ppo" / "result.json").read_text()) == result
 
 
-def test_a_run_writes_its_config_and_a_line_of_known_metrics_a_step(toy_run):
+@pytest.fixture(scope="module")
+def rule_run(toy_run):
+    """The same with the rule as the critic."""
     flags = ("--critic", "rule", "--max_steps", 2, "--per_device_train_batch_size", 4, "--eval_samples", 4)
     run("train_ppo", "--output_dir", toy_run / "ppo_rule", *flags)
-    assert json.loads((toy_run / "ppo_rule" / "config.json").read_text())["kl_coef"] == toy.DEFAULTS["train_ppo"]["kl_coef"]
-    lines = [json.loads(line) for line in (toy_run / "ppo_rule" / "metrics.jsonl").read_text().splitlines()]
+    return toy_run / "ppo_rule"
+
+
+def test_a_run_writes_its_config_and_a_line_of_known_metrics_a_step(rule_run):
+    assert json.loads((rule_run / "config.json").read_text())["kl_coef"] == toy.DEFAULTS["train_ppo"]["kl_coef"]
+    lines = read_jsonl(rule_run / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2]
     for line in lines:
         assert set(line) <= set(METRICS) | set(toy.METRICS)
@@ -89,6 +102,78 @@ def test_same_seed_same_metrics(toy_run):
         rows = [json.loads(line) for line in (toy_run / name / "metrics.jsonl").read_text().splitlines()]
         lines.append([{k: v for k, v in row.items() if not k.startswith(("seconds", "peak"))} for row in rows])
     assert lines[0] == lines[1]
+
+
+NOTE = {
+    "prompt": "p",
+    "response": "Ana is 27, lives in Porto, misses a son",
+    "critique": "The age is 41.",
+    "good_spans": [" Porto"],
+    "poor_spans": [{"text": "27", "severity": 0.5}],
+}
+
+
+def learnt(tmp_path, **flags):
+    """What the reward model would learn to write for NOTE."""
+    (tmp_path / "notes.jsonl").write_text(json.dumps(NOTE))
+    [(prompt, z)] = train_rm.read_pairs(tmp_path / "notes.jsonl", **flags)
+    assert prompt == reward_prompt(NOTE["prompt"], NOTE["response"])
+    return Feedback.parse(z)
+
+
+def test_the_reward_model_s_ablations_learn_other_texts(tmp_path):
+    assert learnt(tmp_path) == Feedback(NOTE["critique"], NOTE["good_spans"], NOTE["poor_spans"])
+    assert learnt(tmp_path, no_critique=True) == Feedback("", NOTE["good_spans"], NOTE["poor_spans"])
+    dense = learnt(tmp_path, dense=True)
+    assert dense.critique == NOTE["critique"]
+    assert len(" ".join([*dense.good, *dense.poor]).split()) == 7  # of nine words
+
+
+def test_flags_of_weights_and_ablations_reach_the_rewards(tokenizers):
+    tokenizer = tokenizers["byte_level"]
+    response = torch.tensor([tokenizer.encode(NOTE["response"], add_special_tokens=False)])
+    mask = torch.ones_like(response, dtype=torch.bool)
+    rollout = Rollout(response[:, :0], mask[:, :0], response, mask, torch.ones(1).bool(), [NOTE["response"]])
+    said = [Feedback(NOTE["critique"], NOTE["good_spans"], NOTE["poor_spans"])]
+
+    def delta(**flags):
+        args = argparse.Namespace(**{"span_weights": "uniform", "dense": False, "span_noise": None} | flags)
+        rewards, quotes = train_ppo.token_rewards(tokenizer, rollout, said, args, random.Random(0))
+        assert quotes["exact"] == 2
+        return rewards
+
+    plain = delta()
+    assert set(plain.unique().tolist()) == {-1, 0, 1}
+    assert torch.equal(delta(span_noise=("flip", 1.0)), -plain) and not delta(span_noise=("drop", 1.0)).any()
+    assert (delta(dense=True) != 0).float().mean() > 0.6 > (plain != 0).float().mean()
+    assert torch.equal(delta(span_weights="severity"), plain.where(plain > 0, plain / 2))
+    assert (delta(span_weights="first") == 1).sum() == 1 < (plain == 1).sum()
+
+
+def test_the_critic_of_the_toy_says_how_bad_a_fault_is_and_annotations_leave_it_out_unless_asked(toy_run):
+    example = toy.make_example(random.Random(0))
+    said = toy.critique(example, toy.VAGUE["name"] + " is 99, you know.")
+    assert {quoted(quote) for quote in said.poor} == {("Someone", 0.5), (" 99", 1.0), (", you know", 0.3)}
+    run("annotate", "--policy", toy_run / "sft", "--num_samples", 24, "--out", toy_run / "severe.jsonl", "--severity")
+    severe, plain = (read_jsonl(toy_run / f"{name}.jsonl") for name in ("severe", "annotations"))
+    assert [Feedback("", r["good_spans"], r["poor_spans"]).plain().poor for r in severe] == [r["poor_spans"] for r in plain]
+
+
+def test_one_page_compares_runs(toy_run, rule_run, tmp_path):
+    out = run("eval", "page", toy_run / "ppo", rule_run, "--out", tmp_path / "both.html")
+    assert json.loads(out.splitlines()[-1]) == {"page": str(tmp_path / "both.html")}
+    assert "critic rm" in (tmp_path / "both.html").read_text()
+
+
+def test_alignment_is_measured_on_spans_of_a_file(tmp_path):
+    rows = [
+        {"response": f"Ana is {age}, lives in Porto and is {age} again.", "spans": [[19, 24], [32, 34]]} for age in range(20, 60)
+    ]
+    (tmp_path / "spans.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    result = json.loads(run("eval", "alignment", "--data", tmp_path / "spans.jsonl").splitlines()[-1])
+    assert result["quotes"]["exact"] == 1 and result["quotes"]["ambiguous"] == 0.5
+    assert result["rules"]["last"]["precision"] == 1 and result["rules"]["first"]["precision"] == 0
+    assert {name for name, table in result["tokenizers"].items() if table["all"]["wrong"] == 0} == set(FAMILIES)
 
 
 def test_evaluation_of_policies_and_reward_model(toy_run):
@@ -139,6 +224,10 @@ def test_bad_flags(refuse):
     assert "--learning_rat" in refuse("train_ppo", "--learning_rat", "1")
     assert "between 0 and 1" in refuse("train_ppo", "--lam", "2")
     assert "no task 'toi'" in refuse("train_ppo", "--task", "toi")
+    for noise in ("flip", "flip:2", "twist:0.3", "flip:nan"):
+        assert "a kind of flip, drop, shift, random and a rate in [0, 1]" in refuse("train_ppo", "--span_noise", noise)
+    assert "alignment needs --data" in refuse("eval", "alignment")
+    assert "these are of none" in refuse("eval", "page")
 
 
 def test_missing_or_unusable_data(refuse, toy_run, tmp_path):
