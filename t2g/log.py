@@ -42,7 +42,7 @@ METRICS = {
     "quotes_normalised": "share of quotes found up to white space, quotation marks and case",
     "quotes_fuzzy": "share of quotes found by the closest match",
     "quotes_lost": "share of quotes found nowhere: they reward nothing",
-    "quotes_ambiguous": "share of quotes that stand in several places: good marks the first, poor marks all",
+    "quotes_ambiguous": "share of quotes that stand in more places than they were given times: good marks the first, poor the last",
     "seconds_rollout": "seconds of sampling",
     "seconds_critique": "seconds of the critic",
     "seconds_score": "seconds of alignment, reference and old log-probabilities, values, GAE",
