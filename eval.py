@@ -103,7 +103,8 @@ def alignment(task, args) -> dict:
         print_table(corrections, ("quotes", "changed", "by_chance"))
         return {"quotes": found, "corrections": corrections}
     if args.runs:
-        tokenizers = {Path(name).name: families.load(name) for name in args.runs}
+        short = len({Path(name).name for name in args.runs}) == len(args.runs)
+        tokenizers = {Path(name).name if short else name: families.load(name) for name in args.runs}
     else:
         texts = [marked.text for marked in responses]
         tokenizers = {name: train(texts) for name, train in families.FAMILIES.items()}
@@ -127,7 +128,7 @@ def glossary(task, args) -> dict:
 
 def print_table(rows, columns):
     """A row for each column name, a column for each of the rows: few policies have many scores."""
-    width = max(10, *(len(name) + 2 for name in rows))
+    width = max([10, *(len(name) + 2 for name in rows)])
     print(f"\n{'':24}" + "".join(f"{name:>{width}}" for name in rows))
     for column in columns:
         cells = [row[column] for row in rows.values()]

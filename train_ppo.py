@@ -143,7 +143,7 @@ def main():
         at_tokens = dict(delta=delta, kl=kl, value=old_values, advantage=whitened, shift=change)
         pages.add(step, tokenizer, examples, rollout, feedback, **at_tokens)
         line = "reward {reward:+.2f} kl {kl:.2f} | log pi: good {shift_good:+.3f} rest {shift_rest:+.3f} poor {shift_poor:+.3f}"
-        bar.set_postfix_str(line.format(**stats))
+        bar.set_postfix_str(line.format_map(defaultdict(float, stats)))
 
     policy.save(model, tokenizer, args.output_dir, args.max_steps, actor.value_head)
     after, texts_after = evaluate(task, model, tokenizer, heldout, **measure, desc="after")

@@ -10,6 +10,7 @@
 `--dense` grows the spans, word by word, until DENSE_SHARE of the words are labelled (Text2Grad, table of ablations: about 70%).
 """
 
+import argparse
 import re
 
 from t2g.align import resolve
@@ -27,13 +28,10 @@ def add_flags(add):
 
 def kind_and_rate(text: str) -> tuple[str, float]:
     """An argument type: "flip:0.3" -> ("flip", 0.3)."""
-    kind, _, rate = text.partition(":")
-    if kind not in KINDS or not 0 <= float(rate) <= 1:
-        raise ValueError(text)
-    return kind, float(rate)
-
-
-kind_and_rate.__name__ = f"KIND:RATE, with a kind of {', '.join(KINDS)} and a rate in [0, 1]:"
+    match = re.fullmatch(rf"({'|'.join(KINDS)}):(\d*\.?\d+)", text)
+    if not match or float(match[2]) > 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KIND:RATE, with a kind of {', '.join(KINDS)} and a rate in [0, 1]")
+    return match[1], float(match[2])
 
 
 def change(spans, text: str, args, rng) -> list[Span]:
@@ -62,7 +60,7 @@ def spoil(spans, length: int, kind: str, rate: float, rng) -> list[Span]:
 
 
 def dense(spans, text: str) -> list[Span]:
-    """A span a word, for DENSE_SHARE of the words at least: labels spread to neighbours until there are enough of them."""
+    """A span a word, for DENSE_SHARE of the words: labels, if there are any, spread to neighbours until there are enough."""
     words = [word.span() for word in re.finditer(r"\S+", text)]
     labels = [min((score for s, e, score in spans if s < end and start < e), default=0) for start, end in words]
     missing = DENSE_SHARE * len(words) - sum(map(bool, labels))

@@ -50,8 +50,8 @@ def token_offsets(tokenizer, ids) -> list[tuple[int, int]]:
     re-encoded text.
 
     Args: ids, the T token ids as sampled. Returns: T pairs (start, end), in characters.
-    Cost: one decode, and a short one or two for each token that this tokenizer was never asked about before; a run of byte
-    fragments costs the square of its own length.
+    Cost: one decode, and a short one or two for each token that this tokenizer was never asked about before. A run of byte
+    fragments costs the square of its own length, and so does a text that is not the sum of what its tokens write.
     """
     ids = [int(i) for i in ids]
     anchor, pieces = _pieces(tokenizer, ids)
@@ -72,9 +72,12 @@ def _pieces(tokenizer, ids):
 
     Decoders treat the first token of a text in their own way (its space is dropped, say), hence the word.
     """
-    if tokenizer not in _KNOWN:
-        _KNOWN[tokenizer] = _anchor(tokenizer), {}
-    anchor, pieces = _KNOWN[tokenizer]
+    try:
+        if tokenizer not in _KNOWN:
+            _KNOWN[tokenizer] = _anchor(tokenizer), {}
+        anchor, pieces = _KNOWN[tokenizer]
+    except TypeError:  # it has no hash or no weak reference: it is asked anew each time
+        anchor, pieces = _anchor(tokenizer), {}
     new = set(ids) - pieces.keys()
     if not new:
         return anchor, pieces
@@ -89,7 +92,7 @@ def _anchor(tokenizer):
     for i in range(10_000):
         try:
             word = response_text(tokenizer, [i]).strip()
-        except LookupError:  # a vocabulary of less than that
+        except (LookupError, ValueError, TypeError):  # the vocabulary is smaller than that
             break
         if len(word) > 1 and word.isalpha():
             return [i]
@@ -122,7 +125,7 @@ def _offsets_by_cuts(tokenizer, anchor: list[int], ids: list[int]) -> tuple[str,
     """The text that ids add behind anchor and each token's range in it, read off where the text can be cut in two.
 
     Between two tokens there is a cut if what they write apart is what they write together. Tokens without a cut between them
-    hold parts of one character, say: up to the last of them, each one ends with the first bytes of the next character.
+    hold parts of one character, say: each one then ends with the first bytes of the next character.
     """
 
     def read(part):
@@ -137,8 +140,9 @@ def _offsets_by_cuts(tokenizer, anchor: list[int], ids: list[int]) -> tuple[str,
         for n in range(first, behind):
             start, prefix = settled, read(ids[first : n + 1])
             common = len(os.path.commonprefix([prefix, text[base : base + length]]))  # noqa: RUF071
-            settled = max(settled, min(common, len(prefix) - 1, length - 1))
-            offsets.append((base + start, base + min(settled + 1, length)))
+            broken = common < len(prefix) or prefix.endswith("\ufffd")  # the last character of the prefix is not yet whole
+            settled = max(settled, min(common, len(prefix) - broken, length - broken))
+            offsets.append((base + start, base + min(settled + broken, length)))
         base += length
     return text, offsets
 
@@ -176,7 +180,7 @@ def find(text: str, quote: str) -> tuple[str, list[tuple[int, int]]]:
         if wanted and (places := _occurrences(plain_text, wanted)):
             return "normalised", _whole_words(text, list(dict.fromkeys(back(*place) for place in places)))
     if place := _closest(plain_text, unwrapped):
-        return "fuzzy", [back(*place)]
+        return "fuzzy", _whole_words(text, [back(*twin) for twin in _occurrences(plain_text, plain_text[slice(*place)])])
     return "lost", []
 
 
@@ -205,11 +209,13 @@ def _occurrences(text, quote):
 
 
 def _whole_words(text, places):
-    def cuts_a_word(start, end):
-        left = start > 0 and text[start - 1].isalnum() and text[start].isalnum()
-        return left or (end < len(text) and text[end - 1].isalnum() and text[end].isalnum())
+    return [(start, end) for start, end in places if not (_inside_word(text, start) or _inside_word(text, end))] or places
 
-    return [place for place in places if not cuts_a_word(*place)] or places
+
+def _inside_word(text, i) -> bool:
+    """True if letters or digits stand on both sides of i; "1.27" and "1,927" are words as well."""
+    beside = 0 < i < len(text) and text[i - 1].isalnum() and text[i].isalnum()
+    return beside or bool(re.search(r"\d[.,]\d", text[max(i - 2, 0) : i + 2]))
 
 
 @lru_cache(maxsize=32)  # all quotes of a response are looked for in the same text
@@ -264,7 +270,7 @@ SPAN_WEIGHTS = {  # what the tokens of a span of n tokens weigh, from the first 
 def span_rewards(offsets, spans, weights="uniform") -> torch.Tensor:
     """delta: the reward of each token, the lowest one of the spans that its characters overlap, 0 if there is none.
 
-        delta_t = min over spans s around t of score_s w(k, n)            t is token k of the n tokens of s
+        delta_t = min over spans s that weigh t of score_s w(k, n)        t is token k of the n tokens of s
 
     Args: offsets, T half-open ranges in order; spans, (start, end, score) with score in [-1, 1]; weights, a key of SPAN_WEIGHTS.
     Returns: (T,) float32.
@@ -277,7 +283,7 @@ def span_rewards(offsets, spans, weights="uniform") -> torch.Tensor:
     ranges = np.asarray(offsets).reshape(-1, 2)
     written = np.flatnonzero(ranges[:, 0] < ranges[:, 1])
     starts, ends = ranges[written].T
-    if (np.diff(starts) < 0).any() or (np.diff(ends) < 0).any():
+    if (np.diff(starts) < 0).any() or (np.diff(ends) < 0).any() or (ranges[:, 0] > ranges[:, 1]).any():
         raise ValueError("the offsets of the tokens are out of order")
     length = ends.max(initial=0)
     delta = np.full(len(written), np.inf)

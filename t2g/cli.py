@@ -22,7 +22,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
 
     class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
         def _get_help_string(self, action):
-            return action.help if action.default in (None, False) else super()._get_help_string(action)
+            return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
     return argparse.ArgumentParser(description=doc, formatter_class=Help, allow_abbrev=False)
 

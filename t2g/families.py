@@ -78,6 +78,9 @@ def load(source: str):
     folder, _, name = source.rpartition("/")
     where = dict(pretrained_model_name_or_path=folder or ".", gguf_file=name) if name.endswith(".gguf") else {}
     try:
-        return AutoTokenizer.from_pretrained(**where or dict(pretrained_model_name_or_path=source))
+        tokenizer = AutoTokenizer.from_pretrained(**where or dict(pretrained_model_name_or_path=source))
     except (OSError, ValueError, ImportError) as error:
         fail(f"no tokenizer could be loaded from {source!r} (folder, hub id or .gguf file): {str(error).splitlines()[0]}")
+    if not tokenizer.is_fast:
+        fail(f"the tokenizer {source!r} gives no offsets of its own to compare with; use a fast one")
+    return tokenizer

@@ -44,6 +44,11 @@ class Feedback:
     good: list[str | dict] = field(default_factory=list)
     poor: list[str | dict] = field(default_factory=list)
 
+    def __post_init__(self):
+        for key, quotes in (("good", self.good), ("poor", self.poor)):
+            if not isinstance(quotes, list) or not all(map(_is_quote, quotes)):
+                raise FeedbackError(f'"{key}" must be a list of texts, or of {{"text", "severity"}} with a severity in [-1, 1]')
+
     def render(self) -> str:
         """z: the critique, a line break, and the span map as one line of JSON."""
         return self.critique + "\n" + json.dumps({"good": self.good, "poor": self.poor}, ensure_ascii=False)
@@ -63,13 +68,11 @@ class Feedback:
             raise FeedbackError(f"the last line is not JSON: {error}") from None
         if not isinstance(span_map, dict) or span_map.keys() != {"good", "poor"}:
             raise FeedbackError('the span map must be a JSON object with the keys "good" and "poor", and no other')
-        for key, quotes in span_map.items():
-            if not isinstance(quotes, list) or not all(map(_is_quote, quotes)):
-                raise FeedbackError(f'"{key}" must be a list of texts, or of {{"text", "severity"}} with a severity in [-1, 1]')
-        texts = [text for quotes in span_map.values() for text, _ in map(quoted, quotes)]
-        if re.search("[\ud800-\udfff]", critique + "".join(texts)):
+        feedback = cls(critique, **span_map)
+        plain = feedback.plain()
+        if re.search("[\ud800-\udfff]", "".join([critique, *plain.good, *plain.poor])):
             raise FeedbackError("the feedback holds half of a surrogate pair, which no file can")
-        return cls(critique, **span_map)
+        return feedback
 
     def plain(self) -> "Feedback":
         """The same without severities."""

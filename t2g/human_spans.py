@@ -44,7 +44,9 @@ def read(rows, name) -> tuple[list[Marked], bool]:
                 text, ranges = row["prediction 1"], [(error["start"], error["end"]) for error in feedback["errors"]]
             else:
                 text, ranges = row["response"], [(start, end) for start, end in row["spans"]]
-        except (KeyError, TypeError, ValueError):
+            if not isinstance(text, str) or not all(isinstance(i, int) for place in ranges for i in place):
+                raise TypeError("not a text, or not whole numbers")
+        except (KeyError, TypeError, ValueError, AttributeError):
             fail(f"row {number} of {name} holds no human spans in a known form; the head of t2g/human_spans.py lists the forms")
         for start, end in ranges:
             if not 0 <= start < end <= len(text):

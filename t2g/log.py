@@ -27,7 +27,7 @@ METRICS = {
     "value_clipfrac": "share of tokens where the value clip binds, mean over epochs and minibatches",
     "value_explained": "1 - Var(returns - V) / Var(returns) over the batch's tokens, before the update",
     "first_ratio_error": "largest absolute log rho at the first minibatch, before any step: 0 within rounding, checked at run time",
-    "shift_good": "mean change of log pi over the update on the tokens with delta > 0, in nats (0 if there are none)",
+    "shift_good": "mean change of log pi over the update on the tokens with delta > 0, in nats; left out where there are none",
     "shift_rest": "the same on the tokens with delta = 0",
     "shift_poor": "the same on the tokens with delta < 0",
     "shift_poor_above": "the same on the poor tokens of responses whose reward is above the batch's mean",

@@ -77,9 +77,8 @@ def shift(change, delta, mask):
                                               and good tokens of the others: there, one number for the response speaks against it
         shift_rank                            Spearman's rank correlation of delta_t with that change
 
-    A mean without tokens is 0, and so is a correlation where one of the two is constant.
-
-    Args: change (B, T) in nats; delta (B, T); mask (B, T) bool. Returns: a dict of six numbers.
+    Args: change (B, T) in nats; delta (B, T); mask (B, T) bool.
+    Returns: a dict of these six; a mean without tokens is left out, and so is a correlation where one of the two is constant.
     """
     from scipy.stats import spearmanr
 
@@ -87,10 +86,12 @@ def shift(change, delta, mask):
     above = (reward > masked_mean(reward, read))[:, None]
     groups = {"poor": delta < 0, "rest": delta == 0, "good": delta > 0}
     groups |= {"poor_above": groups["poor"] & above, "good_below": groups["good"] & ~above}
-    means = {f"shift_{name}": masked_mean(change, mask & group).item() for name, group in groups.items()}
+    seen = {name: mask & group for name, group in groups.items() if (mask & group).any()}
+    means = {f"shift_{name}": masked_mean(change, tokens).item() for name, tokens in seen.items()}
     x, y = delta[mask], change[mask]
-    varied = len(x) > 0 and bool((x != x[0]).any() and (y != y[0]).any())
-    return means | {"shift_rank": float(spearmanr(x.cpu(), y.cpu()).statistic) if varied else 0.0}
+    if len(x) and (x != x[0]).any() and (y != y[0]).any():
+        means["shift_rank"] = float(spearmanr(x.cpu(), y.cpu()).statistic)
+    return means
 
 
 def mean_interval(values) -> tuple[float, float, float]:

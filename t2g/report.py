@@ -20,7 +20,7 @@ AGAINST = ("shift_poor_above", "shift_good_below")
 CURVES = ("reward", "kl", "entropy", "tokens_good", "tokens_poor", "response_tokens", "eos_rate", "approx_kl", "clipfrac",
           "value_explained", "unparsable", "quotes_lost")  # fmt: skip
 FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "heldout.jsonl", "result.json")
-NO_SETTING = {"argv", "seed", "output_dir", "policy", "reward_model", "batch_size"}  # seeds, places, and what follows from others
+NO_SETTING = {"argv", "seed", "output_dir", "batch_size"}  # the seed, the place, and what follows from others
 
 
 class Samples:
@@ -98,6 +98,8 @@ def read_run(folder) -> dict:
             run[path.stem] = read_jsonl(path) if path.suffix == ".jsonl" else json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             fail(f"{path} is no JSON: {error}")
+    if not isinstance(run["config"], dict) or "task" not in run["config"] or not run["metrics"]:
+        fail(f"{folder} is no finished run of train_ppo.py: its config.json names no task, or its metrics.jsonl is empty")
     return run
 
 
@@ -106,7 +108,14 @@ def grouped(runs) -> dict[str, list]:
     groups = {}
     for run in runs:
         settings = {k: v for k, v in run["config"].items() if k not in NO_SETTING and v is not None and v is not False}
-        groups.setdefault(json.dumps(settings, sort_keys=True), []).append(run)
+        beside = Path(run["config"]["output_dir"]).parent
+        for name in ("policy", "reward_model"):  # those that lie beside the run were made for its seed
+            if name in settings and Path(settings[name]).parent == beside:
+                del settings[name]
+        members = groups.setdefault(json.dumps(settings, sort_keys=True), [])
+        if run["config"]["seed"] in [other["config"]["seed"] for other in members]:
+            fail(f"two of the runs have the same settings and the seed {run['config']['seed']}; an interval needs independent runs")
+        members.append(run)
     settings = [json.loads(key) for key in groups]
     names = [name for name in sorted(set().union(*settings)) if any(s.get(name) != settings[0].get(name) for s in settings)]
     labels = [", ".join(in_words(name, s.get(name)) for name in names or ("reward", "critic")) for s in settings]
@@ -131,7 +140,8 @@ def group_data(runs, names) -> dict:
     for name in runs[0]["result"]["after"]:
         result[name] = [interval([run["result"][when][name] for run in runs]) for when in ("before", "after")]
     for name in (*SHIFTS, *AGAINST, "shift_rank"):
-        means[name] = interval([sum(row[name] for row in run["metrics"]) / len(run["metrics"]) for run in runs])
+        seen = [[row[name] for row in run["metrics"] if name in row] for run in runs]
+        means[name] = interval([sum(values) / len(values) for values in seen]) if all(seen) else None
     for name in names:
         rows = [rows for rows in zip(*(run["metrics"] for run in runs)) if all(name in row for row in rows)]
         rows = [rows[i - 1] for i in spread(POINTS_SHOWN, len(rows))]

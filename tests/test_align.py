@@ -7,8 +7,10 @@ import time
 
 import pytest
 import torch
+from conftest import CORPUS
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.testing import assert_close
 
 from t2g.align import (
@@ -186,6 +188,49 @@ def test_a_text_that_is_not_the_sum_of_its_tokens_is_tiled_all_the_same(tok, tex
         assert letters in written[start:end]
 
 
+def word_end_bpe():
+    """GPT-1 style: a mark at the end of each word, which is a space unless it is the last."""
+    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.BPEDecoder(suffix="</w>")
+    trainer = trainers.BpeTrainer(vocab_size=300, end_of_word_suffix="</w>", show_progress=False)
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return tokenizer
+
+
+@given(text=st.lists(st.sampled_from(["the", "dog", "27", ",", "sleeps", "quick"]), min_size=1).map(" ".join))
+def test_a_decoder_that_puts_spaces_behind_words_gives_no_token_its_neighbour_s_letters(text):
+    tok = word_end_bpe()
+    encoding = tok.encode(text, add_special_tokens=False)
+    written, offsets = tok.decode(encoding.ids), token_offsets(tok, encoding.ids)
+    assert "".join(written[start:end] for start, end in offsets) == written
+    for token, (start, end) in zip(encoding.tokens, offsets):
+        assert written[start:end].strip() == token.removesuffix("</w>")
+
+
+class OnlyDecodes:
+    """As little of a tokenizer as there can be: no hash, no weak reference, and no id beyond its vocabulary."""
+
+    __slots__ = ("beyond",)
+    __hash__ = None
+
+    def __init__(self, beyond):
+        self.beyond = beyond
+
+    def decode(self, ids, skip_special_tokens):
+        if max(ids, default=0) > 255:
+            raise self.beyond
+        return bytes(ids).decode("utf-8", "replace")
+
+
+@pytest.mark.parametrize("beyond", [KeyError, IndexError, ValueError, TypeError])
+def test_any_object_that_decodes_is_a_tokenizer(beyond):
+    text = "see 東京, 27"
+    ids = list(text.encode())
+    expected = [(n, n + 1) for n, char in enumerate(text) for _ in char.encode()]
+    assert token_offsets(OnlyDecodes(beyond()), ids) == expected
+
+
 def test_only_special_tokens(tok):
     assert token_offsets(tok, [tok.eos_token_id] * 3) == [(0, 0)] * 3
     assert token_offsets(tok, []) == []
@@ -343,7 +388,7 @@ def test_ten_thousand_spans_are_no_trouble():
     assert delta[:500].tolist() == [min(score for s, e, score in spans[:1000] if s <= t < e) for t in range(500)]
 
 
-@pytest.mark.parametrize("offsets", [[(3, 6), (0, 3)], [(0, 6), (1, 2)]])
+@pytest.mark.parametrize("offsets", [[(3, 6), (0, 3)], [(0, 6), (1, 2)], [(3, 0), (3, 6)]])
 def test_offsets_out_of_order_are_refused(offsets):
     with pytest.raises(ValueError) as refused:
         span_rewards(offsets, [(0, 1, 1.0)])
@@ -397,8 +442,9 @@ def slices(text):
 
 
 def cuts_a_word(text, start, end):
-    """True if a letter or digit stands on either side of one of the two ends."""
-    return any(text[i - 1].isalnum() and text[i].isalnum() for i in (start, end) if 0 < i < len(text))
+    """True if one of the two ends stands between two letters or digits, or within a number such as 1.27 or 1,927."""
+    number = {i for match in re.finditer(r"(?=(\d[.,]\d))", text) for i in (match.start(1) + 1, match.start(1) + 2)}
+    return any(i in number or (text[i - 1].isalnum() and text[i].isalnum()) for i in (start, end) if 0 < i < len(text))
 
 
 @given(st.data(), st.text(min_size=1) | st.text("ab .'\n", min_size=1))
@@ -410,7 +456,7 @@ def test_whatever_is_taken_from_the_text_is_found_as_it_stands(data, text):
     assert places and all(text[s:e] == text[start:end] for s, e in places)
 
 
-@given(st.data(), st.text("ab .", min_size=1, max_size=12))
+@given(st.data(), st.text("ab .12,", min_size=1, max_size=12))
 def test_all_places_of_a_quote_are_marked_and_those_that_cut_words_only_without_others(data, text):
     assume(text.strip())
     start, end = data.draw(slices(text))
@@ -426,6 +472,7 @@ def test_whole_words_are_preferred():
     assert locate("Born in 1927.", "27") == [(10, 12)]
     assert locate("Tall talk, TALL TALES, all", "All") == [(23, 26)]
     assert locate("xab ab ab", "ab ab") == [(4, 9)]
+    assert locate("27, paid 1.27 or 27.5, 1,927. Not 27.", "27") == [(0, 2), (34, 36)]
 
 
 @given(data=st.data(), parts=st.lists(words, min_size=2, max_size=8, unique=True))
@@ -499,6 +546,13 @@ def test_a_small_typo_in_a_long_quote_is_forgiven(data):
 def test_a_fuzzy_quote_needs_eight_characters():
     assert find("then he starts running", "runninng") == ("fuzzy", [(15, 22)])
     assert find("then he starts runnin", "runninn") == ("lost", [])
+
+
+def test_a_fuzzy_quote_stands_wherever_its_words_do():
+    text = "the experienced veterinarian came. Later the experienced veterinarian left."
+    kind, places = find(text, "the experienced vetrinarian")
+    assert kind == "fuzzy" and [text[slice(*place)] for place in places] == ["the experienced veterinarian"] * 2
+    assert resolve(text, Feedback("", poor=["the experienced vetrinarian"]))[0][0].start == 41
 
 
 def test_where_there_are_no_words_no_place_is_close():

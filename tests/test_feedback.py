@@ -226,6 +226,13 @@ def test_each_refusal_says_what_is_wrong(z, sentence):
     assert str(refused.value) == sentence
 
 
+@pytest.mark.parametrize("quotes", ["Porto", None, [None], [{"text": "x"}], [{"text": "x", "severity": 5}], {"a": "b"}])
+def test_feedback_that_is_made_by_hand_is_checked_too(quotes):
+    for wrong in ({"good": quotes}, {"poor": quotes}):
+        with pytest.raises(FeedbackError):
+            Feedback("c", **wrong)
+
+
 def test_feedback_error_is_a_value_error():
     assert issubclass(FeedbackError, ValueError)
 

@@ -48,9 +48,20 @@ def test_a_span_that_is_none_is_refused_in_one_sentence(span, capsys):
     assert "empty, reversed or outside" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "row", [{}, {"response": TEXT}, {"response": TEXT, "spans": [3]}, {"candidate": TEXT}, {"prediction 1": TEXT}]
-)
+NO_SPANS = [
+    {},
+    {"response": TEXT},
+    {"response": TEXT, "spans": [3]},
+    {"response": TEXT, "spans": [[0.0, 3.0]]},
+    {"response": TEXT, "spans": [["0", "3"]]},
+    {"response": 5, "spans": [[0, 3]]},
+    {"candidate": TEXT},
+    {"candidate": TEXT, "feedback": {"instruction_list": [5], "summary": ""}},
+    {"prediction 1": TEXT},
+]
+
+
+@pytest.mark.parametrize("row", NO_SPANS)
 def test_a_row_without_human_spans_is_refused_in_one_sentence(row, capsys):
     with pytest.raises(SystemExit):
         human_spans.read([row], "rows")

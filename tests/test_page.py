@@ -35,7 +35,7 @@ def make_run(folder, **settings):
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     metrics = [{"step": step, **{name: rng.gauss(0, 1) for name in METRICS}} for step in range(1, 5)]
-    del metrics[2]["clipfrac"]
+    del metrics[2]["clipfrac"], metrics[1]["shift_poor_above"]
     write("metrics.jsonl", metrics)
     tokens = [{"text": text, "delta": -1.0, "kl": 0.0, "shift": -0.5} for text in (EVIL, " &amp; 東京", "\u2028")]
     marks = {"critique": EVIL, "good": [EVIL], "poor": [{"text": "severe " + EVIL, "severity": -0.25}]}
@@ -92,7 +92,7 @@ def test_one_run_has_means_without_intervals_under_its_main_settings(runs, tmp_p
 def test_labels_name_what_differs_and_a_setting_that_is_off_is_as_good_as_absent(tmp_path):
     folders = [
         make_run(tmp_path / "a", span_noise=["flip", 0.3], kl_coef=0.1),
-        make_run(tmp_path / "b", kl_coef=0.1, bf16=False, policy="elsewhere", reward_model="elsewhere"),
+        make_run(tmp_path / "b", kl_coef=0.1, bf16=False, policy=str(tmp_path / "sft"), reward_model=str(tmp_path / "rm")),
         make_run(tmp_path / "c", span_noise=None, kl_coef=0.1, seed=1),
         make_run(tmp_path / "d", kl_coef=0.2),
     ]
@@ -108,6 +108,9 @@ def test_labels_name_what_differs_and_a_setting_that_is_off_is_as_good_as_absent
         ("broken", "{}/config.json is no JSON: .*"),
         ("of another task", "a page needs finished runs of one task, and these are of summarize and toy"),
         ("named twice", "a run is named twice, and an interval needs independent runs"),
+        ("a seed twice", "two of the runs have the same settings and the seed 0; an interval needs independent runs"),
+        ("without a task", "{} is no finished run of train_ppo.py: its config.json names no task, or .*"),
+        ("without steps", "{} is no finished run of train_ppo.py: .* or its metrics.jsonl is empty"),
         ("five settings", "a page shows 4 settings side by side, and these runs have 5"),
         ("none", "a page needs finished runs of one task, and these are of none"),
         ("unwritable", "{} cannot be written .*"),
@@ -120,6 +123,10 @@ def test_what_cannot_be_shown_is_one_clear_sentence(runs, wrong, sentence, tmp_p
         make_run(folder, task="summarize" if wrong == "of another task" else "toy")
     if wrong == "unfinished":
         (folder / "result.json").unlink()
+    elif wrong == "without a task":
+        (folder / "config.json").write_text("[1]")
+    elif wrong == "without steps":
+        (folder / "metrics.jsonl").write_text("")
     elif wrong == "broken":
         (folder / "config.json").write_text('{"task": ')
     elif wrong == "named twice":
@@ -129,7 +136,7 @@ def test_what_cannot_be_shown_is_one_clear_sentence(runs, wrong, sentence, tmp_p
     elif wrong == "none":
         folders = []
     elif wrong == "unwritable":
-        out = folder
+        folders, out = runs[:1], folder
     with pytest.raises(SystemExit) as stop:
         write_page(out, folders)
     said = capsys.readouterr().err
