@@ -5,8 +5,8 @@
     python -m bench.deviations --jobs 2                          # two runs side by side, a core each
 
 A row is a list of flags of train_ppo.py, or a patch: a function that puts what the official code does in the place of ours, for
-the length of one process. Finished runs are kept under --output_dir and not run again. The rule is an errorless critic, so that a
-row shows the detail and not what a reward model makes of it.
+the length of one process. Finished runs are kept under --output_dir and not run again. With the rule as the critic a row
+shows the detail and not what a reward model makes of it.
 """
 
 import argparse
