@@ -265,6 +265,21 @@ def test_a_long_text_costs_one_short_decode_or_two_for_each_new_token_and_then_o
     assert lengths == [len(ids)]
 
 
+@pytest.mark.parametrize("name", ["byte_level", "byte_fallback"])
+def test_broken_characters_are_read_in_their_own_short_runs(tokenizers, name):
+    """And not by cutting the whole text at each place."""
+    tok, lengths = tokenizers[name], []
+    ids = tok.encode("The dog 🦜 sleeps. " * 40, add_special_tokens=False)
+
+    class Counting:
+        def decode(self, ids, skip_special_tokens):
+            lengths.append(len(ids))
+            return tok.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    token_offsets(Counting(), ids)
+    assert len([n for n in lengths if n > 10]) == 1
+
+
 @given(data=st.data())
 def test_what_was_asked_before_changes_no_offsets(tok, data):
     """A tokenizer that has been read before, in whatever order, against one that is met for the first time."""
@@ -473,6 +488,9 @@ def test_whole_words_are_preferred():
     assert locate("Tall talk, TALL TALES, all", "All") == [(23, 26)]
     assert locate("xab ab ab", "ab ab") == [(4, 9)]
     assert locate("27, paid 1.27 or 27.5, 1,927. Not 27.", "27") == [(0, 2), (34, 36)]
+    assert locate("1.27 or 27", "27") == [(8, 10)]
+    assert locate("1.2 and 21.2", "1.2") == [(0, 3)]
+    assert locate("an 1.2, b21.2", "1.2") == [(3, 6)]
 
 
 @given(data=st.data(), parts=st.lists(words, min_size=2, max_size=8, unique=True))

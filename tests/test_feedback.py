@@ -215,6 +215,7 @@ SENTENCES = {
     "c\n[]": KEYS,
     'c\n{"good": []}': KEYS,
     'c\n{"good": [1], "poor": []}': '"good" must be a list of texts, or of {"text", "severity"} with a severity in [-1, 1]',
+    'c\n{"good": [], "poor": [1]}': '"poor" must be a list of texts, or of {"text", "severity"} with a severity in [-1, 1]',
     'c\n{"good": [], "poor": ["\\ud83d"]}': "the feedback holds half of a surrogate pair, which no file can",
 }
 
