@@ -17,7 +17,7 @@ import torch
 from t2g import cli, critics, families, human_spans, policy, report, stages, tasks
 from t2g.align import MATCH_KINDS
 from t2g.log import METRICS, read_jsonl
-from t2g.metrics import evaluate, mean_interval, span_card
+from t2g.metrics import evaluate, interval, span_card
 from t2g.rollout import respond
 
 
@@ -80,9 +80,8 @@ def seeds(task, args) -> dict:
     table = {}
     for when in ("before", "after"):
         for name in results[0][when]:
-            mean, low, high = mean_interval([result[when][name] for result in results])
-            table.setdefault(name, {})[when] = {"mean": mean, "low": low, "high": high, "seeds": len(results)}
-            print(f"{name:24}{when:8}{mean:9.3f}  [{low:.3f}, {high:.3f}]")
+            table.setdefault(name, {})[when] = interval([result[when][name] for result in results])
+            print(f"{name:24}{when:8}" + "{mean:9.3f}  [{low:.3f}, {high:.3f}]".format(**table[name][when]))
     return table
 
 

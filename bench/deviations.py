@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 import train_ppo
-from t2g.metrics import mean_interval
+from t2g.metrics import interval
 
 METRICS = ("perfect", "coverage", "poor", "perfect_greedy")
 
@@ -159,6 +159,8 @@ def main():
     args = parser.parse_args()
     if args.train:
         return train(*args.train)
+    if len(args.seeds) < 2:
+        parser.error("an interval needs two seeds at least")
 
     def folder(row, seed):
         return Path(args.output_dir) / f"seed-{seed}" / row.replace(" ", "_").replace(":", "_").replace(",", "")
@@ -178,10 +180,12 @@ def main():
         cells = [(row, seed) for row in args.rows for seed in args.seeds]
         list(pool.map(cell, range(len(cells)), *zip(*cells)))
 
-    table = {}
+    def after(row):
+        return [json.loads((folder(row, seed) / "result.json").read_text())["after"] for seed in args.seeds]
+
+    table, ours = {}, after("ours")
     for row in dict.fromkeys(["ours", *args.rows]):
-        runs = [json.loads((folder(row, seed) / "result.json").read_text())["after"] for seed in args.seeds]
-        ours = [json.loads((folder("ours", seed) / "result.json").read_text())["after"] for seed in args.seeds]
+        runs = after(row)
         table[row] = {name: interval([run[name] for run in runs]) for name in METRICS}
         table[row]["perfect, less ours"] = interval([run["perfect"] - mine["perfect"] for run, mine in zip(runs, ours)])
     print("| row | " + " | ".join(table["ours"]) + " |\n|---" + "|---" * len(table["ours"]) + "|")
@@ -189,11 +193,6 @@ def main():
         cells = ("{mean:.2f} [{low:.2f}, {high:.2f}]".format(**column) for column in columns.values())
         print(f"| {row} | " + " | ".join(cells) + " |")
     print(json.dumps(table))
-
-
-def interval(values):
-    mean, low, high = mean_interval(values) if len(values) > 1 else (values[0],) * 3
-    return {"mean": mean, "low": low, "high": high, "seeds": len(values)}
 
 
 if __name__ == "__main__":

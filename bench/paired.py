@@ -10,7 +10,7 @@ import argparse
 import json
 
 from t2g.cli import fail
-from t2g.metrics import mean_interval
+from t2g.metrics import interval
 from t2g.report import AGAINST, SHIFTS, read_run
 
 
@@ -42,7 +42,7 @@ def main():
     for name, values in table.items():
         if all(x is not None for pair in values for x in pair):
             columns = {"runs": [a for a, _ in values], "against": [b for _, b in values], "difference": [a - b for a, b in values]}
-            result[name] = {column: dict(zip(("mean", "low", "high"), mean_interval(x))) for column, x in columns.items()}
+            result[name] = {column: interval(x) for column, x in columns.items()}
             cells = ("{mean:.3f} [{low:.3f}, {high:.3f}]".format(**cell) for cell in result[name].values())
             print(f"{name:20}" + "".join(f"{cell:>26}" for cell in cells))
     print(json.dumps(result))

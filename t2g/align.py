@@ -246,11 +246,12 @@ def resolve(text: str, feedback: Feedback, severities=False) -> tuple[list[Span]
             counts[kind] += len(scores)
             counts["ambiguous"] += len(scores) if len(places) > len(scores) else 0
             places = places[: len(scores)] if sign > 0 else places[-len(scores) :]
-            spans += [Span(*_without_space(text, *place), score) for place, score in zip(places, scores)]
+            spans += [Span(*without_space(text, *place), score) for place, score in zip(places, scores)]
     return spans, counts
 
 
-def _without_space(text, start, end):
+def without_space(text, start, end) -> tuple[int, int]:
+    """The range without the white space at its ends."""
     place = text[start:end]
     return end - len(place.lstrip()), start + len(place.rstrip())
 

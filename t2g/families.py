@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from t2g.cli import fail
+from t2g.policy import pretrained
 
 SPECIAL = ["<unk>", "<eos>"]
 
@@ -75,10 +76,9 @@ FAMILIES = {build.__name__: build for build in (byte_level, unigram, byte_fallba
 
 def load(source: str):
     """A real tokenizer: a folder, a hub id or a .gguf file."""
-    folder, _, name = source.rpartition("/")
-    where = dict(pretrained_model_name_or_path=folder or ".", gguf_file=name) if name.endswith(".gguf") else {}
+    place, gguf = pretrained(source)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(**where or dict(pretrained_model_name_or_path=source))
+        tokenizer = AutoTokenizer.from_pretrained(place, **gguf)
     except (OSError, ValueError, ImportError) as error:
         fail(f"no tokenizer could be loaded from {source!r} (folder, hub id or .gguf file): {str(error).splitlines()[0]}")
     if not tokenizer.is_fast:

@@ -12,7 +12,7 @@ import re
 from collections import Counter, defaultdict
 from typing import NamedTuple
 
-from t2g.align import MATCH_KINDS, find, resolve, response_text, span_rewards, token_offsets
+from t2g.align import MATCH_KINDS, find, resolve, response_text, span_rewards, token_offsets, without_space
 from t2g.cli import fail
 from t2g.critics import quote_of
 from t2g.feedback import Feedback
@@ -208,5 +208,5 @@ def tokens_marked(responses, tokenizer) -> dict:
 
 def tokens_in(text, offsets, ranges) -> set[int]:
     """The tokens with a character in the ranges, white space at their ends apart."""
-    inside = characters((end - len(text[start:end].lstrip()), start + len(text[start:end].rstrip())) for start, end in ranges)
+    inside = characters(without_space(text, *place) for place in ranges)
     return {t for t, (start, end) in enumerate(offsets) if inside & set(range(start, end))}

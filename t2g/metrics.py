@@ -103,6 +103,11 @@ def mean_interval(values) -> tuple[float, float, float]:
     return float(values.mean()), float(values.mean() - half), float(values.mean() + half)
 
 
+def interval(values) -> dict:
+    """mean_interval() as results hold it: {"mean", "low", "high", "seeds"}."""
+    return dict(zip(("mean", "low", "high"), mean_interval(values))) | {"seeds": len(values)}
+
+
 @cache
 def rouge_scorer():
     from rouge_score.rouge_scorer import RougeScorer

@@ -119,12 +119,9 @@ def load(path, device="cpu") -> tuple[PreTrainedTokenizerBase, torch.nn.Module]:
     Args: path, a run's folder (its latest checkpoint), a model's folder, a .gguf file or a hub id.
     """
     path = str(latest_checkpoint(path) or path)
-    gguf = {}
-    source = path
-    if path.endswith(".gguf"):
-        if not Path(path).is_file():
-            fail(f"there is no file {path}")
-        source, gguf = str(Path(path).parent), {"gguf_file": Path(path).name}
+    source, gguf = pretrained(path)
+    if gguf and not Path(path).is_file():
+        fail(f"there is no file {path}")
     elif path.startswith((".", "/", "runs/")) and not (Path(path) / "config.json").is_file():
         fail(f"{path} holds no model (no config.json); give a hub id, a model's folder or a .gguf file")
     elif (Path(path) / "metrics.jsonl").is_file():
@@ -148,6 +145,11 @@ def load(path, device="cpu") -> tuple[PreTrainedTokenizerBase, torch.nn.Module]:
     tokenizer.padding_side = "left"
     model.generation_config = GenerationConfig(eos_token_id=eos_ids(tokenizer, model), pad_token_id=tokenizer.pad_token_id)
     return tokenizer, model.to(device).eval()
+
+
+def pretrained(path: str) -> tuple[str, dict]:
+    """What from_pretrained wants for a folder, a hub id or a .gguf file: the place, and the file in it."""
+    return (str(Path(path).parent), {"gguf_file": Path(path).name}) if path.endswith(".gguf") else (path, {})
 
 
 def eos_ids(tokenizer, model) -> list[int]:
