@@ -3,7 +3,9 @@
 L_R = - E[ log p(z | x, y) ]        loss on z only          (Text2Grad, sec. 3.2)
 
 python train_rm.py                                                 # the toy's, started from its policy, into runs/toy/rm
-python train_rm.py --model HUB_ID --annotations notes.jsonl --output_dir runs/posts/rm --learning_rate 1e-5
+python train_rm.py --model HUB_ID --annotations notes.jsonl --output_dir runs/posts/rm --lora_r 16 --learning_rate 2e-4
+
+Long prompts are shortened in their middle, never the response.
 """
 
 import random
@@ -12,17 +14,18 @@ from pathlib import Path
 
 import torch
 
-from t2g import ablations, cli, policy, stages, supervised, tasks
+from t2g import ablations, cli, critics, policy, stages, supervised, tasks
 from t2g.feedback import Feedback, FeedbackError, reward_prompt
-from t2g.log import Logger, read_jsonl
+from t2g.log import read_jsonl
 
 FIELDS = {"prompt": str, "response": str, "critique": str, "good_spans": list, "poor_spans": list}
 
 
-def read_pairs(path, no_critique=False, dense=False):
+def read_pairs(path, no_critique=False, dense=False, ask=lambda prompt, response, z: reward_prompt(prompt, response)):
     """(prompt, z) pairs from annotations whose status is "ok"; each z is one that the parser will take.
 
-    Two ablations of the paper: z without its critique, or with dense labels.
+    Two ablations of the paper: z without its critique, or with dense labels. `ask` makes what the
+    reward model is asked of a prompt, a response and z.
     """
     pairs, records = [], read_jsonl(path)
     for number, record in enumerate(records, 1):
@@ -37,7 +40,8 @@ def read_pairs(path, no_critique=False, dense=False):
             cli.fail(f"record {number} of {path} is no feedback: {error}")
         if dense:
             feedback = ablations.dense_feedback(record["response"], feedback)
-        pairs.append((reward_prompt(record["prompt"], record["response"]), feedback.render()))
+        z = feedback.render()
+        pairs.append((ask(record["prompt"], record["response"], z), z))
     print(f"{len(pairs)} of {len(records)} annotations are of use")
     return pairs
 
@@ -54,7 +58,7 @@ def main():
     add("--output_dir", help="where the run goes; runs/TASK/rm if not given")
     add("--no_critique", action="store_true", help="learn the span map alone, the paper's ablation")
     add("--dense", action="store_true", help="learn dense labels, most words good or poor, the paper's ablation")
-    supervised.add_flags(add)
+    supervised.add_flags(add, validation_share=0.05)
     _, args = tasks.parse(parser, "train_rm")
     args.output_dir = args.output_dir or f"runs/{args.task}/rm"
     root = Path(args.output_dir).parent
@@ -63,12 +67,16 @@ def main():
     start = time.perf_counter()
 
     torch.manual_seed(args.seed)
-    pairs = read_pairs(args.annotations or root / "annotations.jsonl", args.no_critique, args.dense)
-    random.Random(args.seed).shuffle(pairs)
     tokenizer, model = policy.load(args.model or root / "sft", policy.device())
-    log = Logger(cli.fresh_folder(args.output_dir), args)
-    supervised.finetune(model, tokenizer, pairs, args, log, desc="reward model")
-    saved = policy.save(model, tokenizer, args.output_dir, args.max_steps)
+    limit = args.max_length or policy.context_length(model)
+
+    def ask(prompt, response, z):
+        room = limit - len(tokenizer(z, add_special_tokens=False)["input_ids"]) - 1  # for EOS
+        return critics.fitting_prompt(tokenizer, prompt, response, room)
+
+    pairs = read_pairs(args.annotations or root / "annotations.jsonl", args.no_critique, args.dense, ask)
+    random.Random(args.seed).shuffle(pairs)
+    saved = supervised.finetune(model, tokenizer, pairs, args, desc="reward model")
     print(f"reward model: {saved}, from {len(pairs)} annotations ({time.perf_counter() - start:.0f} s)")
 
 

@@ -9,7 +9,6 @@ import time
 import torch
 
 from t2g import cli, policy, supervised, tasks
-from t2g.log import Logger
 
 
 def main():
@@ -34,9 +33,7 @@ def main():
         cli.fail(f"the task {args.task} has no model of its own: name one with --model (in train_ppo.py: --policy)")
     examples = tasks.short_enough(examples, tokenizer, args.max_prompt_length)
     pairs = task.sft_pairs(args, examples) if hasattr(task, "sft_pairs") else [(e.prompt, e.reference) for e in examples]
-    log = Logger(cli.fresh_folder(args.output_dir), args)
-    supervised.finetune(model, tokenizer, pairs, args, log, desc="starting policy")
-    saved = policy.save(model, tokenizer, args.output_dir, args.max_steps)
+    saved = supervised.finetune(model, tokenizer, pairs, args, desc="starting policy")
     print(f"starting policy: {saved} ({time.perf_counter() - start:.0f} s)")
 
 

@@ -14,6 +14,8 @@ METRICS = {
     "step": "optimiser steps (supervised) or rollouts (PPO) so far",
     "loss": "mean of -log p over the completions' tokens of the batch",
     "tokens": "completion tokens of the batch",
+    "padding": "share of the batch's places that hold padding",
+    "validation_loss": "the same mean over the pairs that are kept for validation; the best model so far is the one that is saved",
     "grad_norm": "norm of the gradient before clipping, mean over the optimiser steps of a rollout",
     "learning_rate": "learning rate of this step",
     "reward": "sum over t of delta_t, mean over responses with a readable critique, before the KL penalty",
@@ -54,12 +56,17 @@ METRICS = {
 
 
 class Logger:
-    """log(step, metrics) writes a line of metrics.jsonl; `task_metrics` are the names that the task adds to METRICS."""
+    """log(step, metrics) writes a line of metrics.jsonl; `task_metrics` are the names that the task adds to METRICS.
 
-    def __init__(self, folder, args, task_metrics=(), tensorboard=False):
+    A run that goes on after a stop keeps the lines up to the step from which it does.
+    """
+
+    def __init__(self, folder, args, task_metrics=(), tensorboard=False, keep_until=0):
         self.folder, self.known = Path(folder), set(METRICS) | set(task_metrics)
         write_json(self.folder / "config.json", {"argv": sys.argv, **vars(args)})
+        earlier = read_jsonl(self.folder / "metrics.jsonl") if keep_until else []
         self.file = open(self.folder / "metrics.jsonl", "w", encoding="utf-8")
+        self.file.writelines(json.dumps(row) + "\n" for row in earlier if row["step"] <= keep_until)
         self.board = None
         if tensorboard:
             try:

@@ -122,10 +122,10 @@ def load(path, device="cpu") -> tuple[PreTrainedTokenizerBase, torch.nn.Module]:
     source, gguf = pretrained(path)
     if gguf and not Path(path).is_file():
         fail(f"there is no file {path}")
-    elif path.startswith((".", "/", "runs/")) and not (Path(path) / "config.json").is_file():
+    elif not gguf and path.startswith((".", "/", "runs/")) and not (Path(path) / "config.json").is_file():
         fail(f"{path} holds no model (no config.json); give a hub id, a model's folder or a .gguf file")
     elif (Path(path) / "metrics.jsonl").is_file():
-        fail(f"the run {path} has no checkpoint: it did not finish; move the folder away and run that stage again")
+        fail(f"the run {path} has no checkpoint: it did not finish; run that stage again")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **gguf)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **gguf)

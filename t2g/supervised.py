@@ -1,48 +1,65 @@
 """Supervised fine-tuning on (prompt, completion) pairs, the loss on the completion only: for policies and for reward models.
 
-    L = - E[ log p(completion | prompt) ]        mean over the completions' tokens in the batch, EOS included
+    L = - E[ log p(completion | prompt) ]        mean over the completions' tokens of an optimiser step, EOS included
 
-Left out: everything but this loss. The batch has the shape of a rollout, so that response_logits serves here as well.
+A run that was stopped goes on where it stood when it is started again with the same flags. Left out: everything but this loss.
 """
 
+import itertools
+import json
+import math
 import random
+from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from t2g.cli import fail, positive
+from t2g import checkpoint, policy
+from t2g.cli import between, fail, fresh_folder, positive
+from t2g.log import Logger
 from t2g.policy import autocast, context_length, response_logits
-from t2g.rollout import Rollout, encode_prompts
+from t2g.rollout import Rollout, chat_text
 
 
-def encode_pairs(tokenizer, pairs, device) -> Rollout:
-    """Pairs of texts as a batch: the prompt through the chat template, the completion with EOS behind it."""
-    prompt, prompt_mask = encode_prompts(tokenizer, [prompt for prompt, _ in pairs], device)
-    completions = [tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for _, text in pairs]
-    T = max(map(len, completions))
-    ids = [row + [tokenizer.pad_token_id] * (T - len(row)) for row in completions]
-    mask = [[True] * len(row) + [False] * (T - len(row)) for row in completions]
-    response, mask = torch.tensor(ids, device=device), torch.tensor(mask, device=device)
-    return Rollout(prompt, prompt_mask, response, mask, mask.any(1), [text for _, text in pairs])
+def encode_pairs(tokenizer, pairs) -> list[tuple[list[int], list[int]]]:
+    """Pairs of texts as token ids: the prompt through the chat template, the completion with EOS behind it."""
+    prompts = tokenizer([chat_text(tokenizer, prompt) for prompt, _ in pairs], add_special_tokens=False)["input_ids"]
+    completions = tokenizer([completion for _, completion in pairs], add_special_tokens=False)["input_ids"]
+    return [(prompt, [*completion, tokenizer.eos_token_id]) for prompt, completion in zip(prompts, completions)]
 
 
-def in_batches(pairs, batch_size, max_steps, seed, window=8):
-    """max_steps batches; the first pass keeps the order of the pairs, each later one is shuffled.
+def as_rollout(rows, pad_token_id, device) -> tuple[Rollout, torch.Tensor]:
+    """Rows of token ids as a batch, and which response tokens are learnt, (B, T) bool.
 
-    Within a window of eight batches, pairs of like length go together: little padding, and still the order of the whole.
+    All padding is on the left and the last T columns count as responses, T being the longest completion: before a shorter one
+    stands the end of its prompt. So a row is padded for its whole length once, and not for its prompt and its completion apart.
     """
-    rng, queue, ready = random.Random(seed), list(pairs), []
-    for _ in range(max_steps):
-        if not ready:
-            while len(queue) < batch_size:
-                queue += rng.sample(pairs, len(pairs))
-            near, queue = sorted(queue[: window * batch_size], key=lambda p: len(p[0]) + len(p[1])), queue[window * batch_size :]
-            ready = [near[i : i + batch_size] for i in range(0, len(near), batch_size)]
-            if len(ready[-1]) < batch_size:
-                queue = ready.pop() + queue
-            rng.shuffle(ready)
-        yield ready.pop()
+    T, length = max(len(completion) for _, completion in rows), max(len(prompt) + len(completion) for prompt, completion in rows)
+    length = max(length, T + 1)
+    ids = [[pad_token_id] * (length - len(prompt) - len(completion)) + prompt + completion for prompt, completion in rows]
+    there = [[False] * (length - len(prompt) - len(completion)) + [True] * len(prompt + completion) for prompt, completion in rows]
+    learnt = [[False] * (T - len(completion)) + [True] * len(completion) for _, completion in rows]
+    ids, there, learnt = (torch.tensor(table, device=device) for table in (ids, there, learnt))
+    batch = Rollout(ids[:, :-T], there[:, :-T], ids[:, -T:], there[:, -T:], learnt.any(1), [""] * len(rows))
+    return batch, learnt
+
+
+def in_batches(rows, batch_size, seed, window=32):
+    """Batches without end; the first pass keeps the order of the rows, each later one is shuffled.
+
+    Within a window of 32 batches, rows of like length go together: little padding, and still the order of the whole.
+    """
+    rng, queue = random.Random(seed), list(rows)
+    while True:
+        while len(queue) < batch_size:
+            queue += rng.sample(rows, len(rows))
+        near, queue = sorted(queue[: window * batch_size], key=lambda row: sum(map(len, row))), queue[window * batch_size :]
+        ready = [near[i : i + batch_size] for i in range(0, len(near), batch_size)]
+        if len(ready[-1]) < batch_size:
+            queue = ready.pop() + queue
+        rng.shuffle(ready)
+        yield from ready
 
 
 def make_optimizers(model, kind, learning_rate):
@@ -51,50 +68,164 @@ def make_optimizers(model, kind, learning_rate):
     def is_matrix(name, p):
         return kind == "muon" and p.ndim == 2 and "embed" not in name and "head" not in name
 
-    matrices = [p for name, p in model.named_parameters() if is_matrix(name, p)]
-    rest = [p for name, p in model.named_parameters() if not is_matrix(name, p)]
+    weights = checkpoint.trainable(model)
+    matrices = [p for name, p in weights.items() if is_matrix(name, p)]
+    rest = [p for name, p in weights.items() if not is_matrix(name, p)]
     optimizers = [torch.optim.AdamW(rest, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)]
     if matrices:  # updates are scaled to the size of AdamW's, so that one learning rate serves both
         optimizers.append(torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
     return optimizers
 
 
-def finetune(model, tokenizer, pairs, args, log, desc):
-    """Trains model in place for args.max_steps steps: linear warm-up over 5% of them, then linear decay to 0."""
-    if not pairs:
-        fail("the data set is empty: there is no pair to train on")
+def finetune(model, tokenizer, pairs, args, desc) -> Path:
+    """Trains for args.max_steps optimiser steps, or until the validation loss has stopped falling, and saves the best model.
+
+    Returns: the checkpoint, a plain model whatever was trained of it.
+    """
+    rows = that_fit(encode_pairs(tokenizer, pairs), args.max_length or context_length(model))
+    count = round(args.validation_share * len(rows))
+    heldout, rows = rows[:count], rows[count:]
+    model = with_adapters(model, args) if args.lora_r else model
     optimizers = make_optimizers(model, args.optimizer, args.learning_rate)
-    warmup = max(1, round(0.05 * args.max_steps))
+    folder, state, best = open_folder(args)
+    reached = {"step": 0, "best_step": 0, "best_loss": math.inf}
+    if state.is_file():
+        reached = checkpoint.load(state, model, optimizers)
+        print(f"goes on after step {reached['step']} of {args.output_dir}", flush=True)
+    log = Logger(folder, args, keep_until=reached["step"])
+
+    batches = in_batches(rows, args.per_device_train_batch_size, args.seed)
+    batches = itertools.islice(batches, reached["step"] * args.gradient_accumulation_steps, None)
+    bar = tqdm(total=args.max_steps, initial=reached["step"], desc=desc, unit="step", mininterval=0.5)
     model.train()
-    bar = tqdm(total=args.max_steps, desc=desc, unit="step", mininterval=0.5)
-    for step, rows in enumerate(in_batches(pairs, args.per_device_train_batch_size, args.max_steps, args.seed), 1):
-        batch = encode_pairs(tokenizer, rows, model.device)
-        length = batch.prompt.shape[1] + batch.response.shape[1]
-        if length > context_length(model):
-            fail(f"a training text of {length} tokens does not fit the model's context of {context_length(model)}; "
-                 "leave long prompts out with --max_prompt_length")  # fmt: skip
-        with autocast(args.bf16):
-            logits, _ = response_logits(model, batch)
-        loss = F.cross_entropy(logits[batch.mask].float(), batch.response[batch.mask])
-        loss.backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm, error_if_nonfinite=True)
-        rate = args.learning_rate * min(step / warmup, 1 - (step - 1) / args.max_steps)
+    for step in range(reached["step"] + 1, args.max_steps + 1):
+        microbatches = itertools.islice(batches, args.gradient_accumulation_steps)
+        metrics = train_step(model, [as_rollout(some, tokenizer.pad_token_id, model.device) for some in microbatches], args)
+        metrics["learning_rate"] = rate = args.learning_rate * schedule(step, args)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        log(step, {"loss": loss.item(), "grad_norm": grad_norm.item(), "learning_rate": rate, "tokens": int(batch.mask.sum())})
-        bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
+        reached["step"] = step
+        if heldout and (step % args.eval_steps == 0 or step == args.max_steps):
+            metrics["validation_loss"] = loss = validation_loss(model, tokenizer, heldout, args)
+            if loss < reached["best_loss"]:
+                reached |= {"best_step": step, "best_loss": loss}
+                checkpoint.save(best, model)
+        log(step, metrics)
+        bar.set_postfix_str(f"loss {metrics['loss']:.3f}", refresh=False)
         bar.update()
+        if heldout and step - reached["best_step"] >= args.early_stopping_patience * args.eval_steps:
+            print(f"\nthe validation loss was lowest at step {reached['best_step']}: stopped early", flush=True)
+            break
+        if step % args.save_steps == 0:
+            checkpoint.save(state, model, optimizers, **reached)
     bar.close()
+
+    if heldout:
+        checkpoint.load(best, model)
+    model = model.merge_and_unload() if args.lora_r else model
+    saved = policy.save(model.eval(), tokenizer, folder, reached["best_step"] if heldout else args.max_steps)
+    for path in (state, best):
+        path.unlink(missing_ok=True)
+    return saved
+
+
+def train_step(model, microbatches, args) -> dict:
+    """The gradient of the mean over all tokens that the microbatches learn, however they are spread over them; clipped."""
+    tokens, loss = sum(int(learnt.sum()) for _, learnt in microbatches), 0.0
+    for batch, learnt in microbatches:
+        part = token_loss(model, batch, learnt, args) / tokens
+        part.backward()
+        loss += part.item()
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm, error_if_nonfinite=True)
+    places = [mask for batch, _ in microbatches for mask in (batch.prompt_mask, batch.mask)]
+    padding = 1 - sum(int(mask.sum()) for mask in places) / sum(mask.numel() for mask in places)
+    return {"loss": loss, "grad_norm": grad_norm.item(), "tokens": tokens, "padding": padding}
+
+
+def token_loss(model, batch, learnt, args):
+    """Sum of -log p over the tokens that are learnt."""
+    with autocast(args.bf16):
+        logits, _ = response_logits(model, batch)
+    return F.cross_entropy(logits[learnt].float(), batch.response[learnt], reduction="sum")
+
+
+@torch.no_grad()
+def validation_loss(model, tokenizer, rows, args) -> float:
+    """Mean of -log p over the completions' tokens of rows that are not trained on."""
     model.eval()
+    size, rows = args.per_device_train_batch_size, sorted(rows, key=lambda row: sum(map(len, row)))
+    batches = [as_rollout(rows[i : i + size], tokenizer.pad_token_id, model.device) for i in range(0, len(rows), size)]
+    loss = sum(token_loss(model, batch, learnt, args).item() for batch, learnt in batches)
+    model.train()
+    return loss / sum(int(learnt.sum()) for _, learnt in batches)
 
 
-def add_flags(add):
+def schedule(step, args) -> float:
+    """The share of the learning rate at a step: up linearly over warmup_ratio of the steps, down to 0 by a line or a cosine."""
+    warmup, done = max(1, round(args.warmup_ratio * args.max_steps)), (step - 1) / args.max_steps
+    down = 1 - done if args.lr_scheduler_type == "linear" else (1 + math.cos(math.pi * done)) / 2
+    return min(step / warmup, down)
+
+
+def with_adapters(model, args):
+    """LoRA on every linear layer of the blocks, by the package peft; the rest of the model is frozen."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=0.05, target_modules="all-linear")
+    return get_peft_model(model, config)
+
+
+def that_fit(rows, limit):
+    """The rows of at most `limit` tokens; how many are left out is said."""
+    kept = [row for row in rows if sum(map(len, row)) <= limit]
+    if len(kept) < len(rows):
+        print(f"{len(rows) - len(kept)} of {len(rows)} training texts have more than {limit} tokens and are left out")
+    if not kept:
+        fail(
+            f"there is no training text of at most {limit} tokens"
+            if rows
+            else "the data set is empty: there is no pair to train on"
+        )
+    return kept
+
+
+def open_folder(args):
+    """The run's folder, new or as it was when the same run was stopped; where its state is, and its best weights."""
+    folder = Path(args.output_dir)
+    state, best, config = (folder / name for name in ("state.safetensors", "best.safetensors", "config.json"))
+    flags = json.loads(json.dumps(vars(args), default=str))
+    same = state.is_file() and {"argv": None, **flags} == json.loads(config.read_text(encoding="utf-8")) | {"argv": None}
+    return folder if same else fresh_folder(folder), state, best
+
+
+def add_flags(add, validation_share=0.0):
     """The flags of supervised training, under the names of TRL's SFTConfig."""
     add("--learning_rate", type=positive(float), default=1e-5, help="peak learning rate, after warm-up")
+    add("--lr_scheduler_type", choices=("linear", "cosine"), default="linear", help="how the learning rate falls to 0")
+    add("--warmup_ratio", type=between(0, 1), default=0.05, help="share of the steps over which the learning rate rises")
     add("--max_steps", type=positive(int), default=200, help="optimiser steps")
-    add("--per_device_train_batch_size", type=positive(int), default=8, help="sequences a step")
+    add("--per_device_train_batch_size", type=positive(int), default=8, help="sequences of a microbatch")
+    add("--gradient_accumulation_steps", type=positive(int), default=1, help="microbatches of an optimiser step")
+    add("--max_length", type=positive(int), help="most tokens of a training text; the model's context if not given")
     add("--optimizer", choices=("adamw", "muon"), default="adamw", help="muon is for models that start from scratch")
     add("--max_grad_norm", type=positive(float), default=1.0, help="gradients are clipped to this norm")
+    add(
+        "--lora_r",
+        type=positive(int),
+        help="train LoRA adapters of this rank, merged into the model at the end; all weights if not given",
+    )
+    add("--lora_alpha", type=positive(float), default=32.0, help="LoRA's alpha")
+    add(
+        "--validation_share", type=between(0, 0.5), default=validation_share, help="share of the pairs kept for the validation loss"
+    )
+    add("--eval_steps", type=positive(int), default=50, help="steps between two validation losses")
+    add(
+        "--early_stopping_patience",
+        type=positive(int),
+        default=5,
+        help="validation losses in a row without a new lowest before it stops",
+    )
+    add("--save_steps", type=positive(int), default=100, help="steps between two states from which a stopped run goes on")
