@@ -2,7 +2,8 @@
 
 python eval.py                                                     # the toy's trained policy beside its starting one
 python eval.py policy runs/toy/sft runs/toy/ppo runs/toy/ppo_scalar
-python eval.py rm                                                  # precision and recall of the toy's reward model
+python eval.py rm                                                  # the card of the toy's reward model, against its rule
+python eval.py rm CRITIC ... --annotations TRUTH.jsonl             # of reward models or annotation files, against annotations
 python eval.py seeds runs/toy/ppo runs/toy-1/ppo runs/toy-2/ppo    # mean and 95% interval over runs of several seeds
 python eval.py page runs/toy/ppo runs/toy/ppo_scalar               # one page that compares runs, with bands over their seeds
 python eval.py alignment --data FILE [TOKENIZER ...]               # do quotes find the spans that people marked?
@@ -10,14 +11,15 @@ python eval.py glossary                                            # every metri
 """
 
 import json
+import sys
 from pathlib import Path
 
 import torch
 
-from t2g import cli, critics, families, human_spans, policy, report, stages, tasks
+from t2g import card, cli, critics, families, human_spans, policy, report, stages, tasks
 from t2g.align import MATCH_KINDS
 from t2g.log import METRICS, read_jsonl
-from t2g.metrics import evaluate, interval, span_card
+from t2g.metrics import evaluate, interval
 from t2g.rollout import respond
 
 
@@ -28,14 +30,16 @@ def main():
     add(
         "runs",
         nargs="*",
-        help="policy: the policies to measure; rm: the reward model; seeds, page: folders of train_ppo.py; alignment: tokenizers",
+        help="policy: the policies to measure; rm: reward models, or with --annotations also files that another critic annotated; "
+        "seeds, page: folders of train_ppo.py; alignment: tokenizers",
     )
     tasks.add_flags(add)
-    add("--policy", help="rm: whose responses are criticised; runs/TASK/sft if not given")
+    add("--policy", help="rm: whose responses are criticised, runs/TASK/sft if not given; with --annotations, whose tokens count")
+    add("--annotations", help="rm: records as annotate.py writes them that are the truth, in place of the task's rule")
     add("--response_length", type=cli.positive(int), default=64, help="most tokens of a response")
     add("--critique_length", type=cli.positive(int), default=200, help="rm: most tokens of a critique")
-    add("--eval_samples", type=cli.positive(int), default=256, help="held-out prompts")
-    add("--out", default="page.html", help="page: the file to write")
+    add("--eval_samples", type=cli.positive(int), default=256, help="held-out prompts; of --annotations all records if not given")
+    add("--out", help="page: the file to write, page.html if not given; rm: the same, card.html in the reward model's folder")
     task, args = tasks.parse(parser, "eval")
     torch.manual_seed(args.seed)
     print(json.dumps(WHAT[args.what](task, args)))
@@ -55,18 +59,62 @@ def policies(task, args) -> dict:
 
 
 def reward_model(task, args) -> dict:
-    """The reward model's marks on responses of a policy, against the task's rule."""
+    """The card of a critic, or {critic: card} of several: see t2g/card.py. Writes their page."""
     root = Path(f"runs/{args.task}")
     if not args.runs:
         stages.ensure(["sft", "annotate", "rm"], args, root, args.policy)
-    tokenizer, model = policy.load(args.policy or root / "sft", policy.device())
-    rm_tokenizer, rm = policy.load(args.runs[0] if args.runs else root / "rm", policy.device())
+    names = list(dict.fromkeys(args.runs)) or [str(root / "rm")]
+    out = card.page_path(args.out, names[0])
+    records, source = against_annotations(args, names) if args.annotations else against_rule(task, args, names, root)
+    samples = card.samples(records, source and families.load(str(policy.latest_checkpoint(source) or source)))
+    said = dict.fromkeys(names)
+    for name in sorted(names, key=lambda name: not name.endswith(".jsonl")):  # files first: their faults show at once
+        said[name] = critique_of(name, records, args)
+    cards = {name: card.card(samples, feedback, args.seed) for name, feedback in said.items()}
+    for name, found in cards.items():
+        print(f"\n{name}")
+        by_character = {f"{sign}, characters": found["by_character"][sign] for sign in card.SIGNS}
+        print_table({sign: found[sign] for sign in card.SIGNS} | by_character, ("precision", "recall", "f1"))
+        if found["kinds"]:
+            print_table(found["kinds"], ("recall", "spans", "tokens"))
+    truth = args.annotations or f"the rule of {args.task}"
+    card.write_page(out, truth, f"of {source}" if source else "words", samples, said, cards, args.seed)
+    print(f"\npage: {out}")
+    return cards if len(cards) > 1 else next(iter(cards.values()))
+
+
+def against_rule(task, args, names, root):
+    """Responses of a policy to held-out prompts, annotated by the task's rule; and that policy, whose tokens count."""
+    if files := [name for name in names if name.endswith(".jsonl")]:
+        cli.fail(f"{files[0]} criticises responses of its own; say with --annotations what is true of them")
+    source = args.policy or str(root / "sft")
+    tokenizer, model = policy.load(source, policy.device())
     heldout = tasks.short_enough(task.load(args)[1], tokenizer, args.max_prompt_length)[: args.eval_samples]
     texts, _ = respond(model, tokenizer, [e.prompt for e in heldout], args.response_length, desc="responses", bf16=args.bf16)
-    critic = critics.reward_model_critic(rm, rm_tokenizer, args.critique_length, args.bf16)
-    card = span_card(task, critic, tokenizer, heldout, texts)
-    print_table({kind: card[kind] for kind in ("good", "poor")}, ("precision", "recall", "f1"))
-    return card
+    records = []
+    for example, text in zip(heldout, texts):
+        feedback = task.critique(example, text)
+        kinds = task.kinds(example, text) if hasattr(task, "kinds") else []
+        records.append({"prompt": example.prompt, "response": text, "feedback": feedback, "kinds": kinds})
+    return records, source
+
+
+def against_annotations(args, names):
+    """The records of --annotations; and --policy or else the first reward model, whose tokens count, None if there is neither."""
+    given = any(word.partition("=")[0] == "--eval_samples" for word in sys.argv)  # the task's default is for prompts
+    records = card.truth_of(args.annotations, args.eval_samples if given else None, args.seed)
+    return records, args.policy or next((name for name in names if not name.endswith(".jsonl")), None)
+
+
+def critique_of(name, records, args):
+    """What a reward model, or another file of annotations, says of the records: a list of feedback, None where it is unreadable."""
+    if name.endswith(".jsonl"):
+        return card.same_records(name, records, args.annotations)
+    tokenizer, model = policy.load(name, policy.device())
+    print(f"{name} criticises {len(records)} responses", flush=True)
+    critic = critics.reward_model_critic(model, tokenizer, args.critique_length, args.bf16)
+    examples = [tasks.Example(record["prompt"], "", {}) for record in records]
+    return critic(examples, [record["response"] for record in records])
 
 
 def seeds(task, args) -> dict:
@@ -87,7 +135,7 @@ def seeds(task, args) -> dict:
 
 def page(task, args) -> dict:
     """One page that compares runs of train_ppo.py; those that differ in nothing but the seed are shown as one, with intervals."""
-    return {"page": report.write_page(args.out, args.runs)}
+    return {"page": report.write_page(args.out or "page.html", args.runs)}
 
 
 def alignment(task, args) -> dict:

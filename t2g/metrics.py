@@ -1,12 +1,10 @@
-"""How good a policy or a reward model is on held-out prompts: thin sums over the tasks' scores and well-kept libraries."""
+"""How good a policy is on held-out prompts, and whether criticised tokens moved: thin sums over scores and well-kept libraries."""
 
-from collections import Counter, defaultdict
 from functools import cache
 
 import numpy as np
 import torch
 
-from t2g.align import MATCH_KINDS, resolve, response_text, span_rewards, token_offsets
 from t2g.ppo import masked_mean
 from t2g.rollout import respond
 
@@ -34,39 +32,6 @@ def mean_scores(task, examples, texts) -> dict[str, float]:
     """The task's scores, averaged over responses."""
     scores = [task.score(example, text) for example, text in zip(examples, texts)]
     return {name: float(np.mean([score[name] for score in scores])) for name in task.METRICS}
-
-
-def span_card(task, critic, tokenizer, examples, responses) -> dict:
-    """How well a critic marks: precision, recall and F1 of its good and poor tokens against the task's own rule.
-
-    Returns: {"good": {"precision", "recall", "f1"}, "poor": {...}, "json_valid", "verbatim"}; an unreadable critique marks
-    nothing and counts in recall. "verbatim" is the share of quotes that stand in the response to the letter.
-    """
-    hits, quotes, valid = defaultdict(Counter), Counter(), 0
-    ids = [tokenizer(response, add_special_tokens=False)["input_ids"] for response in responses]
-    responses = [response_text(tokenizer, row) for row in ids]  # where encoding is not lossless, what the offsets speak of
-    for example, row, response, feedback in zip(examples, ids, responses, critic(examples, responses)):
-        offsets = token_offsets(tokenizer, row)
-        truth = span_rewards(offsets, resolve(response, task.critique(example, response))[0])
-        guess = truth * 0
-        if feedback:
-            spans, counts = resolve(response, feedback)
-            guess, valid = span_rewards(offsets, spans), valid + 1
-            quotes += counts
-        for name, sign in (("good", 1), ("poor", -1)):
-            hits[name].update(
-                both=int(((truth == sign) & (guess == sign)).sum()),
-                truth=int((truth == sign).sum()),
-                guess=int((guess == sign).sum()),
-            )
-    card = {name: precision_recall(**hits[name]) for name in ("good", "poor")}
-    total = sum(quotes[kind] for kind in MATCH_KINDS)
-    return card | {"json_valid": valid / len(responses), "verbatim": quotes["exact"] / max(total, 1)}
-
-
-def precision_recall(both, truth, guess) -> dict[str, float]:
-    precision, recall = both / max(guess, 1), both / max(truth, 1)
-    return {"precision": precision, "recall": recall, "f1": 2 * both / max(truth + guess, 1)}
 
 
 def shift(change, delta, mask):

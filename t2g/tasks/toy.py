@@ -127,15 +127,27 @@ CLAUSES = {  # what a clause must look like to state a fact; the value is the gr
     "relation": r"misses an? (.+)",
     "plan": r"plans to (.+)",
 }
+SEVERITY = {"wrong": 1, "vague": 0.5, "repeated": 0.6, "filler": 0.3, "unclear": 1}  # of each kind of fault
 
 
 def critique(example, response: str) -> Feedback:
     """What a careful reader writes: a sentence a clause, in the order of the text, and last what is left out."""
-    me, said = example.facts["me"], set()
-    remarks, good, poor = [], [], []
+    return judged(example, response)[0]
 
-    def blame(quote, severity):
-        poor.append({"text": quote, "severity": severity})
+
+def kinds(example, response: str) -> list[str]:
+    """The kind of each poor quote of critique(), a key of SEVERITY."""
+    return judged(example, response)[1]
+
+
+def judged(example, response: str) -> tuple[Feedback, list[str]]:
+    """The critique, and the kinds of its poor quotes."""
+    me, said = example.facts["me"], set()
+    remarks, good, poor, faults = [], [], [], []
+
+    def blame(quote, fault):
+        poor.append(quote if SEVERITY[fault] == 1 else {"text": quote, "severity": SEVERITY[fault]})
+        faults.append(fault)
 
     def judge(fact, start, end):
         value = response[start:end].strip()
@@ -143,10 +155,10 @@ def critique(example, response: str) -> Feedback:
             good.append(response[start:end])
             remarks.append(f"The {fact} {value} is right.")
         elif value == VAGUE_VALUES[fact].strip():
-            blame(response[start:end], 0.5)
+            blame(response[start:end], "vague")
             remarks.append(f"The {fact} is {me[fact]}, {value} is vague.")
         else:
-            poor.append(response[start:end])
+            blame(response[start:end], "wrong")
             remarks.append(f"The {fact} is {me[fact]}, not {value}.")
         said.add(fact)
 
@@ -162,18 +174,18 @@ def critique(example, response: str) -> Feedback:
             continue
         quote = quote_of(response, start, end)
         if fact or body.startswith("again "):
-            blame(quote, 0.6)
+            blame(quote, "repeated")
             remarks.append(f"It repeats {body.removeprefix('again ')}.")
         elif body in FILLERS:
-            blame(quote, 0.3)
+            blame(quote, "filler")
             remarks.append(f"The words {body} are filler.")
         else:
-            poor.append(quote)
+            blame(quote, "unclear")
             remarks.append(f"The words {body} are unclear.")
     missing = [fact for fact in FACTS if fact not in said]
     if missing:
         remarks.append(f"It leaves out the {', the '.join(missing)}.")
-    return Feedback(" ".join(remarks), good, poor)
+    return Feedback(" ".join(remarks), good, poor), faults
 
 
 def score(example, response: str) -> dict[str, float]:
