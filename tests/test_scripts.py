@@ -180,7 +180,7 @@ def test_evaluation_of_policies_and_reward_model(toy_run):
     rows = json.loads(run("eval", "policy", toy_run / "sft", toy_run / "ppo", "--eval_samples", 8).splitlines()[-1])
     assert list(rows) == [str(toy_run / "sft"), str(toy_run / "ppo")]
     card = run("eval", "rm", toy_run / "rm", "--policy", toy_run / "sft", "--eval_samples", 8, "--critique_length", 20)
-    assert set(json.loads(card.splitlines()[-1])) == {"good", "poor", "json_valid", "verbatim"}
+    assert set(json.loads(card.splitlines()[-1])) >= {"good", "poor", "json_valid", "verbatim"}
 
 
 def test_the_summarize_task_runs_on_a_file_of_real_looking_text(toy_run, tmp_path):

@@ -52,8 +52,9 @@ METRICS = {
 }
 DEFAULTS = {
     "train_sft": dict(learning_rate=0.01, max_steps=640, per_device_train_batch_size=32, optimizer="muon"),
-    "annotate": dict(num_samples=6000, response_length=40),
-    "train_rm": dict(learning_rate=0.006, max_steps=900, per_device_train_batch_size=32, optimizer="muon"),
+    "annotate": dict(num_samples=12000, response_length=40),
+    "train_rm": dict(learning_rate=0.006, max_steps=900, per_device_train_batch_size=32, optimizer="muon",
+                     validation_share=0.02, eval_steps=100),
     "train_ppo": dict(learning_rate=5e-4, max_steps=45, per_device_train_batch_size=32, num_mini_batches=2, num_ppo_epochs=2,
                       response_length=40, eval_samples=256, kl_coef=0.15),
     "eval": dict(response_length=40, eval_samples=256),
