@@ -32,8 +32,10 @@ def parse_args():
     add = parser.add_argument
     tasks.add_flags(add)
     add("--policy", help="the starting policy: a run, a folder, a hub id or a .gguf file; sft beside --output_dir if not given")
-    add("--critic", choices=("rm", "rule"), default="rm", help="who criticises: the learned reward model or the task's program")
-    add("--reward_model", help="the reward model, in the same forms; the folder rm beside --output_dir if not given")
+    who = "who criticises: the learned reward model, the task's program, or a reward model behind a server"
+    add("--critic", choices=("rm", "rule", "openai"), default="rm", help=who)
+    add("--reward_model", help="the reward model, in the same forms; rm beside --output_dir if not given; openai: its name there")
+    add("--base_url", help="openai: the server, such as http://localhost:8000/v1")
     add("--critique_length", type=cli.positive(int), default=200, help="most tokens of a critique of the reward model")
     add("--output_dir", help="where the run goes; runs/TASK/ppo if not given")
     add("--reward", choices=("span", "scalar"), default="span", help="rewards at the spans' tokens, or their sum at the last token")
@@ -62,6 +64,8 @@ def parse_args():
     add("--eval_samples", type=cli.positive(int), default=64, help="held-out prompts for the measurement before and after")
     add("--tensorboard", action="store_true", help="also write TensorBoard's files")
     task, args = tasks.parse(parser, "train_ppo")
+    if args.critic == "openai" and not (args.base_url and args.reward_model):
+        cli.fail("--critic openai needs --base_url, the server, and --reward_model, the name of the reward model there")
     args.output_dir = args.output_dir or f"runs/{args.task}/ppo"
     args.batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.num_mini_batches
     return task, args
@@ -79,11 +83,7 @@ def main():
     tokenizer, model = policy.load(args.policy or root / "sft", device)
     actor, reference = Policy(model).to(device), copy.deepcopy(model).requires_grad_(False)
     actor.load_value_head(args.policy or root / "sft")
-    if args.critic == "rm":
-        rm_tokenizer, rm = policy.load(args.reward_model or root / "rm", device)
-        critic = critics.reward_model_critic(rm, rm_tokenizer, args.critique_length, args.bf16)
-    else:
-        critic = critics.rule_critic(task)
+    critic = critics.chosen(task, args, root / "rm", device)
     train, heldout = (tasks.short_enough(part, tokenizer, args.max_prompt_length) for part in task.load(args))
     heldout = heldout[: args.eval_samples]
     prompt_rng = random.Random(f"ppo {args.seed}")  # not that of annotate.py: the reward model must judge new prompts

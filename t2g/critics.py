@@ -3,9 +3,23 @@
 Critic and policy talk in text only: a reward model has its own tokenizer and may be of another family.
 """
 
-from t2g.align import locate
+import asyncio
+
+from t2g import policy
+from t2g.align import locate, token_offsets
+from t2g.cli import fail
 from t2g.feedback import Feedback, FeedbackError, reward_prompt
-from t2g.rollout import respond
+from t2g.rollout import chat_text, respond
+
+
+def chosen(task, args, reward_model, device):
+    """The critic that --critic names; reward_model is the one to load where --reward_model is not given."""
+    if args.critic == "rule":
+        return rule_critic(task)
+    if args.critic == "openai":
+        return openai_critic(args.base_url, args.reward_model, args.critique_length)
+    tokenizer, model = policy.load(args.reward_model or reward_model, device)
+    return reward_model_critic(model, tokenizer, args.critique_length, args.bf16)
 
 
 def rule_critic(task):
@@ -17,11 +31,61 @@ def reward_model_critic(model, tokenizer, critique_length=200, bf16=False):
     """A generative reward model: it writes z = [critique ; span map], greedily, and what does not parse is None."""
 
     def critic(examples, responses):
-        prompts = [reward_prompt(example.prompt, response) for example, response in zip(examples, responses)]
+        room = policy.context_length(model) - critique_length
+        prompts = [fitting_prompt(tokenizer, example.prompt, response, room) for example, response in zip(examples, responses)]
         texts, _ = respond(model, tokenizer, prompts, critique_length, temperature=0, bf16=bf16)
         return [parse_or_none(z) for z in texts]
 
     return critic
+
+
+def openai_critic(base_url, model, critique_length=200, concurrency=16, timeout=600.0, max_retries=5):
+    """The same behind a server that speaks OpenAI's API, under the name `model`, with its own tokenizer.
+
+    A critique that does not come, after max_retries, is None as well; where none of a batch comes, the program ends.
+    """
+    from t2g import server  # the package openai takes most of a second to load
+
+    async def judge(prompts):
+        client, room = server.client(base_url, timeout, max_retries), asyncio.Semaphore(concurrency)
+        options = dict(model=model, max_tokens=critique_length, temperature=0)
+
+        async def one(prompt):
+            async with room:
+                try:
+                    return (await server.ask(client, messages=[{"role": "user", "content": prompt}], **options)).text
+                except server.NoAnswer as error:
+                    return error
+
+        async with client:
+            return await asyncio.gather(*map(one, prompts))
+
+    def critic(examples, responses):
+        prompts = [reward_prompt(example.prompt, response) for example, response in zip(examples, responses)]
+        try:
+            answers = asyncio.run(judge(prompts))
+        except server.Stop as error:
+            fail(f"the reward model gave no critique: {error}")
+        if not any(isinstance(answer, str) for answer in answers):
+            fail(f"the reward model gave none of {len(answers)} critiques: {answers[-1]}; see --base_url and --reward_model")
+        return [parse_or_none(answer) if isinstance(answer, str) else None for answer in answers]
+
+    return critic
+
+
+def fitting_prompt(tokenizer, prompt: str, response: str, max_tokens: int) -> str:
+    """reward_prompt(), with as much left out of the middle of the prompt as it takes to have at most max_tokens tokens.
+
+    What is asked stands at the head of a prompt or at its end, and the source text between them. The response and the headers stay.
+    """
+    tokens = token_offsets(tokenizer, tokenizer(prompt, add_special_tokens=False)["input_ids"])
+    kept, asked = len(tokens), reward_prompt(prompt, response)
+    while kept and (excess := len(tokenizer(chat_text(tokenizer, asked), add_special_tokens=False)["input_ids"]) - max_tokens) > 0:
+        kept = max(0, kept - excess)
+        head, tail = tokens[: kept - kept // 2], tokens[len(tokens) - kept // 2 :]
+        parts = prompt[: head[-1][1]] if head else "", prompt[tail[0][0] :] if tail else ""
+        asked = reward_prompt(" [...] ".join(parts), response)
+    return asked
 
 
 def parse_or_none(z: str) -> Feedback | None:

@@ -1,0 +1,618 @@
+"""Annotation by a server that fails in many ways, by programs and by people: nothing is lost, paid twice or taken on trust."""
+
+import asyncio
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from fault_server import FAULTS, TEXT_FAULTS, annotation
+
+import annotate
+from t2g import annotator, critics, policy, server
+from t2g.feedback import Feedback, FeedbackError
+from t2g.log import read_jsonl
+from t2g.notes import Notes, read_responses
+from t2g.tasks import Example, summarize, toy
+
+ROOT = Path(__file__).parent.parent
+KEY = "sk-very-secret-0123456789"
+
+
+def texts(count):
+    rng = random.Random(count)
+    words = "the cat sat on a mat while rain fell over old towns near rivers".split()
+    return [
+        {"id": f"r{n}", "prompt": f"Go on, {n}.", "response": f"{n} {' '.join(rng.choices(words, k=9))} end{n}."}
+        for n in range(count)
+    ]
+
+
+def write(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+@pytest.fixture
+def serve(tmp_path):
+    """serve(**settings) starts a server of its own process and returns its address and its log, a list of lines at each call."""
+    running = []
+
+    def start(**settings):
+        log = tmp_path / f"server{len(running)}.log"
+        command = [sys.executable, ROOT / "tests" / "fault_server.py", log, json.dumps(settings)]
+        running.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        port = running[-1].stdout.readline().strip()
+        return f"http://127.0.0.1:{port}/v1", lambda: read_jsonl(log)
+
+    yield start
+    for process in running:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """call(*flags) runs annotate.py in this process and returns its exit code and all that it printed."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+
+    def run(*flags):
+        monkeypatch.setattr(sys, "argv", ["annotate.py", *map(str, flags)])
+        try:
+            code = annotate.main() or 0
+        except SystemExit as stopped:
+            code = stopped.code
+        printed = "".join(capsys.readouterr())
+        assert KEY not in printed and "Traceback" not in printed
+        return code, printed
+
+    return run
+
+
+def flags(url, tmp_path, records, *more):
+    write(tmp_path / "in.jsonl", records)
+    paths = ("--responses", tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl")
+    return *paths, "--model", "m", "--base_url", url, "--timeout", 1, "--concurrency", 32, *more
+
+
+def requests(log):
+    return [line for line in log if line["what"] == "request"]
+
+
+# ---- a server that fails -----------------------------------------------------------------------------------------------
+
+
+def test_killed_three_times_over_a_failing_server_it_loses_nothing_and_asks_nothing_twice(serve, tmp_path):
+    """500 records, 30% faults of all kinds. What stands in --out is never asked again; each record stands there once, and well."""
+    records, rng = texts(500), random.Random(0)
+    url, log = serve(rate=0.3)
+    light = ("--task", "summarize")  # it loads faster than the toy
+    command = [sys.executable, ROOT / "annotate.py", *map(str, flags(url, tmp_path, records, "--max_retries", 8, *light))]
+    out, ids, kills = tmp_path / "out.jsonl", {record["response"]: record["id"] for record in records}, []
+    for wanted in sorted(rng.sample(range(20, 480), 3)):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not out.exists() or out.read_bytes().count(b"\n") < wanted:
+            assert process.poll() is None, "it ended before its time"
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        time.sleep(0.05)  # until the server has noted what came last
+        whole = out.read_bytes().split(b"\n")[:-1]
+        kills.append(({json.loads(line)["id"] for line in whole}, len(log())))
+        assert wanted <= len(kills[-1][0]) == len(whole) < 500
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    stands = read_jsonl(out)
+    assert [r["status"] for r in stands] == ["ok"] * 500 and {r["id"] for r in stands} == set(ids.values())
+    for there, before in kills:
+        assert not there & {ids[line["response"]] for line in requests(log()[before:])}, "asked again"
+    assert {line["fault"] for line in requests(log())} == {None, *FAULTS}
+    answers = [ids[line["response"]] for line in log() if line["what"] == "answer"]
+    assert 500 <= len(answers) <= 500 + 3 * 32, "only what was on its way at a kill may be paid twice"
+    for record in stands:
+        expected = annotation(record["response"])
+        assert {name: record[name] for name in expected} == expected
+
+
+def test_without_a_kill_each_good_answer_is_a_record(serve, tmp_path, call):
+    url, log = serve(rate=0.3)
+    code, printed = call(*flags(url, tmp_path, texts(150)))
+    stands = read_jsonl(tmp_path / "out.jsonl")
+    assert code == 0 and "150 records, 0 failed" in printed and len(stands) == 150
+    assert sum(line["what"] == "answer" for line in log()) == 150
+    assert {line["fault"] for line in requests(log())} == {None, *FAULTS}
+
+
+@pytest.mark.parametrize("fault", TEXT_FAULTS)
+def test_an_answer_of_no_use_is_asked_for_again_with_its_fault_named_and_then_the_record_has_failed(serve, tmp_path, call, fault):
+    url, log = serve(rate=1, faults=[fault])
+    call(*flags(url, tmp_path, texts(1), "--max_retries", 2))
+    first, second, third = (line["asked"]["messages"] for line in requests(log()))
+    assert len(first) == 1 and len(second) == len(third) == 3 and second[0] == first[0]
+    (record,) = read_jsonl(tmp_path / "out.jsonl")
+    said = {
+        "no json": "no JSON",
+        "too long": "no JSON",
+        "no content": "no JSON",
+        "wrong quote": "quote 1 of good_spans",
+        "wrong types": "a list of texts",
+        "length": "cut off",
+        "no critique": "critique is empty",
+        "many quotes": "holds 9 quotes",
+    }[fault]
+    assert said in second[2]["content"] and said in record["reason"]
+    assert record["status"] == "failed" and record["usage"] == {"prompt_tokens": 300, "completion_tokens": 150}
+    assert (record["critique"], record["good_spans"], record["poor_spans"]) == ("", [], [])
+
+
+def test_failed_records_are_asked_again_when_told_so_and_replaced(serve, tmp_path, call):
+    """A record that the server cannot answer has failed, for it answers the others; the new outcome takes its place."""
+    ill, log = serve(poison="end3.")
+    call(*flags(ill, tmp_path, texts(6), "--max_retries", 1))
+    before = {record["id"]: record for record in read_jsonl(tmp_path / "out.jsonl")}
+    assert [id for id, record in before.items() if record["status"] == "failed"] == ["r3"] and len(before) == 6
+    assert "status 500" in before["r3"]["reason"]
+    well, log = serve()
+    assert "1 failed" in call(*flags(well, tmp_path, texts(6)))[1] and not log(), "a failed record stays unless told otherwise"
+    call(*flags(well, tmp_path, texts(6), "--retry_failed"))
+    after = read_jsonl(tmp_path / "out.jsonl")
+    assert [line["response"][0] for line in requests(log())] == ["3"]
+    assert len(after) == 6 and {record["id"]: record["status"] for record in after} == {f"r{n}": "ok" for n in range(6)}
+    assert [record for record in after if record["id"] != "r3"] == [record for id, record in before.items() if id != "r3"]
+
+
+def test_a_kill_between_a_new_outcome_and_the_end_leaves_both_and_the_later_one_counts(tmp_path):
+    old, new = ({"id": "a", "prompt": "p", "response": "r", "status": status} for status in ("failed", "ok"))
+    write(tmp_path / "out.jsonl", [old, new])
+    with Notes(tmp_path / "out.jsonl") as notes:
+        assert notes.left([{"id": "a", "prompt": "p", "response": "r"}], retry_failed=True) == []
+    assert read_jsonl(tmp_path / "out.jsonl") == [new]
+
+
+def test_a_server_that_is_not_there_ends_the_run_and_writes_nothing(tmp_path, call):
+    code, printed = call(*flags("http://127.0.0.1:9/v1", tmp_path, texts(3), "--max_retries", 1))
+    assert code == 2 and "the connection to the server failed" in printed
+    assert read_jsonl(tmp_path / "out.jsonl") == []
+
+
+def test_a_server_that_answers_no_more_ends_the_run(serve, tmp_path, call):
+    url, _ = serve(status=500)
+    code, printed = call(*flags(url, tmp_path, texts(40), "--max_retries", 1))
+    assert code == 2 and "status 500, and so for 10 records in succession" in printed
+    assert read_jsonl(tmp_path / "out.jsonl") == []
+
+
+@pytest.mark.parametrize(("status", "said"), [(401, "does not accept the key"), (403, "forbids"), (404, "no such model")])
+def test_what_is_hopeless_ends_the_run_at_once_and_the_key_is_never_told(serve, tmp_path, call, status, said):
+    """The server sends the key back in its body."""
+    url, log = serve(status=status)
+    code, printed = call(*flags(url, tmp_path, texts(100), "--concurrency", 4))
+    assert code == 2 and said in printed and len(log()) <= 4
+    assert KEY not in (tmp_path / "out.jsonl").read_text()
+    assert not any(text["response"] in printed or text["prompt"] in printed for text in texts(100))
+
+
+def test_without_a_key_openai_is_not_asked(tmp_path, call, monkeypatch):
+    write(tmp_path / "in.jsonl", texts(1))
+    monkeypatch.delenv("OPENAI_API_KEY")
+    assert "set OPENAI_API_KEY" in call("--responses", tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl", "--model", "m")[1]
+    assert "no address of a server" in call(*flags("localhost:8000", tmp_path, texts(1)))[1]
+    assert "--model is missing" in call("--responses", tmp_path / "in.jsonl", "--critic", "openai")[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "format", "options"),
+    [
+        (dict(refuses=["json_schema"]), {"type": "json_object"}, {"max_tokens", "temperature"}),
+        (dict(refuses=["response_format"], names_them=False), None, {"max_tokens", "temperature"}),
+        (dict(refuses=["response_format"]), None, {"max_tokens", "temperature"}),
+        (dict(refuses=["max_tokens", "temperature"]), annotator.JSON_SCHEMA, {"max_completion_tokens"}),
+    ],
+)
+def test_options_that_the_server_refuses_are_given_up_once_for_all(serve, tmp_path, call, settings, format, options):
+    url, log = serve(**settings)
+    _, printed = call(*flags(url, tmp_path, texts(6), "--concurrency", 1))
+    assert printed.count("refuses some options") == 1 and "0 failed" in printed
+    asked = [line["asked"] for line in requests(log())]
+    assert len(asked) <= 6 + 2 and asked[0]["response_format"] == annotator.JSON_SCHEMA
+    for request in asked[-6:]:
+        assert request.get("response_format") == format
+        assert set(request) - {"model", "messages", "response_format"} == options
+
+
+def test_a_record_that_is_refused_later_costs_the_others_no_option(serve, tmp_path, call):
+    """Only before the server has answered at all may its options be at fault."""
+    url, log = serve(refuses=["json_schema"])
+    meter = server.Meter((0, 0), None, (0, 0))
+    args = annotate_args(max_retries=1)
+    asking = annotator.Annotator(server.client(url, 5, 0), args, "", meter)
+    asking.answered = True
+    with pytest.raises(server.Refused):
+        asyncio.run(asking.ask([{"role": "user", "content": "### Response\na b"}]))
+    assert len(log()) == 1 and asking.options["response_format"] == annotator.JSON_SCHEMA
+
+
+def annotate_args(**given):
+    defaults = dict(model="m", max_tokens=10, annotator_temperature=0.3, max_spans=2, max_retries=1)
+    return type("Args", (), defaults | given)
+
+
+# ---- money -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_budget_is_never_passed_and_a_larger_one_goes_on(serve, tmp_path, call):
+    """Each answer costs 100 + 50 tokens, 0.0002; a request at worst about 2000 + 60."""
+    url, log = serve(usage=[100, 50], seconds=0.02)
+    prices = ("--input_price", 1, "--output_price", 2, "--max_tokens", 60)
+    code, printed = call(*flags(url, tmp_path, texts(60), *prices, "--budget", 0.008))
+    stands = read_jsonl(tmp_path / "out.jsonl")
+    assert code == 0 and "could pass the budget" in printed and f"{60 - len(stands)} records are left" in printed
+    assert 0.004 < len(stands) * 0.0002 <= 0.008 and len(requests(log())) == len(stands)
+    assert all(record["usage"] == {"prompt_tokens": 100, "completion_tokens": 50} for record in stands)
+
+    code, printed = call(*flags(url, tmp_path, texts(60), *prices, "--budget", 0.008))
+    assert code == 0 and len(requests(log())) == len(stands), "what earlier runs spent counts"
+    code, printed = call(*flags(url, tmp_path, texts(60), *prices, "--budget", 1))
+    assert code == 0 and "60 records, 0 failed, 6000 + 3000 tokens, 0.0120 spent" in printed and len(requests(log())) == 60
+
+
+def test_a_budget_holds_when_every_answer_costs_all_that_it_may(serve, tmp_path, call):
+    url, log = serve(usage=[3000, 60], seconds=0.02)  # more than the bytes of the prompt could ever be tokens
+    call(*flags(url, tmp_path, texts(60), "--input_price", 0, "--output_price", 100, "--max_tokens", 60, "--budget", 0.1))
+    assert len(read_jsonl(tmp_path / "out.jsonl")) == 16 == len(requests(log()))  # 0.006 each
+
+
+def test_a_request_waits_until_its_worst_case_fits_the_budget():
+    meter = server.Meter((1, 1), 1e-3, (0, 0))
+
+    async def go():
+        await meter.begin((400, 100))
+        await meter.begin((400, 100))
+        third = asyncio.create_task(meter.begin((400, 90)))
+        await asyncio.sleep(0.01)
+        assert not third.done()
+        await meter.end((400, 100), (5, 5))
+        await asyncio.wait_for(third, 5)
+        await meter.end((400, 100), (400, 100))
+        await meter.end((400, 90), (1, 1))
+        with pytest.raises(server.OverBudget):
+            await asyncio.wait_for(meter.begin((400, 100)), 5)
+
+    asyncio.run(go())
+    assert meter.tokens == (406, 106)
+
+
+def test_an_answer_that_cannot_be_read_is_charged_in_full(serve, tmp_path, call):
+    url, log = serve(rate=1, faults=["empty body"])
+    call(*flags(url, tmp_path, texts(1), "--max_retries", 1, "--max_tokens", 60))
+    (record,) = read_jsonl(tmp_path / "out.jsonl")
+    assert record["usage"]["completion_tokens"] == 2 * 60 and record["usage"]["prompt_tokens"] > 2 * 1000
+    assert len(requests(log())) == 2 and record["reason"] == "the server's answer was no chat completion"
+
+
+def test_a_budget_needs_prices(tmp_path, call):
+    assert "--budget needs --input_price" in call(*flags("http://127.0.0.1:9", tmp_path, texts(1), "--budget", 1))[1]
+
+
+def test_a_dry_run_shows_a_prompt_and_the_cost_and_asks_nothing(serve, tmp_path, call):
+    url, log = serve()
+    records = texts(10)
+    prices = ("--input_price", 1000, "--output_price", 2000, "--max_tokens", 100)
+    code, printed = call(*flags(url, tmp_path, records, "--dry_run", *prices))
+    asked = annotator.question(records[0], annotator.CRITERIA, 2)
+    assert code == 0 and asked in printed and not log() and not (tmp_path / "out.jsonl").exists()
+    tokens = sum(len(annotator.question(r, annotator.CRITERIA, 2)) for r in records) // 4
+    assert f"10 records to ask for: about {tokens} tokens" in printed and f"{(tokens + 2 * 1000) / 1000:.4f} at most" in printed
+
+
+# ---- the file ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cut", [1, 40, -1])
+def test_a_half_written_last_line_is_cut_off_and_its_record_asked_again(serve, tmp_path, call, cut):
+    """At -1 all of the line but its end stands there: it is whole."""
+    url, log = serve()
+    call(*flags(url, tmp_path, texts(3)))
+    out, count = tmp_path / "out.jsonl", len(log())
+    lines = out.read_text().splitlines(keepends=True)
+    out.write_text("".join(lines[:2]) + lines[2][:cut])
+    _, printed = call(*flags(url, tmp_path, texts(3)))
+    assert ("half written" in printed) == (cut != -1)
+    assert sorted(out.read_text().splitlines()) == sorted("".join(lines).splitlines())
+    assert len(log()) == count + 2 * (cut != -1)
+
+
+def test_a_file_of_other_records_is_refused(serve, tmp_path, call):
+    url, log = serve()
+    call(*flags(url, tmp_path, texts(2)))
+    changed = [{**texts(2)[0], "response": "another one"}, texts(2)[1]]
+    stood, asked = (tmp_path / "out.jsonl").read_text(), len(log())
+    code, printed = call(*flags(url, tmp_path, changed))
+    assert code == 2 and "holds the id r0 with another prompt or response" in printed
+    assert (tmp_path / "out.jsonl").read_text() == stood and len(log()) == asked
+    write(tmp_path / "out.jsonl", [{"text": "a"}])
+    assert "no file of annotations" in call(*flags(url, tmp_path, texts(2)))[1]
+    code, printed = call("--responses", tmp_path / "in.jsonl", "--out", tmp_path / "in.jsonl", "--model", "m", "--base_url", url)
+    assert code == 2 and "--out is the file of --responses" in printed
+
+
+def test_two_processes_do_not_write_one_file(serve, tmp_path, call):
+    url, log = serve()
+    with Notes(tmp_path / "out.jsonl"):
+        code, printed = call(*flags(url, tmp_path, texts(2)))
+    assert code == 2 and "another process is writing" in printed and not log()
+
+
+def test_a_full_disk_is_told_and_what_stands_there_can_be_gone_on_from(serve, tmp_path, call):
+    url, _ = serve()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))  # bytes a file
+    try:
+        code, printed = call(*flags(url, tmp_path, texts(20)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert code == 2 and "out.jsonl cannot be written (File too large)" in printed
+    assert "half written" in call(*flags(url, tmp_path, texts(20)))[1] and len(read_jsonl(tmp_path / "out.jsonl")) == 20
+    assert "there is no file" in call("--responses", tmp_path / "none", "--out", tmp_path / "none.jsonl", "--model", "m")[1]
+
+
+def test_ctrl_c_stops_and_the_same_command_goes_on(serve, tmp_path, call):
+    url, log = serve(seconds=0.1)
+    out, arguments = tmp_path / "out.jsonl", flags(url, tmp_path, texts(40), "--concurrency", 4)
+
+    def interrupt():
+        while not out.exists() or out.read_bytes().count(b"\n") < 8:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    code, printed = call(*arguments)
+    assert code == 130 and "the same command goes on" in printed
+    stood = [record["response"] for record in read_jsonl(out)]
+    before = len(log())
+    assert 8 <= len(stood) < 40
+    assert call(*arguments)[0] == 0 and len(read_jsonl(out)) == 40
+    assert not {line["response"] for line in requests(log()[before:])} & set(stood)
+
+
+@pytest.mark.parametrize(
+    ("records", "said"),
+    [
+        ([], "holds no record"),
+        ([{"id": 1, "prompt": "p", "response": "r"}], "record 1 of"),
+        ([{"id": "1", "response": "r"}], "has no prompt"),
+        ([{"id": "1", "prompt": "p", "response": "r"}] * 2, "the id of an earlier one"),
+        ([{"id": "1", "prompt": "p", "response": "\ud83d"}], "half of a surrogate pair"),
+    ],
+)
+def test_responses_that_are_none(tmp_path, capsys, records, said):
+    with pytest.raises(SystemExit):
+        read_responses(write(tmp_path / "in.jsonl", records))
+    assert said in capsys.readouterr().err
+
+
+def test_further_fields_are_kept_and_what_an_earlier_annotator_wrote_is_not(serve, tmp_path, call):
+    url, log = serve()
+    old = {"critique": "old", "kinds": ["old"], "usage": {"prompt_tokens": 7}, "test_log": "FAILED: 1 != 2", "extra": [1]}
+    call(*flags(url, tmp_path, [{**texts(1)[0], **old}]))
+    (record,) = read_jsonl(tmp_path / "out.jsonl")
+    assert record["extra"] == [1] and "kinds" not in record and record["critique"] != "old"
+    assert record["usage"] == {"prompt_tokens": 100, "completion_tokens": 50}
+    assert "### Log of the unit tests\nFAILED: 1 != 2" in requests(log())[0]["asked"]["messages"][0]["content"]
+
+
+# ---- what an annotator's answer may be -----------------------------------------------------------------------------------
+
+SAID = {"reasoning": "r", "critique": " It is 41. ", "good_spans": [], "poor_spans": []}
+RESPONSE = "Ana  is 27, “Porto” and 27."
+
+
+def read(**fields):
+    return annotator.read_annotation(json.dumps(SAID | fields), RESPONSE, 2)
+
+
+def test_quotes_are_written_as_they_stand_in_the_response():
+    said = read(good_spans=["ana is 27", '"Porto"'], poor_spans=["27"])
+    assert said["good_spans"] == ["Ana  is 27", "“Porto”"] and said["poor_spans"] == ["27"] and said["critique"] == "It is 41."
+    assert list(said) == ["reasoning", "critique", "good_spans", "poor_spans"]
+    fenced = annotator.read_annotation(f"Here it is:\n```json\n{json.dumps(SAID)}\n```", RESPONSE, 2)
+    assert fenced == read()
+    assert annotator.read_annotation(f"<think>{{so}}</think>{json.dumps(SAID)}", RESPONSE, 2) == read()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(good_spans=["Ana is 28"]),
+        dict(good_spans=[" "]),
+        dict(poor_spans=["27"] * 3),
+        dict(poor_spans=[{"text": "27", "severity": 1}]),
+        dict(poor_spans=[27]),
+        dict(good_spans=None),
+        dict(critique="  "),
+        dict(critique=["a"]),
+        dict(critique="\ud83d"),
+        dict(reasoning=None),
+    ],
+)
+def test_answers_that_are_no_annotation(fields):
+    with pytest.raises(FeedbackError) as fault:
+        read(**fields)
+    assert "Ana" not in str(fault.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "}{", "{" * 9999 + "}", "null", "no {json} at all"])
+def test_texts_that_are_no_json_object(text):
+    with pytest.raises(FeedbackError):
+        annotator.read_annotation(text, RESPONSE, 2)
+
+
+def test_half_a_surrogate_pair_in_the_thoughts_is_let_go():
+    assert read(reasoning="\ud83d")["reasoning"] == "?"
+
+
+def test_half_a_surrogate_pair_in_an_answer_stops_nothing(serve, tmp_path, call):
+    url, _ = serve(answer="\ud83d")
+    assert "1 failed" in call(*flags(url, tmp_path, texts(1), "--max_retries", 1))[1]
+
+
+# ---- programs and people -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory):
+    """A policy of the toy that has learnt nothing."""
+    folder = tmp_path_factory.mktemp("policy")
+    tokenizer, model = toy.new_model(0)
+    return policy.save(model, tokenizer, folder, 0)
+
+
+def test_the_rule_writes_the_same_for_given_responses_as_for_sampled_ones(untrained, tmp_path, call):
+    sampled, given, bare = tmp_path / "sampled.jsonl", tmp_path / "given.jsonl", tmp_path / "bare.jsonl"
+    assert call("--policy", untrained, "--num_samples", 5, "--out", sampled)[0] == 0
+    write(bare, [{name: r[name] for name in ("id", "prompt", "response")} for r in read_jsonl(sampled)])
+    assert call("--responses", bare, "--out", given)[0] == 0
+    assert given.read_bytes() == sampled.read_bytes()
+    assert "exists already" in call("--responses", bare, "--out", given)[1]
+    write(bare, texts(1))
+    assert "the prompt of record 1 is none of the task toy" in call("--responses", bare, "--out", tmp_path / "new.jsonl")[1]
+
+
+def test_sampled_responses_of_a_paid_annotator_are_kept(serve, untrained, tmp_path, call):
+    url, _ = serve()
+    out = tmp_path / "out.jsonl"
+    sampling = ("--policy", untrained, "--num_samples", 3, "--out", out, "--model", "m", "--base_url", url)
+    call(*sampling, "--dry_run")
+    kept = read_jsonl(tmp_path / "out.responses.jsonl")
+    _, printed = call(*sampling)
+    assert "sampled before" in printed
+    assert {(r["id"], r["prompt"], r["response"]) for r in read_jsonl(out)} == {tuple(r.values()) for r in kept} and len(kept) == 3
+    (tmp_path / "out.responses.jsonl").unlink()
+    assert "exists already, without" in call(*sampling)[1]
+
+
+@pytest.fixture
+def code(monkeypatch):
+    """The toy as a task that runs unit tests."""
+    said = lambda example, response: f"{response} fails {example.facts['tests']}"  # noqa: E731
+    monkeypatch.setattr(toy, "critique", lambda example, response: Feedback(said(example, response), [], [response]))
+    monkeypatch.setattr(toy, "test_log", said, raising=False)
+    monkeypatch.setattr(
+        toy, "load", lambda args: ([Example("Add.", "", {"tests": "all"})], [Example("Sub.", "", {"tests": "few"})])
+    )
+
+
+def test_unit_tests_criticise_with_those_of_the_record_or_of_the_task(tmp_path, call, code):
+    records = [{"id": str(n), "prompt": "Add.", "response": f"code{n}", "tests": f"assert {n}"} for n in range(2)]
+    to = ("--critic", "tests", "--responses", write(tmp_path / "in.jsonl", records), "--out")
+    assert call(*to, tmp_path / "out.jsonl")[0] == 0
+    assert [r["critique"] for r in read_jsonl(tmp_path / "out.jsonl")] == ["code0 fails assert 0", "code1 fails assert 1"]
+    write(tmp_path / "in.jsonl", [{"id": "a", "prompt": "Sub.", "response": "x"}])
+    call(*to, tmp_path / "task.jsonl")
+    assert read_jsonl(tmp_path / "task.jsonl")[0]["critique"] == "x fails few"
+
+
+def test_unit_tests_need_a_task_that_runs_them(tmp_path, call):
+    write(tmp_path / "in.jsonl", [texts(1)[0] | {"tests": "assert 1"}])
+    tests = ("--critic", "tests", "--responses", tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl")
+    assert "the task toy runs no unit tests" in call(*tests)[1]
+    write(tmp_path / "in.jsonl", [texts(1)[0] | {"tests": "assert ("}])
+    assert "of record 1 cannot be run: their tests are no Python" in call(*tests, "--task", "code", "--allow_code_execution")[1]
+
+
+def test_unit_tests_of_the_records_judge_code(tmp_path, call):
+    """The task code as it is, without data of its own."""
+    records = [
+        {"id": str(n), "prompt": "Double x.", "response": f"def f(x):\n    return x * {n}", "tests": "assert f(3) == 6"}
+        for n in (2, 3)
+    ]
+    tests = (
+        "--critic",
+        "tests",
+        "--task",
+        "code",
+        "--responses",
+        write(tmp_path / "in.jsonl", records),
+        "--out",
+        tmp_path / "out.jsonl",
+    )
+    assert "--allow_code_execution" in call(*tests)[1]
+    if call(*tests, "--allow_code_execution")[0] == 2:
+        pytest.skip("this machine has no sandbox")
+    right, wrong = read_jsonl(tmp_path / "out.jsonl")
+    assert (right["good_spans"], right["poor_spans"]) == (["return x * 2"], [])
+    assert (wrong["good_spans"], wrong["poor_spans"]) == ([], ["return x * 3"]) and "f(3) is 9, not 6" in wrong["critique"]
+
+
+def test_a_served_annotator_reads_what_the_unit_tests_said(serve, tmp_path, call, code):
+    url, log = serve()
+    records = [{"id": "a", "prompt": "Sub.", "response": "x"}]
+    assert "that takes --allow_code_execution" in call(*flags(url, tmp_path, records, "--dry_run"))[1]
+    call(*flags(url, tmp_path, records, "--allow_code_execution"))
+    assert "### Log of the unit tests\nx fails few" in requests(log())[0]["asked"]["messages"][0]["content"]
+    assert read_jsonl(tmp_path / "out.jsonl")[0]["test_log"] == "x fails few"
+
+
+def test_records_that_people_filled_in(tmp_path, call):
+    """Quotes are mended as a model's are; what is empty or wrong is told by its line, and not lost: it stands in the input."""
+    a, b, c, d = texts(4)
+    filled = {**a, "critique": "Fine.", "good_spans": [{"text": a["response"][:6].upper(), "severity": 0.5}]}
+    wrong = {**c, "critique": "Bad.", "poor_spans": ["nowhere"]}
+    path, out = write(tmp_path / "in.jsonl", [filled, b, wrong, {**d, "critique": 7}]), tmp_path / "out.jsonl"
+    code, printed = call("--critic", "human", "--responses", path, "--out", out)
+    assert code == 0 and f"record 3 of {path} is left out: quote 1 of poor_spans" in printed and "record 4 of" in printed
+    assert "1 records are not filled in yet and 2 have a fault" in printed
+    (record,) = read_jsonl(out)
+    assert record["good_spans"] == [{"text": a["response"][:6], "severity": 0.5}] and record["poor_spans"] == []
+    assert (record["status"], record["reason"], record["id"]) == ("ok", "", "r0")
+    assert "is filled in as it should be" in call("--critic", "human", "--responses", write(path, [b]), "--out", tmp_path / "no")[1]
+
+
+def test_published_feedback_of_people(tmp_path, call, monkeypatch):
+    notes = [{"id": "0", "prompt": "p", "response": "r"}]
+    monkeypatch.setattr(annotate.human_feedback, "records", lambda rows, name: notes if rows == [{"candidate": "r"}] else None)
+    call("--critic", "human", "--responses", write(tmp_path / "in.jsonl", [{"candidate": "r"}]), "--out", tmp_path / "out.jsonl")
+    assert read_jsonl(tmp_path / "out.jsonl") == notes
+
+
+def test_a_task_s_own_criteria_stand_in_the_prompt(serve, tmp_path, call, monkeypatch):
+    url, log = serve()
+    monkeypatch.setattr(summarize, "CRITERIA", "Good is what is short.", raising=False)
+    call(*flags(url, tmp_path, texts(1), "--task", "summarize"))
+    asked = requests(log())[0]["asked"]["messages"][0]["content"]
+    assert "Good is what is short." in asked and annotator.CRITERIA not in asked
+
+
+# ---- a reward model behind a server --------------------------------------------------------------------------------------
+
+EXAMPLES = [Example(f"p{n}", "", {}) for n in range(4)]
+RESPONSES = [f"r{n}" for n in range(4)]
+
+
+def test_a_served_reward_model_is_a_critic(serve):
+    url, log = serve(answer=Feedback("Well.", ["r"], []).render())
+    said = critics.openai_critic(url, "rm", critique_length=33)(EXAMPLES, RESPONSES)
+    assert said == [Feedback("Well.", ["r"], [])] * 4
+    asked = requests(log())[0]["asked"]
+    assert (asked["model"], asked["max_tokens"], asked["temperature"]) == ("rm", 33, 0)
+    prompts = {line["asked"]["messages"][0]["content"] for line in requests(log())}
+    assert prompts == {critics.reward_prompt(e.prompt, r) for e, r in zip(EXAMPLES, RESPONSES)}
+
+
+def test_critiques_that_do_not_come_are_none_unless_none_comes(serve, capsys):
+    url, _ = serve(answer=Feedback("Well.").render(), poison="r2")
+    said = critics.openai_critic(url, "rm", max_retries=1)(EXAMPLES, RESPONSES)
+    assert [f is None for f in said] == [False, False, True, False]
+    assert critics.openai_critic(serve(answer="no feedback")[0], "rm")(EXAMPLES, RESPONSES) == [None] * 4
+    for settings, sentence in ((dict(status=500), "none of 4 critiques"), (dict(status=404), "no such model")):
+        with pytest.raises(SystemExit):
+            critics.openai_critic(serve(**settings)[0], "rm", max_retries=1)(EXAMPLES, RESPONSES)
+        assert sentence in capsys.readouterr().err
