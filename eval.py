@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from t2g import card, cli, critics, families, human_spans, policy, report, stages, tasks
+from t2g import annotator, card, cli, critics, families, human_spans, policy, report, stages, tasks
 from t2g.align import MATCH_KINDS
 from t2g.log import METRICS, read_jsonl
 from t2g.metrics import evaluate, interval
@@ -35,6 +35,7 @@ def main():
     )
     tasks.add_flags(add)
     add("--policy", help="rm: whose responses are criticised, runs/TASK/sft if not given; with --annotations, whose tokens count")
+    add("--prompted", action="store_true", help="rm: the models are no reward models; ask them as annotate.py asks an annotator")
     add("--annotations", help="rm: records as annotate.py writes them that are the truth, in place of the task's rule")
     add("--response_length", type=cli.positive(int), default=64, help="most tokens of a response")
     add("--critique_length", type=cli.positive(int), default=200, help="rm: most tokens of a critique")
@@ -69,7 +70,7 @@ def reward_model(task, args) -> dict:
     samples = card.samples(records, source and families.load(str(policy.latest_checkpoint(source) or source)))
     said = dict.fromkeys(names)
     for name in sorted(names, key=lambda name: not name.endswith(".jsonl")):  # files first: their faults show at once
-        said[name] = critique_of(name, records, args)
+        said[name] = critique_of(name, task, records, args)
     cards = {name: card.card(samples, feedback, args.seed) for name, feedback in said.items()}
     for name, found in cards.items():
         print(f"\n{name}")
@@ -106,13 +107,17 @@ def against_annotations(args, names):
     return records, args.policy or next((name for name in names if not name.endswith(".jsonl")), None)
 
 
-def critique_of(name, records, args):
+def critique_of(name, task, records, args):
     """What a reward model, or another file of annotations, says of the records: a list of feedback, None where it is unreadable."""
     if name.endswith(".jsonl"):
         return card.same_records(name, records, args.annotations)
     tokenizer, model = policy.load(name, policy.device())
     print(f"{name} criticises {len(records)} responses", flush=True)
-    critic = critics.reward_model_critic(model, tokenizer, args.critique_length, args.bf16)
+    if args.prompted:
+        criteria = getattr(task, "CRITERIA", annotator.CRITERIA)
+        critic = annotator.prompted_critic(model, tokenizer, criteria, args.critique_length, bf16=args.bf16)
+    else:
+        critic = critics.reward_model_critic(model, tokenizer, args.critique_length, args.bf16)
     examples = [tasks.Example(record["prompt"], "", {}) for record in records]
     return critic(examples, [record["response"] for record in records])
 

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from t2g import server
 from t2g.align import find
 from t2g.feedback import Feedback, FeedbackError, quoted
+from t2g.rollout import respond
 from t2g.server import OverBudget, added
 
 CRITERIA = """\
@@ -104,6 +105,25 @@ def as_it_stands(quote, response, which):
         return None
     text = response[slice(*places[which])]
     return text if isinstance(quote, str) else {**quote, "text": text}
+
+
+def prompted_critic(model, tokenizer, criteria, critique_length=400, max_spans=2, bf16=False):
+    """A critic out of any chat model that is loaded here: asked once, as a server is, and read as strictly. See critics.py."""
+
+    def read_or_none(text, response):
+        try:
+            said = read_annotation(text, response, max_spans)
+        except FeedbackError:
+            return None
+        return Feedback(said["critique"], said["good_spans"], said["poor_spans"])
+
+    def critic(examples, responses):
+        records = [{"prompt": example.prompt, "response": response} for example, response in zip(examples, responses)]
+        asked = [question(record, criteria, max_spans) for record in records]
+        texts, _ = respond(model, tokenizer, asked, critique_length, temperature=0, bf16=bf16)
+        return [read_or_none(text, response) for text, response in zip(texts, responses)]
+
+    return critic
 
 
 # ---- asking --------------------------------------------------------------------------------------------------------------

@@ -78,10 +78,10 @@ def fitting_prompt(tokenizer, prompt: str, response: str, max_tokens: int) -> st
 
     What is asked stands at the head of a prompt or at its end, and the source text between them. The response and the headers stay.
     """
-    tokens = token_offsets(tokenizer, tokenizer(prompt, add_special_tokens=False)["input_ids"])
-    kept, asked = len(tokens), reward_prompt(prompt, response)
+    tokens, kept, asked = None, len(prompt), reward_prompt(prompt, response)
     while kept and (excess := len(tokenizer(chat_text(tokenizer, asked), add_special_tokens=False)["input_ids"]) - max_tokens) > 0:
-        kept = max(0, kept - excess)
+        tokens = tokens or token_offsets(tokenizer, tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        kept = max(0, min(kept, len(tokens)) - excess)
         head, tail = tokens[: kept - kept // 2], tokens[len(tokens) - kept // 2 :]
         parts = prompt[: head[-1][1]] if head else "", prompt[tail[0][0] :] if tail else ""
         asked = reward_prompt(" [...] ".join(parts), response)

@@ -82,6 +82,8 @@ def finetune(model, tokenizer, pairs, args, desc) -> Path:
 
     Returns: the checkpoint, a plain model whatever was trained of it.
     """
+    if not pairs:
+        fail("the data set is empty: there is no pair to train on")
     rows = that_fit(encode_pairs(tokenizer, pairs), args.max_length or context_length(model))
     count = round(args.validation_share * len(rows))
     heldout, rows = rows[:count], rows[count:]

@@ -66,7 +66,7 @@ def test_a_run_writes_its_config_and_a_line_of_known_metrics_a_step(rule_run):
     assert [line["step"] for line in lines] == [1, 2]
     for line in lines:
         assert set(line) <= set(METRICS) | set(toy.METRICS)
-    supervised, if_any = {"loss", "tokens"}, {name for name in METRICS if name.startswith("shift_")}
+    supervised, if_any = {"loss", "tokens", "padding", "validation_loss"}, {name for name in METRICS if name.startswith("shift_")}
     assert set(METRICS) - supervised - if_any <= set(lines[0]) and "shift_rest" in lines[0], "a metric that nothing logs"
     assert lines[0]["kl"] == 0 and lines[0]["first_ratio_error"] < 1e-4
 
