@@ -2,11 +2,15 @@
 
 A task is a module t2g/tasks/NAME.py with
 
-    load(args) -> (train, heldout)             lists of Example; args has data, source_field, reference_field, seed
-    critique(example, response) -> Feedback    the program as a critic, `--critic rule`
+    load(args) -> (train, heldout)             lists of Example; args has the flags of add_flags()
     score(example, response) -> dict           numbers that a response is judged by, averaged over held-out prompts
     METRICS                                    one sentence for each of these numbers
+    critique(example, response) -> Feedback    optional: a program as a critic, `--critic rule`
+    kinds(example, response) -> list           optional: the kind of each of its poor quotes
+    test_log(example, response) -> str         optional: what an annotator is shown of the unit tests
+    CRITERIA                                   optional: a few sentences for annotators, what is good and what is poor
     DEFAULTS                                   optional: {script: {flag: default}}
+    check(args, script)                        optional: ends the program with a sentence if the flags do not fit the task
     sft_pairs(args, examples)                  optional: (prompt, response) pairs in training order; by default the references
     new_model(seed)                            optional: a tokenizer and a model from scratch, for a task without a download
 """
@@ -40,21 +44,23 @@ def get(name: str):
 def add_flags(add):
     """The flags that say which examples a script works on, and where its run lies."""
     add("--task", default="toy", help="the task, a file of t2g/tasks")
-    add("--data", help="examples: a .jsonl, .json or .parquet file or a hub id (the toy task makes its own)")
+    add("--data", help="examples: a .jsonl, .json or .parquet file or a hub id, NAME or NAME:SPLIT (the toy makes its own)")
+    add("--heldout_data", help="held-out examples, in the same forms; a fifth of --data if not given")
     add("--source_field", default="article", help="the field of --data that holds the text to work on")
     add("--reference_field", default="abstract", help="the field of --data that holds a good response")
     add("--max_prompt_length", type=positive(int), help="examples with a longer prompt, in tokens, are left out and counted")
+    add("--allow_code_execution", action="store_true", help="code: run what the policy writes, in a sandbox; see t2g/sandbox.py")
     add("--bf16", action="store_true", help="matrix products in bf16, weights in fp32")
     add("--seed", type=int, default=0, help="seed of every random choice")
 
 
 def data_flags(args) -> list[str]:
     """The flags that tell an earlier stage to work on the same data in the same way."""
-    given = {"task": args.task, "seed": args.seed, "max_prompt_length": args.max_prompt_length}
+    given = {"task": args.task, "seed": args.seed, "max_prompt_length": args.max_prompt_length, "heldout_data": args.heldout_data}
     if args.data:
         given |= {"data": args.data, "source_field": args.source_field, "reference_field": args.reference_field}
     flags = [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
-    return [*flags, "--bf16"] if args.bf16 else flags
+    return flags + [f"--{name}" for name in ("allow_code_execution", "bf16") if getattr(args, name)]
 
 
 def short_enough(examples, tokenizer, max_prompt_length) -> list[Example]:
@@ -79,4 +85,6 @@ def parse(parser, script: str):
     args = parser.parse_intermixed_args()  # what stands without a flag may stand on either side of the flags
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         fail("this version works in one process; start it without --nproc_per_node")
+    if hasattr(task, "check"):
+        task.check(args, script)
     return task, args

@@ -1,29 +1,33 @@
 """Summarise real texts in one sentence: articles or posts with a human summary, from a file or a hub data set.
 
+--data is SLF5K (JeremyAlain/SLF5K: download its train.jsonl and validation.jsonl), known by its fields, or rows with a text and a
+summary under --source_field and --reference_field.
+
 The critic that comes with it is a program for any English text. Poor: names, numbers and quoted words that the source does not
 contain; what is said twice; a broken-off ending; all that runs on past MAX_WORDS. Good: content words of the human summary, at
 most MAX_GOOD of them, so that naming more and more does not pay.
 """
 
-import importlib
-import json
-import random
 import re
 from functools import cache
-from pathlib import Path
 
+from t2g import data
 from t2g.cli import fail
 from t2g.critics import quote_of
 from t2g.feedback import Feedback
-from t2g.log import read_jsonl
 from t2g.metrics import rouge_l
 from t2g.tasks import Example
 
 INSTRUCTION = "Summarize this text in one sentence.\n\n{}"
 MAX_WORDS = 40
 MAX_GOOD = 8
-HELDOUT_SHARE = 0.2
+SLF5K = ("title", "post", "ideal_human_summary")
 
+CRITERIA = """\
+Hold the summary against the text. Good: a phrase that gives the point of the text, or a detail without which it would be another
+story, rightly and in few words. Poor: what the text does not say or says otherwise, a detail that takes the place of something
+that matters more, what is said twice, a phrase that leaves the reader wondering who or what is meant, a broken-off end. If the
+point of the text is missing, the critique says so, and the words that stand in its place are poor."""
 METRICS = {
     "invented": "share of the names and numbers of the summary that its source does not contain (0 if it has none)",
     "names": "names and numbers in the summary",
@@ -41,64 +45,28 @@ DEFAULTS = {
 
 
 def load(args):
-    """A fifth of the examples, after a shuffle that does not depend on the seed, is held out."""
-    if not args.data:
-        fail("the task summarize needs --data: a .jsonl, .json or .parquet file, or a hub id")
-    rows = read_rows(args.data)
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        fail(f"{args.data} must hold a list of objects, one an example")
-    if not rows:
-        fail(f"{args.data} holds no example")
-    for field in (args.source_field, args.reference_field):
-        if not any(field in row for row in rows):
-            fail(f"{args.data} has no field {field!r}; it has {', '.join(rows[0])}: see --source_field and --reference_field")
-    texts = {}  # each source once, so that none is both trained on and held out
-    for row in rows:
-        source, reference = row.get(args.source_field), row.get(args.reference_field)
-        if isinstance(source, str) and isinstance(reference, str) and source.strip() and reference.strip():
-            texts.setdefault(source.strip(), reference.strip())
-    if len(texts) < len(rows):
-        print(f"{len(texts)} of {len(rows)} rows of {args.data} are of use; the others lack a text or have the same source")
-    if len(texts) < 2:
-        fail(f"{args.data} holds {len(texts)} usable example(s); training and measuring need at least two")
-    examples = [Example(INSTRUCTION.format(source), reference, {"source": source}) for source, reference in texts.items()]
-    random.Random(0).shuffle(examples)
-    count = max(1, round(HELDOUT_SHARE * len(examples)))
-    return examples[count:], examples[:count]
+    def reader(rows, name):
+        if data.has(rows, *SLF5K):
+            return from_slf5k
+        for field in (args.source_field, args.reference_field):
+            if not data.has(rows, field):
+                fail(f"{name} has no field {field!r}; it has {', '.join(rows[0])}: see --source_field and --reference_field")
+        return lambda row: example_of(row.get(args.source_field), row.get(args.reference_field))
+
+    return data.load(args, reader)
 
 
-def read_rows(data: str):
-    path = Path(data)
-    if path.suffix in (".jsonl", ".json", ".parquet") and not path.is_file():
-        fail(f"there is no file {data}")
-    if path.suffix == ".jsonl":
-        return read_jsonl(path)
-    if path.suffix == ".json":
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            fail(f"{data} is no .json file: {error}")
-    if path.suffix == ".parquet":
-        try:
-            return needed("pyarrow.parquet", "a .parquet file").read_table(path).to_pylist()
-        except (OSError, ValueError) as error:
-            fail(f"{data} is no .parquet file: {error}")
-    if path.exists():
-        fail(f"{data} is no .jsonl, .json or .parquet file")
-    datasets = needed("datasets", f"{data} (no .jsonl, .json or .parquet file, so taken for a hub id)")
-    try:
-        return list(datasets.load_dataset(data, split="train"))
-    except (OSError, ValueError) as error:
-        fail(f"the data set {data} could not be loaded: {str(error).splitlines()[0]}")
+def example_of(source, reference, **facts):
+    source = data.text(source)
+    return Example(INSTRUCTION.format(source), data.text(reference), {"source": source, **facts}) if source else None
 
 
-def needed(module: str, what: str):
-    """An optional package, or a sentence that says how to install it."""
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        package = module.split(".")[0]
-        fail(f"{what} needs the package {package}: pip install {package}")
+def from_slf5k(row):
+    """A post under its title; with what a person said of a model's summary of it, where that is there."""
+    post = data.text(row.get("post"))
+    said = {"candidate": data.text(row.get("generated_summary_for_feedback")), "feedback": data.text(row.get("feedback"))}
+    facts = said if all(said.values()) else {}
+    return example_of(post and f"{data.text(row.get('title'))}\n\n{post}", row.get("ideal_human_summary"), **facts)
 
 
 # ---- the program as a critic -------------------------------------------------------------------------------------------

@@ -1,0 +1,67 @@
+"""Answer any request: UltraFeedback-binarized, or other rows with a prompt and a chosen answer.
+
+--data is a file or a hub id: HuggingFaceH4/ultrafeedback_binarized:train_prefs, trl-lib/ultrafeedback_binarized. "prompt" is a text
+or messages, or stands as the first message of "chosen"; "chosen" is a text or messages. Of a conversation the first turn is taken.
+
+No program can say what is good in an answer, so this task has no rule: annotations come from a model or from people.
+"""
+
+import re
+
+from t2g import data
+from t2g.cli import fail
+from t2g.metrics import rouge_l
+from t2g.tasks import Example
+
+CRITERIA = """\
+Judge whether the answer does what was asked, truthfully and completely. Good: the step, fact or sentence that the request turns on,
+where it is right and clear. Poor: what is false or made up, what contradicts the request or the rest of the answer, advice that
+would do harm, padding and repetition that hide the answer. A polite opening is neither; a refusal is poor only where there was
+nothing to refuse. If something needed is missing, the critique says what."""
+METRICS = {
+    "rouge_l": "F1 of ROUGE-L against the chosen answer",
+    "words": "words of the answer",
+    "repeated": "share of its runs of three words that stood there before",
+}
+DEFAULTS = {
+    "annotate": dict(critic="openai", response_length=512),
+    "train_ppo": dict(learning_rate=1e-5, response_length=512, critique_length=256, eval_samples=32),
+    "eval": dict(response_length=512, critique_length=256, eval_samples=32),
+}
+
+
+def check(args, script):
+    if getattr(args, "critic", None) in ("rule", "tests"):
+        fail(f"the task qa has no program that criticises, so --critic {args.critic} cannot be; a model behind a server can")
+
+
+def load(args):
+    def reader(rows, name):
+        if not data.has(rows, "chosen"):
+            fail(f"{name} has no field 'chosen'; it has {', '.join(rows[0])}: the task qa reads prompt and chosen")
+        return example_of
+
+    return data.load(args, reader)
+
+
+def example_of(row):
+    prompt = row.get("prompt") or row.get("chosen")
+    return Example(turn(prompt, "user"), turn(row.get("chosen"), "assistant"), {})
+
+
+def turn(messages, role) -> str:
+    """The first message of that role, or the text itself."""
+    if not isinstance(messages, list):
+        return data.text(messages)
+    said = (message for message in messages if isinstance(message, dict) and message.get("role") == role)
+    return data.text(next(said, {}).get("content"))
+
+
+def score(example, response: str) -> dict[str, float]:
+    words = re.findall(r"\w+", response.casefold())
+    runs = list(zip(words, words[1:], words[2:]))
+    return {
+        "rouge_l": rouge_l(example.reference, response),
+        "words": len(response.split()),
+        "repeated": 1 - len(set(runs)) / max(len(runs), 1) if runs else 0.0,
+    }

@@ -1,0 +1,497 @@
+"""Data sets in their published forms, what the tasks make of them, and the test run as a critic."""
+
+import argparse
+import gzip
+import json
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from t2g import data, sandbox, stages, tasks, unit_tests
+from t2g.align import resolve
+from t2g.feedback import quoted
+from t2g.tasks import code, qa, summarize
+
+DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+linux = pytest.mark.skipif(sys.platform != "linux", reason="programs are run on Linux only")
+
+SLF5K = {
+    "id": "t3_1", "subreddit": "relationships", "title": "My dog left me", "post": "He is 7. I fed him well.\n",
+    "summary_prompt": "Title: ...", "ideal_human_summary": "A dog of 7 left its owner.",
+    "generated_summary_for_comparison_A": "A dog.", "generated_summary_for_comparison_B": "Dogs leave.",
+    "comparison_preference": "Summary A", "generated_summary_for_feedback": "A dog of 8 left.", "feedback": "The dog is 7.",
+    "feedback_class": "Accuracy",
+}  # fmt: skip
+TURNS = [
+    {"content": "What is 2 + 2?", "role": "user"},
+    {"content": "It is 4.", "role": "assistant"},
+    {"content": "And 3?", "role": "user"},
+    {"content": "9", "role": "assistant"},
+]
+H4 = {"prompt": "What is 2 + 2?", "prompt_id": "ab", "chosen": TURNS[:2], "rejected": TURNS[:1],
+      "messages": TURNS[:2], "score_chosen": 8.5, "score_rejected": 6.0}  # fmt: skip
+TRL = {"chosen": TURNS, "rejected": TURNS[:2], "score_chosen": 8.5, "score_rejected": 6.0}
+TEXTS = {"prompt": "What is 2 + 2?", "chosen": "It is 4.", "rejected": "5", "metadata": {"score_chosen": 9.0}}
+KODCODE = {
+    "version": "v1.0", "style": "instruct", "subset": "Algorithm", "question_id": "A_1", "question": "Double a number.",
+    "solution": "def double(x):\n    return 2 * x",
+    "test": "from solution import double\n\ndef test_two():\n    assert double(2) == 4",
+    "test_info": [{"function_name": "double", "parameter_list": "(x)", "function_declaration": "def double(x):", "docstring": ""}],
+    "gpt_pass_sequence": [1], "gpt_difficulty": "easy",
+}  # fmt: skip
+MBPP = {
+    "text": "Write a function to double a number.", "code": "def double(x):\r\n  return 2 * x", "task_id": 1, "test_setup_code": "",
+    "test_list": ["assert double(2) == 4", "assert double(0) == 0"], "challenge_test_list": [],
+}  # fmt: skip
+SANITIZED = {"source_file": "", "task_id": 2, "prompt": MBPP["text"], "code": MBPP["code"], "test_imports": ["import math"],
+             "test_list": ["assert math.isclose(double(0.1), 0.2)"]}  # fmt: skip
+ILF = {
+    "task_id": 1, "prompt": '"""\nDouble.\n"""\n\nZERO = 0\ndef double(x):\n',
+    "test": "def check(candidate):\n\tassert candidate(2) == 4, 'candidate(2) == 4'",
+    "Feedback": "It triples.", "completion": "\n    return 2 * x",
+    "unedited_annotator_completion": "ZERO = 0\ndef double(x):\n    return 2 * x",
+    "original_model_completion": "ZERO = 0\ndef double(x):\n    return 3 * x\n",
+}  # fmt: skip
+
+
+def flags(task, path, *more):
+    """The arguments of a script with --task, --data and more flags."""
+    parser = argparse.ArgumentParser()
+    tasks.add_flags(parser.add_argument)
+    return parser.parse_args(["--task", task, "--data", str(path), *map(str, more)])
+
+
+def write(path, rows):
+    if path.suffix == ".parquet":
+        pytest.importorskip("pyarrow.parquet").write_table(sys.modules["pyarrow"].Table.from_pylist(rows), path)
+        return path
+    text = json.dumps(rows) if ".json" in path.suffixes else "\n".join(map(json.dumps, rows)) + "\n"
+    (gzip.open(path, "wt") if path.suffix == ".gz" else open(path, "w")).write(text)
+    return path
+
+
+@pytest.fixture
+def refused(capsys):
+    """The one sentence with which a call ends the program."""
+
+    def call(function, *args):
+        with pytest.raises(SystemExit) as stopped:
+            function(*args)
+        assert stopped.value.code == 2
+        (sentence,) = capsys.readouterr().err.splitlines()
+        return sentence.removeprefix("error: ")
+
+    return call
+
+
+# ---- rows ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet", "a.jsonl.gz", "a.json.gz"])
+def test_every_kind_of_file_gives_the_same_rows(tmp_path, name):
+    assert data.read_rows(str(write(tmp_path / name, [KODCODE, KODCODE]))) == [KODCODE, KODCODE]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("a.json", b"[{", "is no .json file"),
+        ("a.jsonl.gz", b"{}", "is no .jsonl.gz file"),
+        ("a.json.gz", gzip.compress(b"[1]")[:-9], "is no .json.gz file"),
+        ("a.jsonl.gz", gzip.compress(b"{}\n{"), "is no .jsonl.gz file"),
+        ("a.parquet", b"no", "is no .parquet file"),
+        ("a.csv", b"a,b", "is no .jsonl, .json or .parquet file"),
+    ],
+)
+def test_a_file_that_is_none_is_refused(tmp_path, refused, name, content, sentence):
+    if "parquet" in name:
+        pytest.importorskip("pyarrow")
+    (tmp_path / name).write_bytes(content)
+    assert sentence in refused(data.read_rows, str(tmp_path / name))
+
+
+def test_a_hub_id_is_loaded_through_datasets_with_its_split(monkeypatch):
+    asked = []
+    hub = types.SimpleNamespace(load_dataset=lambda name, split: asked.append((name, split)) or iter([H4]))
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    assert data.read_rows("HuggingFaceH4/ultrafeedback_binarized:train_prefs") == data.read_rows("trl-lib/x") == [H4]
+    assert data.read_rows("trl-lib/x", "test") and asked == [
+        ("HuggingFaceH4/ultrafeedback_binarized", "train_prefs"), ("trl-lib/x", "train"), ("trl-lib/x", "test"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Dataset scripts are no longer supported, but found SLF5K.py"), ValueError("a\nb")])
+def test_a_data_set_that_does_not_load_is_one_sentence(monkeypatch, refused, error):
+    def load_dataset(name, split):
+        raise error
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    sentence = refused(data.read_rows, "JeremyAlain/SLF5K")
+    assert str(error).splitlines()[0] in sentence and "a downloaded file will do" in sentence
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert "pip install datasets" in refused(data.read_rows, "JeremyAlain/SLF5K")
+
+
+# ---- readers -------------------------------------------------------------------------------------------------------------
+
+
+def test_slf5k_is_known_by_its_fields_and_keeps_what_people_said(tmp_path):
+    rows = [SLF5K, {**SLF5K, "post": "Another.", "feedback": None}]
+    ((a,), (b,)) = summarize.load(flags("summarize", write(tmp_path / "train.jsonl", rows)))
+    a, b = sorted((a, b), key=lambda example: len(example.prompt), reverse=True)
+    assert a.facts["source"] == "My dog left me\n\nHe is 7. I fed him well." and a.facts["source"] in a.prompt
+    assert a.reference == "A dog of 7 left its owner."
+    assert a.facts["candidate"] == "A dog of 8 left." and a.facts["feedback"] == "The dog is 7."
+    assert set(b.facts) == {"source"}
+    said = summarize.critique(a, a.facts["candidate"])
+    assert "8" in said.poor[0]
+
+
+def test_other_summaries_are_read_by_the_names_of_their_fields(tmp_path, capsys, refused):
+    rows = [{"text": f"Ana is {n}.", "summary": str(n)} for n in range(10)] + [
+        {"text": "Ana is 3.", "summary": "a"},
+        {"text": " "},
+        {},
+    ]
+    path = write(tmp_path / "a.jsonl", rows)
+    train, heldout = summarize.load(flags("summarize", path, "--source_field", "text", "--reference_field", "summary"))
+    assert len(train) == 8 and len(heldout) == 2 and not {e.prompt for e in train} & {e.prompt for e in heldout}
+    said = capsys.readouterr().out
+    assert "10 of 13 rows" in said and "1 (an earlier one has the same source)" in said and "2 (they lack a text)" in said
+    assert "has no field 'article'; it has text, summary" in refused(summarize.load, flags("summarize", path))
+
+
+def test_heldout_examples_of_their_own_are_not_trained_on(tmp_path, refused):
+    rows = [{"prompt": str(n), "chosen": "x"} for n in range(10)]
+    path, held = write(tmp_path / "a.jsonl", rows), write(tmp_path / "b.jsonl", rows[:4])
+    train, heldout = qa.load(flags("qa", path, "--heldout_data", held))
+    assert [e.prompt for e in heldout] == list("0123") and [e.prompt for e in train] == list("456789")
+    assert "is held out by" in refused(qa.load, flags("qa", held, "--heldout_data", path))
+
+
+@pytest.mark.parametrize(
+    "row", [H4, TRL, TEXTS, {"prompt": TURNS[:1], "chosen": TURNS[1:2]}], ids=["H4", "trl", "texts", "messages"]
+)
+def test_ultrafeedback_is_read_in_each_form(tmp_path, row):
+    other = {"prompt": "Why?", "chosen": "So."}
+    train, heldout = qa.load(flags("qa", write(tmp_path / "a.json", [row, other])))
+    assert ("What is 2 + 2?", "It is 4.", {}) in train + heldout
+
+
+def test_qa_has_scores_and_no_rule(refused):
+    example = tasks.Example("?", "one two three four", {})
+    assert qa.score(example, "one two three four") == {"rouge_l": 1, "words": 4, "repeated": 0}
+    assert qa.score(example, "a b c a b c")["repeated"] == 0.25 and qa.score(example, "")["words"] == 0
+    assert set(qa.METRICS) == set(qa.score(example, "x")) and not hasattr(qa, "critique")
+    assert "no program that criticises" in refused(qa.check, argparse.Namespace(critic="rule"), "train_ppo")
+    qa.check(argparse.Namespace(critic="rm"), "train_ppo")
+
+
+FORMS = {"kodcode": KODCODE, "demo": {**KODCODE, "test_code": KODCODE["test"]}, "mbpp": MBPP, "sanitized": SANITIZED, "ilf": ILF}
+FORMS["demo"].pop("test")
+
+
+@linux
+@pytest.mark.parametrize("form", FORMS)
+def test_problems_are_read_in_each_form_and_their_solutions_pass(tmp_path, form):
+    rows = [FORMS[form], {**FORMS[form], "text": "Another.", "question": "Another.", "prompt": "def double(x):\n    # another"}]
+    train, heldout = code.load(flags("code", write(tmp_path / "a.jsonl", rows)))
+    example = next(example for example in train + heldout if "nother" not in example.prompt)
+    assert "```python block" in example.prompt and "double" in example.prompt
+    assert example.reference.startswith("```python\n") and "\r" not in example.reference
+    assert code.score(example, example.reference) == {
+        "pass": 1,
+        "parses": 1,
+        "timeout": 0,
+        "lines": len(code.extract_code(example.reference).splitlines()),
+    }
+    if form == "ilf":
+        assert example.facts["feedback"] == "It triples."
+        assert code.critique(example, example.facts["candidate"]).critique == "It gives a wrong answer: double(2) is 6, not 4."
+
+
+def test_a_function_with_the_name_of_a_builtin_is_the_solution_s(tmp_path):
+    tests = code.mbpp({**MBPP, "code": "def sum(a, b): return a + b", "test_list": ["assert sum(1, 2) == 3"]}).facts["tests"]
+    assert "from solution import sum" in tests
+
+
+@pytest.mark.parametrize(
+    ("tests", "reason"),
+    [
+        ("def test_a(tmp_path): pass", "fixtures"),
+        ("@pytest.mark.parametrize('x', [1])\ndef test_a(x=1): pass", "fixtures"),
+        ("import no_such_package.part", "the package no_such_package"),
+        ("assert f(", "no Python"),
+        ("from solution import f\nclass TestF:\n    def test_a(self): assert f()", ""),
+    ],
+)
+def test_tests_that_cannot_run_here_are_left_out_and_counted(tmp_path, capsys, tests, reason):
+    assert reason in unit_tests.obstacle(tests) and bool(reason) == bool(unit_tests.obstacle(tests))
+    rows = [{**KODCODE, "question": str(n)} for n in range(3)] + [{**KODCODE, "test": tests}]
+    train, heldout = code.load(flags("code", write(tmp_path / "a.jsonl", rows)))
+    assert len(train) + len(heldout) == 3 + (not reason)
+    assert not reason or (reason in (said := capsys.readouterr().out) and "3 of 4 rows" in said)
+
+
+def test_rows_of_no_known_form_are_refused(tmp_path, refused):
+    path = write(tmp_path / "a.jsonl", [{"text": "a"}])
+    assert "question, solution, test; " in refused(code.load, flags("code", path))
+    assert "has no field 'chosen'; it has text" in refused(qa.load, flags("qa", path))
+
+
+# ---- programs are not run unless that is allowed -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("script", "given", "needed"),
+    [
+        ("train_ppo", {"critic": "rm"}, True),
+        ("eval", {"what": "policy"}, True),
+        ("eval", {"what": "seeds"}, False),
+        ("annotate", {"critic": None, "model": None, "base_url": None}, True),
+        ("annotate", {"critic": None, "model": "gpt", "base_url": None}, False),
+        ("annotate", {"critic": "tests", "model": None, "base_url": None}, True),
+        ("train_sft", {"model": None}, False),
+    ],
+)
+def test_running_programs_must_be_allowed(refused, capsys, script, given, needed):
+    if needed:
+        sentence = refused(code.check, argparse.Namespace(allow_code_execution=False, **given), script)
+        assert "--allow_code_execution" in sentence
+    else:
+        code.check(argparse.Namespace(allow_code_execution=False, **given), script)
+
+
+@linux
+def test_what_protects_the_machine_and_what_does_not_is_said_where_programs_are_run(monkeypatch, capsys, refused):
+    allowed = argparse.Namespace(allow_code_execution=True)
+    code.check(allowed, "train_ppo")
+    assert "limits of time, memory" in capsys.readouterr().out
+    monkeypatch.setattr(sandbox, "protections", lambda: ["not root"])
+    code.check(allowed, "train_ppo")
+    assert "does not give its programs: no file but Python's, read-only, no network" in capsys.readouterr().out
+
+    def broken():
+        raise RuntimeError("no fork")
+
+    monkeypatch.setattr(sandbox, "protections", broken)
+    assert refused(code.check, allowed, "train_ppo") == "no program can be run here: no fork"
+
+
+def test_earlier_stages_are_given_the_same_flags(monkeypatch, tmp_path):
+    commands = []
+    monkeypatch.setattr(stages, "run", lambda title, command: commands.append(" ".join(command)) or 0.0)
+    args = flags("code", "a.jsonl", "--heldout_data", "b.jsonl", "--allow_code_execution", "--bf16")
+    stages.ensure(["sft", "annotate"], args, tmp_path)
+    assert all("--heldout_data b.jsonl" in c and "--allow_code_execution --bf16" in c for c in commands) and len(commands) == 2
+
+
+# ---- the test run as a critic --------------------------------------------------------------------------------------------
+
+PROBLEM = tasks.Example(
+    "p", "", {"tests": "from solution import f\n\ndef test_f():\n    assert f(2, 3) == 5\n    assert f(1, 1) == 2"}
+)
+
+
+def judge(program, example=PROBLEM, before="Here it is, with x = 1:\n\n", after="\n\nThat is all."):
+    """What is said of a program, in a response with prose around it, with each mark's place checked."""
+    response = f"{before}```python\n{program}\n```{after}"
+    said, kinds = code.critique(example, response), code.kinds(example, response)
+    spans, counts = resolve(response, said)
+    assert counts["exact"] == len(said.good) + len(said.poor) and counts["ambiguous"] == 0
+    inside = range(response.index(program), response.index(program) + len(program) + 1)
+    assert all(span.start in inside and span.end in inside for span in spans)
+    assert len(kinds) == len(said.poor) and set(kinds) <= {kinds[0]} if kinds else not said.poor
+    return said, [quoted(quote)[0] for quote in said.good + said.poor], (kinds or [""])[0]
+
+
+@linux
+def test_a_program_that_passes():
+    said, marks, _ = judge("def f(a, b):\n    return a + b")
+    assert said.critique == "It passes the tests." and marks == said.good == ["return a + b"]
+
+
+@linux
+def test_a_wrong_answer_is_blamed_on_what_the_function_returns():
+    said, marks, kind = judge("def f(a, b):\n    if a == b:\n        return 2\n    return a * b")
+    assert said.critique == "It gives a wrong answer: f(2, 3) is 6, not 5." and kind == "wrong answer"
+    assert marks == ["return 2", "return a * b"] and not said.good
+    many = "def f(a, b):\n    if a: return 1\n    if b: return 2\n    return 3"
+    assert judge(many)[1] == ["def f(a, b):"]
+
+
+@linux
+def test_of_several_functions_the_one_that_the_failing_assert_calls_is_blamed():
+    tests = "from solution import *\nassert one() == 1\nstack = Stack()\nassert stack.top() == 0"
+    program = "class Stack:\n    def top(self):\n        return 9\n\ndef one():\n    return 1\n\ndef two():\n    return 2"
+    assert judge(program, tasks.Example("p", "", {"tests": tests}))[1] == ["return 9"]
+
+
+@linux
+def test_an_exception_is_blamed_on_its_line():
+    said, marks, kind = judge("def f(a, b):\n    c = a / 0\n    return c")
+    assert said.critique == "It fails with ZeroDivisionError: division by zero." and kind == "ZeroDivisionError"
+    assert marks == ["c = a / 0"]
+    assert judge("import nothing\ndef f(a, b): pass")[1:] == (["import nothing"], "ModuleNotFoundError")
+
+
+@linux
+def test_a_call_that_does_not_fit_is_blamed_on_the_head_of_the_function():
+    said, marks, kind = judge("def f(a):\n    return a")
+    assert kind == "TypeError" and marks == ["def f(a):"] and "positional argument" in said.critique
+
+
+@linux
+def test_a_missing_function():
+    said, marks, kind = judge("def g(a, b):\n    return a + b")
+    assert (said.critique, marks, kind) == ("It does not define f.", ["def g(a, b):"], "missing name")
+
+
+@linux
+def test_a_line_that_is_no_python():
+    said, marks, kind = judge("def f(a, b)\n    return a + b")
+    assert said.critique == "It is no Python: expected ':'." and marks == ["def f(a, b)"] and kind == "syntax error"
+    assert judge("def f(a, b):\n    return (a + b")[1] == ["return (a + b"]
+    assert judge("def f(a, b):")[1] == ["def f(a, b):"]  # cut off: Python misses what comes behind
+
+
+@linux
+def test_time_that_runs_out_is_blamed_on_the_loop(monkeypatch):
+    monkeypatch.setattr(unit_tests, "TIMEOUT_S", 0.5)
+    said, marks, kind = judge("def f(a, b):\n    for i in range(3):\n        while a:\n            b += 1\n    return b")
+    assert said.critique == "It does not end within 0.5 s." and marks == ["while a:"] and kind == "timeout"
+    assert judge("import time\n\ndef f(a, b):\n    time.sleep(9)")[1] == ["def f(a, b):"]
+
+
+@linux
+def test_faked_ends_are_named():
+    assert judge("import os\n\ndef f(a, b):\n    os._exit(0)")[2] == "early exit"
+    assert judge("import sys\n\ndef f(a, b):\n    sys.exit(0)")[1:] == (["sys.exit(0)"], "early exit")
+    assert judge("import builtins\nbuiltins.all = None\n\ndef f(a, b):\n    return a + b")[2] == "tampering"
+    assert judge("import os\nos.write(3, b'\\n\\n')\nos._exit(0)")[2] == "error"
+
+
+@linux
+def test_a_line_that_stands_twice_is_quoted_so_that_it_is_found():
+    """judge() sees to it that the quote is unambiguous and lies in the program."""
+    _, marks, _ = judge("def f(a, b):\n    return a\n\ndef g(a, b):\n    return a", before="It says\nreturn a\n\n")
+    assert marks[0].endswith("return a")
+
+
+@linux
+def test_tests_may_be_a_list_and_need_not_import():
+    example = tasks.Example("p", "", {"tests": ["assert f(2) == 4", "assert sorted(f(x) for x in (2, 1)) == [2, 4]"]})
+    assert judge("def f(x):\n    return 2 * x", example)[0].good == ["return 2 * x"]
+
+
+@linux
+def test_classes_of_tests_and_pytest_are_run():
+    tests = """
+import unittest
+class TestPlain:
+    def setup_method(self, method):
+        self.two = 2
+    def test_two(self):
+        assert f(self.two) == 4
+class TestCase(unittest.TestCase):
+    def setUp(self):
+        self.three = 3
+    def test_three(self):
+        self.assertEqual(f(self.three), 6)
+if __name__ == "__main__":
+    unittest.main()
+"""
+    example = tasks.Example("p", "", {"tests": tests})
+    assert judge("def f(x):\n    return 2 * x", example)[0].good
+    assert judge("def f(x):\n    return x + 2", example)[2] == judge("def f(x):\n    return x + 3", example)[2] == "wrong answer"
+    raises = tasks.Example("p", "", {"tests": "import pytest\ndef test():\n    with pytest.raises(ValueError):\n        f(-1)"})
+    assert judge("def f(x):\n    raise ValueError", raises)[0].critique == "It passes the tests."
+    assert judge("def f(x):\n    return x", raises)[1:] == (["return x"], "wrong answer")
+
+
+def test_the_program_is_the_last_block_that_defines_something():
+    assert code.extract_code("a\n```python\ndef f(): pass\n```\nb\n```python\nf()\n```") == "def f(): pass\n"
+    assert code.extract_code("```\ndef f(): 1\n```\n```py\ndef f(): 2\n```") == "def f(): 2\n"
+    assert code.extract_code("So:\n```python\nx = 1\n```") == "x = 1\n"
+    assert code.extract_code("```python\ndef f():\n    return 1") == "def f():\n    return 1"
+    assert code.extract_code("1. Thus\n   ```python\n   def f():\n       return 1\n   ```") == "def f():\n    return 1\n"
+    assert code.extract_code("def f(): return 1") == "def f(): return 1"
+
+
+@linux
+def test_a_response_without_a_program():
+    said = code.critique(PROBLEM, "```python\n```")
+    assert said.critique == "It holds no program." and not said.poor and code.score(PROBLEM, "")["parses"] == 0
+    assert code.kinds(PROBLEM, "I would add them.") == ["syntax error"]
+
+
+@linux
+def test_the_log_shows_how_the_tests_ended_and_nothing_of_the_machine():
+    assert code.test_log(PROBLEM, "def f(a, b): return a + b") == "The tests pass."
+    log = code.test_log(PROBLEM, "def f(a, b):\n    return a / 0")
+    assert log.startswith("The tests fail: ZeroDivisionError") and 'File "solution.py", line 2, in f\n    return a / 0' in log
+    assert "program.py" not in log and "witness" not in log and "/tmp" not in log
+
+
+def test_every_task_says_what_its_scores_mean_and_what_is_good():
+    for task in (summarize, qa, code):
+        assert 2 <= task.CRITERIA.count(".") <= 6
+    assert set(code.METRICS) == {"pass", "parses", "timeout", "lines"}
+
+
+# ---- real data -----------------------------------------------------------------------------------------------------------
+
+
+def rows_of(folder, name):
+    path = DATA / folder / name
+    if not path.is_file():
+        pytest.skip(f"the real data is not here: {path}")
+    return data.read_rows(str(path))
+
+
+def test_real_answers_are_read():
+    path = DATA / "ultrafeedback" / "train1000.jsonl"
+    rows_of("ultrafeedback", "train1000.jsonl")
+    train, heldout = qa.load(flags("qa", path))
+    assert len(train) + len(heldout) > 990 and all(example.reference for example in train)
+
+
+@linux
+@pytest.mark.parametrize(
+    ("folder", "name", "form"),
+    [
+        ("kodcode_demo", "rl.jsonl", code.kodcode),
+        ("mbpp", "mbpp.jsonl", code.mbpp),
+        ("ilf_code", "outside_mbppplus.jsonl", code.ilf),
+    ],
+)
+def test_real_solutions_pass_their_tests(folder, name, form):
+    for row in rows_of(folder, name)[3::20][:5]:
+        example = form(row)
+        assert code.critique(example, example.reference).critique == "It passes the tests."
+
+
+@linux
+def test_what_people_called_wrong_fails():
+    for row in rows_of("ilf_code", "outside_mbppplus.jsonl")[:5]:
+        example = code.ilf(row)
+        said = code.critique(example, example.facts["candidate"])
+        assert said.poor and not said.good
+
+
+@linux
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("folder", "name", "form", "share"),
+    [
+        ("kodcode_demo", "rl.jsonl", code.kodcode, 1),
+        ("mbpp", "mbpp.jsonl", code.mbpp, 0.999),
+        ("ilf_code", "outside_mbppplus.jsonl", code.ilf, 1),
+    ],
+)
+def test_all_real_solutions_pass_their_tests(folder, name, form, share):
+    examples = [form(row) for row in rows_of(folder, name)]
+    passed = [code.score(example, example.reference)["pass"] for example in examples]
+    assert sum(passed) / len(passed) >= share
