@@ -247,9 +247,10 @@ def descendants(pid):
     return found + [grandchild for child in found for grandchild in descendants(child)]
 
 
-def test_a_program_dies_with_whoever_runs_it(kind):
+def test_a_program_dies_with_whoever_runs_it(kind, tmp_path):
     trainer = f"from t2g import sandbox; sandbox.launch({kind!r}, 'import time; time.sleep(20)', 20, 512, {{}})"
-    running = subprocess.Popen([sys.executable, "-c", trainer], cwd=Path(__file__).parent.parent)
+    here = dict(cwd=Path(__file__).parent.parent, env={**os.environ, "TMPDIR": str(tmp_path)})  # it cannot tidy up
+    running = subprocess.Popen([sys.executable, "-c", trainer], **here)
     depth = {"namespaces": 3, "landlock": 2}[kind]  # launcher, guard, program; here launcher and guard are one
     assert any(time.sleep(0.2) or len(descendants(running.pid)) == depth for _ in range(25))
     started = descendants(running.pid)
