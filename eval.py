@@ -88,6 +88,8 @@ def against_rule(task, args, names, root):
     """Responses of a policy to held-out prompts, annotated by the task's rule; and that policy, whose tokens count."""
     if files := [name for name in names if name.endswith(".jsonl")]:
         cli.fail(f"{files[0]} criticises responses of its own; say with --annotations what is true of them")
+    if not hasattr(task, "critique"):
+        cli.fail(f"the task {args.task} has no rule to hold a critic against; give records that are true with --annotations")
     source = args.policy or str(root / "sft")
     tokenizer, model = policy.load(source, policy.device())
     heldout = tasks.short_enough(task.load(args)[1], tokenizer, args.max_prompt_length)[: args.eval_samples]

@@ -15,10 +15,8 @@ from pathlib import Path
 import torch
 
 from t2g import ablations, cli, critics, policy, stages, supervised, tasks
-from t2g.feedback import Feedback, FeedbackError, reward_prompt
-from t2g.log import read_jsonl
-
-FIELDS = {"prompt": str, "response": str, "critique": str, "good_spans": list, "poor_spans": list}
+from t2g.feedback import Feedback, reward_prompt
+from t2g.notes import read_annotations
 
 
 def read_pairs(path, no_critique=False, dense=False, ask=lambda prompt, response, z: reward_prompt(prompt, response)):
@@ -27,17 +25,12 @@ def read_pairs(path, no_critique=False, dense=False, ask=lambda prompt, response
     Two ablations of the paper: z without its critique, or with dense labels. `ask` makes what the
     reward model is asked of a prompt, a response and z.
     """
-    pairs, records = [], read_jsonl(path)
-    for number, record in enumerate(records, 1):
-        if record.get("status", "ok") != "ok":
+    pairs, records = [], read_annotations(path)
+    for record in records:
+        if not (feedback := record["feedback"]):
             continue
-        if wrong := [name for name, kind in FIELDS.items() if not isinstance(record.get(name), kind)]:
-            cli.fail(f"record {number} of {path} has no usable {', '.join(wrong)}; see annotate.py for the fields")
-        critique = "" if no_critique else record["critique"]
-        try:
-            feedback = Feedback.parse(Feedback(critique, record["good_spans"], record["poor_spans"]).render())
-        except FeedbackError as error:
-            cli.fail(f"record {number} of {path} is no feedback: {error}")
+        if no_critique:
+            feedback = Feedback("", feedback.good, feedback.poor)
         if dense:
             feedback = ablations.dense_feedback(record["response"], feedback)
         z = feedback.render()

@@ -23,9 +23,8 @@ from t2g.align import MATCH_KINDS, find, resolve, response_text, span_rewards, t
 from t2g.cli import fail, make_folder
 from t2g.feedback import Feedback
 from t2g.human_spans import WORD
-from t2g.log import read_jsonl
+from t2g.notes import read_annotations
 
-FIELDS = {"prompt": str, "response": str, "critique": str, "good_spans": list, "poor_spans": list}
 SIGNS = {"good": 1, "poor": -1}
 SIZES = ("characters", "spans", "words")  # how much is marked, and written
 DRAWS = 1000  # of the bootstrap
@@ -45,32 +44,9 @@ class Sample(NamedTuple):
 # ---- annotations ---------------------------------------------------------------------------------------------------------
 
 
-def read(path) -> list[dict]:
-    """The records of an annotations file, each with its "feedback": None where its status is not "ok".
-
-    Where an id stands twice, the later line counts: a record that failed may have been asked for again.
-    """
-    records = read_jsonl(path)
-    for number, record in enumerate(records, 1):
-        record["feedback"] = None
-        if record.get("status", "ok") != "ok":
-            continue
-        if wrong := [name for name, kind in FIELDS.items() if not isinstance(record.get(name), kind)]:
-            fail(f"record {number} of {path} has no usable {', '.join(wrong)}; see annotate.py for the fields")
-        kinds, poor = record.get("kinds", []), record["poor_spans"]
-        if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds) or len(kinds) not in (0, len(poor)):
-            fail(f'record {number} of {path}: "kinds" must be a list of texts, one for each of the {len(poor)} poor_spans')
-        try:
-            record["feedback"] = Feedback.parse(Feedback(record["critique"], record["good_spans"], poor).render())
-            (record["prompt"] + record["response"]).encode()
-        except ValueError as error:
-            fail(f"record {number} of {path} is no feedback: {error}")
-    return list({row["id"] if isinstance(row.get("id"), str) else i: row for i, row in enumerate(records)}.values())
-
-
 def truth_of(path, limit, seed) -> list[dict]:
     """The records of a file that hold feedback, all or so many of them drawn at random; what is left out is counted."""
-    records = read(path)
+    records = read_annotations(path)
     kept = [record for record in records if record["feedback"]]
     print(f"{len(kept)} of {len(records)} records of {path} are of use: their status is ok")
     if not kept:
@@ -80,7 +56,7 @@ def truth_of(path, limit, seed) -> list[dict]:
 
 def same_records(path, records, truth_path) -> list[Feedback | None]:
     """What another critic wrote of the same records, by their ids; None where it failed or the record is absent."""
-    others, wanted = by_id(read(path), path), by_id(records, truth_path)
+    others, wanted = by_id(read_annotations(path), path), by_id(records, truth_path)
     for name in others.keys() & wanted.keys():
         if others[name]["feedback"] and any(others[name][field] != wanted[name][field] for field in ("prompt", "response")):
             fail(f"record {name} of {path} has another prompt or response than that of {truth_path}; annotate the same responses")

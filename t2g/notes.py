@@ -8,8 +8,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from t2g.cli import fail
+from t2g.feedback import Feedback
 from t2g.log import read_jsonl
 
+FIELDS = {"prompt": str, "response": str, "critique": str, "good_spans": list, "poor_spans": list}
 WRITTEN = ("reasoning", "critique", "good_spans", "poor_spans", "kinds", "status", "reason", "usage")  # by annotators
 
 
@@ -29,6 +31,29 @@ def read_responses(path) -> list[dict]:
     if not records:
         fail(f"{path} holds no record")
     return records
+
+
+def read_annotations(path) -> list[dict]:
+    """The records of an annotations file, each with its "feedback": None where its status is not "ok".
+
+    Where an id stands twice, the later line counts: a record that failed may have been asked for again.
+    """
+    records = read_jsonl(path)
+    for number, record in enumerate(records, 1):
+        record["feedback"] = None
+        if record.get("status", "ok") != "ok":
+            continue
+        if wrong := [name for name, kind in FIELDS.items() if not isinstance(record.get(name), kind)]:
+            fail(f"record {number} of {path} has no usable {', '.join(wrong)}; see annotate.py for the fields")
+        kinds, poor = record.get("kinds", []), record["poor_spans"]
+        if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds) or len(kinds) not in (0, len(poor)):
+            fail(f'record {number} of {path}: "kinds" must be a list of texts, one for each of the {len(poor)} poor_spans')
+        try:
+            record["feedback"] = Feedback.parse(Feedback(record["critique"], record["good_spans"], poor).render())
+            (record["prompt"] + record["response"]).encode()
+        except ValueError as error:
+            fail(f"record {number} of {path} is no feedback: {error}")
+    return list({row["id"] if isinstance(row.get("id"), str) else i: row for i, row in enumerate(records)}.values())
 
 
 @contextmanager
