@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 import eval as eval_script
 from t2g import policy
 from t2g.card import SAMPLES_SHOWN, SIGNS, card, samples, write_page
-from t2g.notes import FIELDS
 from t2g.feedback import Feedback, quoted
+from t2g.notes import FIELDS
 from t2g.tasks import toy
 
 NOTHING = Feedback("Nothing to say.")
