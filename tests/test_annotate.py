@@ -616,3 +616,18 @@ def test_critiques_that_do_not_come_are_none_unless_none_comes(serve, capsys):
         with pytest.raises(SystemExit):
             critics.openai_critic(serve(**settings)[0], "rm", max_retries=1)(EXAMPLES, RESPONSES)
         assert sentence in capsys.readouterr().err
+
+
+def test_a_model_that_is_loaded_here_is_asked_and_read_as_a_server_is(monkeypatch):
+    record, asked = texts(1)[0], []
+    answers = [json.dumps(annotation(record["response"])), "Nice summary!", json.dumps(annotation("another text altogether"))]
+
+    def respond(model, tokenizer, prompts, length, **sampling):
+        asked.extend(prompts)
+        return answers, [True] * len(answers)
+
+    monkeypatch.setattr(annotator, "respond", respond)
+    critic = annotator.prompted_critic(None, None, "Look for rain.")
+    said = critic([Example(record["prompt"], "", {})] * 3, [record["response"]] * 3)
+    assert asked == [annotator.question(record, "Look for rain.", 2)] * 3
+    assert said[0].good and said[1:] == [None, None], "what a server would be asked again for is unreadable here"
