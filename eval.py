@@ -114,12 +114,11 @@ def critique_of(name, task, records, args):
     if name.endswith(".jsonl"):
         return card.same_records(name, records, args.annotations)
     tokenizer, model = policy.load(name, policy.device())
-    print(f"{name} criticises {len(records)} responses", flush=True)
+    settings = dict(critique_length=args.critique_length, bf16=args.bf16, desc=f"{name} criticises")
     if args.prompted:
-        criteria = getattr(task, "CRITERIA", annotator.CRITERIA)
-        critic = annotator.prompted_critic(model, tokenizer, criteria, args.critique_length, bf16=args.bf16)
+        critic = annotator.prompted_critic(model, tokenizer, getattr(task, "CRITERIA", annotator.CRITERIA), **settings)
     else:
-        critic = critics.reward_model_critic(model, tokenizer, args.critique_length, args.bf16)
+        critic = critics.reward_model_critic(model, tokenizer, **settings)
     examples = [tasks.Example(record["prompt"], "", {}) for record in records]
     return critic(examples, [record["response"] for record in records])
 

@@ -107,7 +107,7 @@ def as_it_stands(quote, response, which):
     return text if isinstance(quote, str) else {**quote, "text": text}
 
 
-def prompted_critic(model, tokenizer, criteria, critique_length=400, max_spans=2, bf16=False):
+def prompted_critic(model, tokenizer, criteria, critique_length=400, max_spans=2, bf16=False, desc=None):
     """A critic out of any chat model that is loaded here: asked once, as a server is, and read as strictly. See critics.py."""
 
     def read_or_none(text, response):
@@ -120,7 +120,7 @@ def prompted_critic(model, tokenizer, criteria, critique_length=400, max_spans=2
     def critic(examples, responses):
         records = [{"prompt": example.prompt, "response": response} for example, response in zip(examples, responses)]
         asked = [question(record, criteria, max_spans) for record in records]
-        texts, _ = respond(model, tokenizer, asked, critique_length, temperature=0, bf16=bf16)
+        texts, _ = respond(model, tokenizer, asked, critique_length, desc=desc, temperature=0, bf16=bf16)
         return [read_or_none(text, response) for text, response in zip(texts, responses)]
 
     return critic

@@ -27,13 +27,16 @@ def rule_critic(task):
     return lambda examples, responses: [task.critique(example, response) for example, response in zip(examples, responses)]
 
 
-def reward_model_critic(model, tokenizer, critique_length=200, bf16=False):
-    """A generative reward model: it writes z = [critique ; span map], greedily, and what does not parse is None."""
+def reward_model_critic(model, tokenizer, critique_length=200, bf16=False, desc=None):
+    """A generative reward model: it writes z = [critique ; span map], greedily, and what does not parse is None.
+
+    desc shows a progress line.
+    """
 
     def critic(examples, responses):
         room = policy.context_length(model) - critique_length
         prompts = [fitting_prompt(tokenizer, example.prompt, response, room) for example, response in zip(examples, responses)]
-        texts, _ = respond(model, tokenizer, prompts, critique_length, temperature=0, bf16=bf16)
+        texts, _ = respond(model, tokenizer, prompts, critique_length, desc=desc, temperature=0, bf16=bf16)
         return [parse_or_none(z) for z in texts]
 
     return critic
