@@ -1,10 +1,17 @@
 """What the tests share: small real tokenizers of four families, and a hypothesis profile that gives the same answer every day."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+from annotating import KEY
 from hypothesis import settings
 
 from t2g.families import FAMILIES
+from t2g.log import read_jsonl
 
 torch.set_num_threads(1)
 settings.register_profile("t2g", deadline=None, derandomize=True, database=None, max_examples=100)
@@ -29,3 +36,41 @@ def tokenizers():
 def tok(request, tokenizers):
     """Each of the four families in turn."""
     return tokenizers[request.param]
+
+
+@pytest.fixture
+def serve(tmp_path):
+    """serve(**settings) starts a server of its own process and returns its address and its log, a list of lines at each call."""
+    running = []
+
+    def start(**settings):
+        log = tmp_path / f"server{len(running)}.log"
+        command = [sys.executable, Path(__file__).with_name("fault_server.py"), log, json.dumps(settings)]
+        running.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        port = running[-1].stdout.readline().strip()
+        return f"http://127.0.0.1:{port}/v1", lambda: read_jsonl(log)
+
+    yield start
+    for process in running:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """call(*flags) runs annotate.py in this process and returns its exit code and all that it printed."""
+    import annotate  # not above: another environment, where openai is absent, uses this file too
+
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+
+    def run(*flags):
+        monkeypatch.setattr(sys, "argv", ["annotate.py", *map(str, flags)])
+        try:
+            code = annotate.main() or 0
+        except SystemExit as stopped:
+            code = stopped.code
+        printed = "".join(capsys.readouterr())
+        assert KEY not in printed and "Traceback" not in printed
+        return code, printed
+
+    return run
