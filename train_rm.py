@@ -61,7 +61,7 @@ def main():
 
     torch.manual_seed(args.seed)
     tokenizer, model = policy.load(args.model or root / "sft", policy.device())
-    limit = args.max_length or policy.context_length(model)
+    limit = min(args.max_length or policy.context_length(model), policy.context_length(model))
 
     def ask(prompt, response, z):
         room = limit - len(tokenizer(z, add_special_tokens=False)["input_ids"]) - 1  # for EOS
@@ -70,7 +70,7 @@ def main():
     pairs = read_pairs(args.annotations or root / "annotations.jsonl", args.no_critique, args.dense, ask)
     random.Random(args.seed).shuffle(pairs)
     saved = supervised.finetune(model, tokenizer, pairs, args, desc="reward model")
-    print(f"reward model: {saved}, from {len(pairs)} annotations ({time.perf_counter() - start:.0f} s)")
+    print(f"reward model: {saved} ({time.perf_counter() - start:.0f} s)")
 
 
 if __name__ == "__main__":

@@ -104,6 +104,7 @@ def save(model, tokenizer, run, step, value_head=None) -> Path:
     if value_head is not None:
         (unfinished / "value_head").mkdir()
         save_file(value_head.state_dict(), unfinished / "value_head" / "value_head.safetensors")
+    shutil.rmtree(folder, ignore_errors=True)  # of the same step, where a kill came right after
     return unfinished.rename(folder)
 
 

@@ -2,13 +2,17 @@
 
     L = - E[ log p(completion | prompt) ]        mean over the completions' tokens of an optimiser step, EOS included
 
-A run that was stopped goes on where it stood when it is started again with the same flags. Left out: everything but this loss.
+A run that was stopped goes on where it stood when it is started again with the same flags and data. Left out: every other loss.
 """
 
+import fcntl
+import hashlib
 import itertools
 import json
 import math
+import os
 import random
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -20,6 +24,8 @@ from t2g.cli import between, fail, fresh_folder, positive
 from t2g.log import Logger
 from t2g.policy import autocast, context_length, response_logits
 from t2g.rollout import Rollout, chat_text
+
+STATE, BEST = "state.safetensors", "best.safetensors"  # of a run that is not done: where it stands, and its best weights
 
 
 def encode_pairs(tokenizer, pairs) -> list[tuple[list[int], list[int]]]:
@@ -71,7 +77,7 @@ def make_optimizers(model, kind, learning_rate):
     weights = checkpoint.trainable(model)
     matrices = [p for name, p in weights.items() if is_matrix(name, p)]
     rest = [p for name, p in weights.items() if not is_matrix(name, p)]
-    optimizers = [torch.optim.AdamW(rest, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)]
+    optimizers = [torch.optim.AdamW(rest, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)] if rest else []
     if matrices:  # updates are scaled to the size of AdamW's, so that one learning rate serves both
         optimizers.append(torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
     return optimizers
@@ -84,18 +90,32 @@ def finetune(model, tokenizer, pairs, args, desc) -> Path:
     """
     if not pairs:
         fail("the data set is empty: there is no pair to train on")
-    rows = that_fit(encode_pairs(tokenizer, pairs), args.max_length or context_length(model))
+    context = context_length(model)
+    rows = that_fit(encode_pairs(tokenizer, pairs), min(args.max_length or context, context))
     count = round(args.validation_share * len(rows))
     heldout, rows = rows[:count], rows[count:]
+    print(f"{len(rows)} texts to train on, {len(heldout)} for the validation loss", flush=True)
+    args.data_hash = hashlib.sha256(json.dumps([heldout, rows]).encode()).hexdigest()
     model = with_adapters(model, args) if args.lora_r else model
-    optimizers = make_optimizers(model, args.optimizer, args.learning_rate)
-    folder, state, best = open_folder(args)
-    reached = {"step": 0, "best_step": 0, "best_loss": math.inf}
-    if state.is_file():
-        reached = checkpoint.load(state, model, optimizers)
+    with run_folder(args) as folder:
+        step = train(model, tokenizer, rows, heldout, args, folder, desc)
+        model = model.merge_and_unload() if args.lora_r else model
+        saved = policy.save(model.eval(), tokenizer, folder, step)
+        for name in (STATE, BEST):
+            (folder / name).unlink(missing_ok=True)
+    return saved
+
+
+def train(model, tokenizer, rows, heldout, args, folder, desc) -> int:
+    """The loop. Returns: the step whose weights the model has at the end: the best on the held-out rows, or else the last."""
+    optimizers, reached = (
+        make_optimizers(model, args.optimizer, args.learning_rate),
+        {"step": 0, "best_step": 0, "best_loss": math.inf},
+    )
+    if (folder / STATE).is_file():
+        reached = checkpoint.load(folder / STATE, model, optimizers)
         print(f"goes on after step {reached['step']} of {args.output_dir}", flush=True)
     log = Logger(folder, args, keep_until=reached["step"])
-
     batches = in_batches(rows, args.per_device_train_batch_size, args.seed)
     batches = itertools.islice(batches, reached["step"] * args.gradient_accumulation_steps, None)
     bar = tqdm(total=args.max_steps, initial=reached["step"], desc=desc, unit="step", mininterval=0.5)
@@ -114,7 +134,7 @@ def finetune(model, tokenizer, pairs, args, desc) -> Path:
             metrics["validation_loss"] = loss = validation_loss(model, tokenizer, heldout, args)
             if loss < reached["best_loss"]:
                 reached |= {"best_step": step, "best_loss": loss}
-                checkpoint.save(best, model)
+                checkpoint.save(folder / BEST, model)
         log(step, metrics)
         bar.set_postfix_str(f"loss {metrics['loss']:.3f}", refresh=False)
         bar.update()
@@ -122,16 +142,11 @@ def finetune(model, tokenizer, pairs, args, desc) -> Path:
             print(f"\nthe validation loss was lowest at step {reached['best_step']}: stopped early", flush=True)
             break
         if step % args.save_steps == 0:
-            checkpoint.save(state, model, optimizers, **reached)
+            checkpoint.save(folder / STATE, model, optimizers, **reached)
     bar.close()
-
     if heldout:
-        checkpoint.load(best, model)
-    model = model.merge_and_unload() if args.lora_r else model
-    saved = policy.save(model.eval(), tokenizer, folder, reached["best_step"] if heldout else args.max_steps)
-    for path in (state, best):
-        path.unlink(missing_ok=True)
-    return saved
+        checkpoint.load(folder / BEST, model)
+    return reached["best_step"] if heldout else args.max_steps
 
 
 def train_step(model, microbatches, args) -> dict:
@@ -186,21 +201,36 @@ def that_fit(rows, limit):
     if len(kept) < len(rows):
         print(f"{len(rows) - len(kept)} of {len(rows)} training texts have more than {limit} tokens and are left out")
     if not kept:
-        fail(
-            f"there is no training text of at most {limit} tokens"
-            if rows
-            else "the data set is empty: there is no pair to train on"
-        )
+        fail(f"there is no training text of at most {limit} tokens; raise --max_length, if the model's context allows it")
     return kept
 
 
-def open_folder(args):
-    """The run's folder, new or as it was when the same run was stopped; where its state is, and its best weights."""
-    folder = Path(args.output_dir)
-    state, best, config = (folder / name for name in ("state.safetensors", "best.safetensors", "config.json"))
-    flags = json.loads(json.dumps(vars(args), default=str))
-    same = state.is_file() and {"argv": None, **flags} == json.loads(config.read_text(encoding="utf-8")) | {"argv": None}
-    return folder if same else fresh_folder(folder), state, best
+@contextmanager
+def run_folder(args):
+    """The run's folder, new, or as it was when a run of the same flags and data was stopped. One process at a time may hold it."""
+    folder = Path(args.output_dir).resolve()
+    with ExitStack() as stack:
+        if folder.is_dir():
+            stack.enter_context(held(folder))
+        flags, config = json.loads(json.dumps(vars(args), default=str)), folder / "config.json"
+        same = (folder / STATE).is_file() and {**flags, "argv": 0} == {**json.loads(config.read_text(encoding="utf-8")), "argv": 0}
+        if not same:
+            stack.enter_context(held(fresh_folder(folder)))
+        yield folder
+
+
+@contextmanager
+def held(folder):
+    """A lock on a folder that ends with the process, if not before."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fail(f"another process trains in {folder}; wait for it, or choose another --output_dir")
+        yield
+    finally:
+        os.close(handle)
 
 
 def add_flags(add, validation_share=0.0):

@@ -109,13 +109,43 @@ def test_a_stopped_run_goes_on_to_the_same_bits(fresh, tmp_path, monkeypatch, ki
     assert (again / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
-def test_another_run_in_the_same_folder_begins_anew(fresh, tmp_path):
+def stopped(folder, model):
+    """As if the run had been stopped after its step 5."""
+    checkpoint.save(folder / "state.safetensors", model, step=5, best_step=0, best_loss=9.0)
+
+
+@pytest.mark.parametrize("changed", ["flags", "data"])
+def test_another_run_in_the_same_folder_begins_anew(fresh, tmp_path, changed):
     tokenizer, model = fresh()
     args = flags(tmp_path / "run")
     supervised.finetune(model, tokenizer, PAIRS, args, "first")
-    checkpoint.save(tmp_path / "run" / "state.safetensors", model, step=5, best_step=0, best_loss=9.0)  # as if it had been stopped
-    supervised.finetune(model, tokenizer, PAIRS, flags(tmp_path / "run", learning_rate=2e-3), "second")
+    stopped(tmp_path / "run", model)
+    args = flags(tmp_path / "run", learning_rate=2e-3 if changed == "flags" else args.learning_rate)
+    supervised.finetune(model, tokenizer, PAIRS if changed == "flags" else PAIRS[::-1], args, "second")
     assert (tmp_path / "run.1").is_dir() and len(read_jsonl(tmp_path / "run" / "metrics.jsonl")) == args.max_steps
+
+
+def test_a_run_that_was_killed_after_its_checkpoint_can_be_finished(fresh, tmp_path):
+    tokenizer, model = fresh()
+    saved = supervised.finetune(model, tokenizer, PAIRS, flags(tmp_path / "run"), "first")
+    stopped(tmp_path / "run", model)
+    assert supervised.finetune(model, tokenizer, PAIRS, flags(tmp_path / "run"), "again") == saved
+    assert len(read_jsonl(tmp_path / "run" / "metrics.jsonl")) == 8 and not (tmp_path / "run" / "state.safetensors").exists()
+
+
+def test_two_processes_do_not_train_in_one_folder(fresh, tmp_path, capsys):
+    tokenizer, model = fresh()
+    (tmp_path / "run").mkdir()
+    with supervised.held(tmp_path / "run"), pytest.raises(SystemExit):
+        supervised.finetune(model, tokenizer, PAIRS, flags(tmp_path / "run"), "second")
+    assert "another process trains in" in capsys.readouterr().err
+
+
+def test_no_text_is_longer_than_the_model_s_context(fresh, tmp_path, capsys):
+    tokenizer, model = fresh()
+    model.config.max_position_embeddings = sorted(sum(map(len, row)) for row in supervised.encode_pairs(tokenizer, PAIRS))[-2]
+    supervised.finetune(model, tokenizer, PAIRS, flags(tmp_path / "run", max_length=5000, max_steps=1), "long")
+    assert "1 of 24 training texts have more than" in capsys.readouterr().out
 
 
 def test_the_best_model_is_saved_and_a_run_without_progress_stops_early(fresh, tmp_path):
@@ -132,10 +162,11 @@ def test_the_best_model_is_saved_and_a_run_without_progress_stops_early(fresh, t
     assert_close(supervised.validation_loss(AutoModelForCausalLM.from_pretrained(saved), tokenizer, heldout, args), losses[best])
 
 
-def test_adapters_are_merged_into_a_plain_model(fresh, tmp_path):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_adapters_are_merged_into_a_plain_model(fresh, tmp_path, optimizer):
     tokenizer, model = fresh()
     before = copy.deepcopy(model.state_dict())
-    saved = supervised.finetune(model, tokenizer, PAIRS, flags(tmp_path / "run", lora_r=4), "adapters")
+    saved = supervised.finetune(model, tokenizer, PAIRS, flags(tmp_path / "run", lora_r=4, optimizer=optimizer), "adapters")
     after = AutoModelForCausalLM.from_pretrained(saved).state_dict()
     assert after.keys() == before.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
