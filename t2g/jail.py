@@ -107,7 +107,7 @@ def show(path, root, read_only=True):
 
 
 def landlock(box):
-    """No file but Python's, to read, and the program's folder; no signal to others (Linux 6.12); no socket, no chmod."""
+    """No file but Python's, to read, and the program's folder; no signal to others (Linux 6.12); no call of refuse_calls()."""
     abi = call(libc.syscall, LANDLOCK, None, ctypes.c_size_t(0), 1)
     rights = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(abi, 16)) - 1  # to files, as many as this kernel knows
     rules = pack("QQQ", rights, 0, 3 if abi >= 6 else 0)[: 24 if abi >= 6 else 8]
@@ -124,8 +124,15 @@ def landlock(box):
 
 
 def refuse_calls():
-    """A seccomp filter: socket() and chmod(), which Landlock allows, fail; where we know their numbers."""
-    machines = {"x86_64": (0xC000003E, 41, 90, 91, 268, 452), "aarch64": (0xC00000B7, 198, 52, 53, 452)}
+    """A seccomp filter: what Landlock allows and must not be fails, where we know its number.
+
+    socket() and chmod(); shmget(), semget(), msgget(), mq_open() and the three calls for keys, for what they make outlives the run;
+    io_uring, which does what socket() does.
+    """
+    machines = {
+        "x86_64": (0xC000003E, 41, 90, 91, 268, 29, 64, 68, 240, 248, 249, 250, 452, 425, 426, 427),
+        "aarch64": (0xC00000B7, 198, 52, 53, 194, 190, 186, 180, 217, 218, 219, 452, 425, 426, 427),
+    }
     if not (numbers := machines.get(os.uname().machine)):
         return
     refused = len(numbers) + 4  # the place of the last step; a jump says how many steps it leaps over

@@ -35,14 +35,18 @@ KINDS = ("namespaces", "landlock", "limits")  # from the strongest on
 START_S = 10  # most seconds that Python and the kernel may take to start and to end a program
 PROTECTIONS = ("no file but Python's, read-only", "no network", "no signal to other processes", "not root")
 PROBE = """
-import os, socket
+import ctypes, os, socket
 def refused(action, *args):
     try:
         action(*args)
     except OSError:
         return True
+def ring():
+    if ctypes.CDLL(None).syscall(425, 1, ctypes.create_string_buffer(120)) < 0:
+        raise OSError
 print(int(bool(refused(open, FILE))))
-print(int(bool(refused(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM).connect(("192.0.2.1", 9))))))
+unreachable = refused(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM).connect(("192.0.2.1", 9)))
+print(int(bool(unreachable and (not refused(socket.socket) or refused(ring)))))  # where socket() is refused, io_uring gives one
 print(int(bool(refused(os.kill, PID, 0))))
 print(int(os.getuid() != 0))
 """  # what each of the four is found by
