@@ -26,7 +26,7 @@ from tqdm import tqdm
 from t2g import annotator, cli, human_feedback, policy, server, stages, tasks, unit_tests
 from t2g.feedback import FeedbackError
 from t2g.log import read_jsonl
-from t2g.notes import WRITTEN, Notes, read_responses, write_whole, writing
+from t2g.notes import WRITTEN, Notes, check_kinds, read_responses, write_whole, writing
 from t2g.rollout import respond
 
 
@@ -41,7 +41,7 @@ def parse_args():
         "--policy",
         help="whose responses are criticised: a run, a folder, a hub id or a .gguf file; sft beside --out if not given",
     )
-    add("--num_samples", type=cli.positive(int), default=500, help="responses to sample and criticise")
+    add("--num_samples", type=cli.positive(int), default=500, help="responses to sample and criticise, without --responses")
     add("--response_length", type=cli.positive(int), default=64, help="most tokens of a response")
     add("--temperature", type=cli.positive(float), default=1.0, help="the policy's sampling temperature")
     add("--severity", action="store_true", help="keep how bad or good each quote is, where the critic says so")
@@ -62,11 +62,19 @@ def parse_args():
     add("--output_price", type=cli.between(0, 1e9), default=0.0, help="openai: money for a million tokens of answers")
     add("--budget", type=cli.between(0, 1e9), help="openai: stop before --out has cost more money than this, earlier runs included")
     add("--retry_failed", action="store_true", help="openai: ask again for the records of --out that failed")
-    add("--dry_run", action="store_true", help="openai: print one prompt and what all would cost, and ask nothing")
+    add("--dry_run", action="store_true", help="openai: print one prompt and what all would cost; responses are sampled and kept")
     task, args = tasks.parse(parser, "annotate")
     args.critic = args.critic or ("openai" if args.model or args.base_url else "rule")
     if args.critic == "openai" and not args.model:
         cli.fail("--model is missing: the annotator's name at the server")
+    if args.severity and args.critic not in ("rule", "tests"):
+        cli.fail("--severity is for --critic rule or tests: a server is not asked for it, and people's stays without it")
+    if args.dry_run and args.critic != "openai":
+        cli.fail("--dry_run is for a model behind a server; the other critics cost nothing")
+    if args.policy and args.responses:
+        cli.fail("--policy and --responses exclude each other: either a policy is sampled, or its responses are there")
+    if args.responses and Path(args.responses).is_dir():
+        cli.fail(f"--responses {args.responses} is a folder; name a .jsonl file in it")
     if args.critic == "human" and not args.responses:
         cli.fail("--responses is missing: the file that people filled in")
     if args.budget is not None and not args.input_price + args.output_price:
@@ -112,7 +120,7 @@ def sampled(task, args, out) -> tuple[list[tasks.Example], list[dict]]:
 
 def examples_of(records, task, args) -> list[tasks.Example]:
     """The task's example for each record, by its prompt; where the records bring unit tests of their own, these are enough."""
-    if args.critic != "rule" and all("tests" in record for record in records):
+    if hasattr(task, "test_log") and all("tests" in record for record in records):
         for number, record in enumerate(records, 1):
             tests = record["tests"] if isinstance(record["tests"], list) else [record["tests"]]
             obstacle = unit_tests.obstacle("\n".join(map(str, tests)))
@@ -160,6 +168,8 @@ def by_program(task, args, out) -> list[dict]:
 def by_people(args) -> list[dict]:
     """What people wrote: into the records' own fields, or a published data set. Lines that are not done yet are counted."""
     rows = read_jsonl(args.responses)
+    if not rows:
+        cli.fail(f"{args.responses} holds no record")
     if not any("response" in row for row in rows):
         return human_feedback.records(rows, args.responses)
     records, empty, faulty = [], 0, 0
@@ -169,6 +179,7 @@ def by_people(args) -> list[dict]:
             continue
         try:
             said = annotator.checked({"good_spans": [], "poor_spans": [], **record}, record["response"])
+            check_kinds({**record, **said})
             records.append({**record, **said, "status": "ok", "reason": ""})
         except FeedbackError as fault:
             faulty += 1

@@ -64,11 +64,9 @@ def question(record, criteria, max_spans) -> str:
 
 def read_annotation(text: str, response: str, max_spans: int) -> dict:
     """The fields of an annotator's answer. Raises: FeedbackError for any other text, naming the fault for the annotator to mend."""
-    text = text.rpartition("</think>")[2]  # some servers leave a model's own thoughts in
-    try:
-        said = json.loads(text[text.find("{") : text.rfind("}") + 1])
-    except (ValueError, RecursionError):
-        raise FeedbackError("it is no JSON object") from None
+    said = json_object(text) or json_object(text.partition("</think>")[2])  # some servers leave a model's own thoughts in
+    if not said:
+        raise FeedbackError("it is no JSON object")
     typed = all(isinstance(said.get(name), kind) for name, kind in KINDS.items())
     if not typed or not all(isinstance(quote, str) for quote in said["good_spans"] + said["poor_spans"]):
         raise FeedbackError("it needs reasoning and critique, each a text, and good_spans and poor_spans, each a list of texts")
@@ -77,6 +75,14 @@ def read_annotation(text: str, response: str, max_spans: int) -> dict:
             raise FeedbackError(f"{name} holds {len(said[name])} quotes, and at most {max_spans} are wanted")
     reasoning = said["reasoning"].encode(errors="replace").decode()  # half of a surrogate pair would not go into the file
     return {"reasoning": reasoning, **checked(said, response)}
+
+
+def json_object(text: str) -> dict | None:
+    """What stands from the first brace of a text to the last one, None if that is no JSON."""
+    try:
+        return json.loads(text[text.find("{") : text.rfind("}") + 1])
+    except (ValueError, RecursionError):
+        return None
 
 
 def checked(said: dict, response: str) -> dict:

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from t2g.cli import fail
-from t2g.feedback import Feedback
+from t2g.feedback import Feedback, FeedbackError
 from t2g.log import read_jsonl
 
 FIELDS = {"prompt": str, "response": str, "critique": str, "good_spans": list, "poor_spans": list}
@@ -16,9 +16,11 @@ WRITTEN = ("reasoning", "critique", "good_spans", "poor_spans", "kinds", "status
 
 
 def read_responses(path) -> list[dict]:
-    """Records to annotate: objects with the texts id, prompt and response, each id once."""
+    """Records to annotate: objects with the texts id, prompt and response, each id once. A whole number as id becomes a text."""
     records, seen = read_jsonl(path), set()
     for number, record in enumerate(records, 1):
+        if type(record.get("id")) is int:
+            record["id"] = str(record["id"])
         if wrong := [name for name in ("id", "prompt", "response") if not isinstance(record.get(name), str)]:
             fail(f"record {number} of {path} has no {', '.join(wrong)}; each must be a text")
         if record["id"] in seen:
@@ -45,15 +47,21 @@ def read_annotations(path) -> list[dict]:
             continue
         if wrong := [name for name, kind in FIELDS.items() if not isinstance(record.get(name), kind)]:
             fail(f"record {number} of {path} has no usable {', '.join(wrong)}; see annotate.py for the fields")
-        kinds, poor = record.get("kinds", []), record["poor_spans"]
-        if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds) or len(kinds) not in (0, len(poor)):
-            fail(f'record {number} of {path}: "kinds" must be a list of texts, one for each of the {len(poor)} poor_spans')
         try:
-            record["feedback"] = Feedback.parse(Feedback(record["critique"], record["good_spans"], poor).render())
+            check_kinds(record)
+            said = Feedback(record["critique"], record["good_spans"], record["poor_spans"])
+            record["feedback"] = Feedback.parse(said.render())
             (record["prompt"] + record["response"]).encode()
         except ValueError as error:
             fail(f"record {number} of {path} is no feedback: {error}")
     return list({row["id"] if isinstance(row.get("id"), str) else i: row for i, row in enumerate(records)}.values())
+
+
+def check_kinds(record):
+    """Raises: FeedbackError where a record has "kinds" that are not parallel to its poor_spans."""
+    kinds, poor = record.get("kinds", []), record["poor_spans"]
+    if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds) or len(kinds) not in (0, len(poor)):
+        raise FeedbackError(f'"kinds" must be a list of texts, one for each of the {len(poor)} poor_spans')
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import os
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
+import httpx2  # which openai is built on
 import openai
 
 from t2g.cli import fail
@@ -54,6 +55,17 @@ class Answer(NamedTuple):
     tokens: tuple[int, int] | None  # of the prompt and of the answer, as the server counts them, None if it does not
 
 
+class InTime(openai.DefaultAsyncHttpxClient):
+    """Bounds a whole answer by the time that is allowed for each read of it: a server may send a byte now and then for ever."""
+
+    async def send(self, request, **options):
+        try:
+            async with asyncio.timeout(request.extensions["timeout"]["read"]):
+                return await super().send(request, **options)
+        except TimeoutError:
+            raise httpx2.ReadTimeout("the answer was not whole in time", request=request) from None
+
+
 def client(base_url, timeout, max_retries) -> openai.AsyncOpenAI:
     """A client for one event loop; use it as `async with client(...)`. The key comes from the environment and from nowhere else."""
     base_url, key = base_url or os.environ.get("OPENAI_BASE_URL"), os.environ.get("OPENAI_API_KEY", "").strip()
@@ -63,7 +75,8 @@ def client(base_url, timeout, max_retries) -> openai.AsyncOpenAI:
         fail("there is no key for OpenAI: set OPENAI_API_KEY, or name another server with --base_url")
     if not (key.isascii() and key.isprintable()):
         fail("OPENAI_API_KEY holds characters that stand in no key; set it anew")
-    return openai.AsyncOpenAI(api_key=key or "none", base_url=base_url, timeout=timeout, max_retries=max_retries)
+    options = dict(timeout=timeout, max_retries=max_retries, http_client=InTime())
+    return openai.AsyncOpenAI(api_key=key or "none", base_url=base_url, **options)
 
 
 def is_address(url) -> bool:
@@ -108,9 +121,14 @@ def read(body: bytes) -> Answer:
         text = text.encode(errors="replace").decode()  # half of a surrogate pair could not be sent back
         usage = completion.get("usage") or {}
         counts = usage.get("prompt_tokens"), usage.get("completion_tokens")
-        return Answer(text, choice.get("finish_reason"), counts if all(isinstance(n, int) for n in counts) else None)
+        return Answer(text, choice.get("finish_reason"), tuple(map(int, counts)) if all(map(is_count, counts)) else None)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise Unreadable from None
+
+
+def is_count(value) -> bool:
+    """Whether a number of tokens can be meant: some servers write 12.0, and what is no such number must cost no money."""
+    return type(value) in (int, float) and 0 <= value <= 1e9 and value == int(value)
 
 
 # ---- what is paid ------------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ DEFAULTS = {
     "usage": [100, 50],  # the tokens that it says an answer cost
     "seconds": 0.0,  # that an answer takes
     "poison": None,  # a response with this word in it gets status 500
+    "trickle": 0,  # so many bytes of white space come first, one every 0.1 s
     "answer": None,  # what it says in place of an annotation
 }
 
@@ -90,7 +91,7 @@ class Handler(BaseHTTPRequestHandler):
         content = self.server.settings["answer"] or spoilt(fault, said)
         choice = {"message": {"content": content}, "finish_reason": "length" if fault == "length" else "stop"}
         usage = dict(zip(("prompt_tokens", "completion_tokens"), self.server.settings["usage"]))
-        body = json.dumps({"choices": [choice], "usage": usage})
+        body = " " * self.server.settings["trickle"] + json.dumps({"choices": [choice], "usage": usage})
         if fault == "cut":  # less than Content-Length promises
             self.send(200, body, {"Content-Length": len(body.encode())}, body[: len(body) // 2])
             self.close_connection = True
@@ -104,7 +105,10 @@ class Handler(BaseHTTPRequestHandler):
         for name, value in {"Content-Type": "application/json", "Content-Length": len(body.encode()), **dict(headers)}.items():
             self.send_header(name, str(value))
         self.end_headers()
-        self.wfile.write((body if sent is None else sent).encode())
+        for _ in range(self.server.settings["trickle"]):
+            self.wfile.write(b" ")
+            time.sleep(0.1)
+        self.wfile.write((body if sent is None else sent)[self.server.settings["trickle"] :].encode())
         self.wfile.flush()
 
     def log_message(self, *_):

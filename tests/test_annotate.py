@@ -128,6 +128,16 @@ def test_a_server_that_answers_no_more_ends_the_run(serve, tmp_path, call):
     assert read_jsonl(tmp_path / "out.jsonl") == []
 
 
+def test_an_answer_that_comes_byte_by_byte_is_waited_for_no_longer_than_the_timeout(serve, tmp_path, call):
+    """A byte every 0.1 s, for 20 s, is never late by itself. The client asks again as after any time-out."""
+    url, log = serve(trickle=200)
+    start = time.perf_counter()
+    code, printed = call(*flags(url, tmp_path, texts(1), "--max_retries", 1))
+    assert code == 2 and "did not answer in time" in printed and len(requests(log())) == 2
+    assert time.perf_counter() - start < 8
+    assert "0 failed" in call(*flags(serve(trickle=2)[0], tmp_path, texts(1)))[1]
+
+
 @pytest.mark.parametrize(("status", "said"), [(401, "does not accept the key"), (403, "forbids"), (404, "no such model")])
 def test_what_is_hopeless_ends_the_run_at_once_and_the_key_is_never_told(serve, tmp_path, call, status, said):
     """The server sends the key back in its body."""
@@ -236,6 +246,14 @@ def test_an_answer_that_cannot_be_read_is_charged_in_full(serve, tmp_path, call)
     assert len(requests(log())) == 2 and record["reason"] == "the server's answer was no chat completion"
 
 
+@pytest.mark.parametrize("count", [10**400, -1, True, 1.5, "7", None, float("nan"), float("inf"), 2e9])
+def test_a_usage_that_is_none_is_not_believed(count):
+    body = {"choices": [{"message": {"content": ""}}], "usage": {"prompt_tokens": 3.0, "completion_tokens": 4}}
+    assert server.read(json.dumps(body).encode()).tokens == (3, 4)
+    body["usage"]["completion_tokens"] = count
+    assert server.read(json.dumps(body).encode()).tokens is None
+
+
 def test_a_budget_needs_prices(tmp_path, call):
     assert "--budget needs --input_price" in call(*flags("http://127.0.0.1:9", tmp_path, texts(1), "--budget", 1))[1]
 
@@ -325,7 +343,8 @@ def test_ctrl_c_stops_and_the_same_command_goes_on(serve, tmp_path, call):
     ("records", "said"),
     [
         ([], "holds no record"),
-        ([{"id": 1, "prompt": "p", "response": "r"}], "record 1 of"),
+        ([{"id": 1.5, "prompt": "p", "response": "r"}], "record 1 of"),
+        ([{"id": i, "prompt": "p", "response": "r"} for i in (1, "1")], "the id of an earlier one"),
         ([{"id": "1", "response": "r"}], "has no prompt"),
         ([{"id": "1", "prompt": "p", "response": "r"}] * 2, "the id of an earlier one"),
         ([{"id": "1", "prompt": "p", "response": "\ud83d"}], "half of a surrogate pair"),
@@ -335,6 +354,20 @@ def test_responses_that_are_none(tmp_path, capsys, records, said):
     with pytest.raises(SystemExit):
         read_responses(write(tmp_path / "in.jsonl", records))
     assert said in capsys.readouterr().err
+
+
+def test_a_whole_number_is_an_id_as_well(tmp_path):
+    assert read_responses(write(tmp_path / "in.jsonl", [{"id": 7, "prompt": "p", "response": "r"}]))[0]["id"] == "7"
+
+
+def test_a_folder_of_responses_is_no_file(tmp_path, call):
+    assert "is a folder" in call("--responses", tmp_path, "--out", tmp_path / "out.jsonl", "--model", "m")[1]
+
+
+@pytest.mark.parametrize("given", [("--severity",), ("--dry_run", "--critic", "rule"), ("--policy", "p")])
+def test_flags_that_would_do_nothing_are_refused(tmp_path, call, given):
+    code, printed = call(*flags("http://127.0.0.1:9", tmp_path, texts(1), *given))
+    assert code == 2 and given[0] in printed and not (tmp_path / "out.jsonl").exists()
 
 
 def test_further_fields_are_kept_and_what_an_earlier_annotator_wrote_is_not(serve, tmp_path, call):
@@ -364,6 +397,9 @@ def test_quotes_are_written_as_they_stand_in_the_response():
     fenced = annotator.read_annotation(f"Here it is:\n```json\n{json.dumps(SAID)}\n```", RESPONSE, 2)
     assert fenced == read()
     assert annotator.read_annotation(f"<think>{{so}}</think>{json.dumps(SAID)}", RESPONSE, 2) == read()
+    tag = {**SAID, "critique": "It ends its thoughts with </think> too late."}
+    for thoughts in ("", "<think>so</think>", "<think>{so}</think>"):
+        assert annotator.read_annotation(thoughts + json.dumps(tag), RESPONSE, 2)["critique"] == tag["critique"]
 
 
 @pytest.mark.parametrize(

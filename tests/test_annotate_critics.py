@@ -10,6 +10,7 @@ import annotate
 from t2g import annotator, critics, policy
 from t2g.feedback import Feedback
 from t2g.log import read_jsonl
+from t2g.notes import read_annotations
 from t2g.tasks import Example, summarize, toy
 
 # ---- programs and people -----------------------------------------------------------------------------------------------
@@ -63,6 +64,9 @@ def test_unit_tests_criticise_with_those_of_the_record_or_of_the_task(tmp_path, 
     to = ("--critic", "tests", "--responses", write(tmp_path / "in.jsonl", records), "--out")
     assert call(*to, tmp_path / "out.jsonl")[0] == 0
     assert [r["critique"] for r in read_jsonl(tmp_path / "out.jsonl")] == ["code0 fails assert 0", "code1 fails assert 1"]
+    records[0]["prompt"] = "None of the task's."
+    rule = ("--critic", "rule", "--responses", write(tmp_path / "in.jsonl", records), "--out", tmp_path / "rule.jsonl")
+    assert call(*rule)[0] == 0, "the rule of such a task is its unit tests"
     write(tmp_path / "in.jsonl", [{"id": "a", "prompt": "Sub.", "response": "x"}])
     call(*to, tmp_path / "task.jsonl")
     assert read_jsonl(tmp_path / "task.jsonl")[0]["critique"] == "x fails few"
@@ -122,6 +126,21 @@ def test_records_that_people_filled_in(tmp_path, call):
     assert record["good_spans"] == [{"text": a["response"][:6], "severity": 0.5}] and record["poor_spans"] == []
     assert (record["status"], record["reason"], record["id"]) == ("ok", "", "r0")
     assert "is filled in as it should be" in call("--critic", "human", "--responses", write(path, [b]), "--out", tmp_path / "no")[1]
+
+
+def test_kinds_of_people_that_fit_no_quotes_are_a_fault(tmp_path, call):
+    """train_rm.py would refuse the file for them."""
+    a, b = ({**text, "critique": "Bad.", "poor_spans": [text["response"][:6]]} for text in texts(2))
+    path, out = write(tmp_path / "in.jsonl", [{**a, "kinds": ["x", "y"]}, {**b, "kinds": ["x"]}]), tmp_path / "out.jsonl"
+    code, printed = call("--critic", "human", "--responses", path, "--out", out)
+    assert code == 0 and f'record 1 of {path} is left out: "kinds"' in printed and "1 have a fault" in printed
+    assert [record["kinds"] for record in read_annotations(out)] == [["x"]]
+
+
+def test_an_empty_file_of_people_is_told(tmp_path, call):
+    (tmp_path / "in.jsonl").touch()
+    code, printed = call("--critic", "human", "--responses", tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl")
+    assert code == 2 and "holds no record" in printed and not (tmp_path / "out.jsonl").exists()
 
 
 def test_published_feedback_of_people(tmp_path, call, monkeypatch):
