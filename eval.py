@@ -62,6 +62,8 @@ def policies(task, args) -> dict:
 def reward_model(task, args) -> dict:
     """The card of a critic, or {critic: card} of several: see t2g/card.py. Writes their page."""
     root = Path(f"runs/{args.task}")
+    if not args.annotations and not hasattr(task, "critique"):
+        cli.fail(f"the task {args.task} has no rule to hold a critic against; give records that are true with --annotations")
     if not args.runs:
         stages.ensure(["sft", "annotate", "rm"], args, root, args.policy)
     names = list(dict.fromkeys(args.runs)) or [str(root / "rm")]
@@ -88,8 +90,6 @@ def against_rule(task, args, names, root):
     """Responses of a policy to held-out prompts, annotated by the task's rule; and that policy, whose tokens count."""
     if files := [name for name in names if name.endswith(".jsonl")]:
         cli.fail(f"{files[0]} criticises responses of its own; say with --annotations what is true of them")
-    if not hasattr(task, "critique"):
-        cli.fail(f"the task {args.task} has no rule to hold a critic against; give records that are true with --annotations")
     source = args.policy or str(root / "sft")
     tokenizer, model = policy.load(source, policy.device())
     heldout = tasks.short_enough(task.load(args)[1], tokenizer, args.max_prompt_length)[: args.eval_samples]

@@ -10,10 +10,9 @@ import random
 
 from tqdm import tqdm
 
-from t2g import server
+from t2g import critics, server
 from t2g.align import find
 from t2g.feedback import Feedback, FeedbackError, quoted
-from t2g.rollout import respond
 from t2g.server import OverBudget, added
 
 CRITERIA = """\
@@ -115,6 +114,7 @@ def as_it_stands(quote, response, which):
 
 def prompted_critic(model, tokenizer, criteria, critique_length=400, max_spans=2, bf16=False, desc=None):
     """A critic out of any chat model that is loaded here: asked once, as a server is, and read as strictly. See critics.py."""
+    ask = critics.asker(model, tokenizer, critique_length, desc=desc, bf16=bf16)
 
     def read_or_none(text, response):
         try:
@@ -123,11 +123,12 @@ def prompted_critic(model, tokenizer, criteria, critique_length=400, max_spans=2
             return None
         return Feedback(said["critique"], said["good_spans"], said["poor_spans"])
 
+    def asked_of(prompt, response):
+        return question({"prompt": prompt, "response": response}, criteria, max_spans)
+
     def critic(examples, responses):
-        records = [{"prompt": example.prompt, "response": response} for example, response in zip(examples, responses)]
-        asked = [question(record, criteria, max_spans) for record in records]
-        texts, _ = respond(model, tokenizer, asked, critique_length, desc=desc, temperature=0, bf16=bf16)
-        return [read_or_none(text, response) for text, response in zip(texts, responses)]
+        texts = ask(examples, responses, asked_of)
+        return [None if text is None else read_or_none(text, response) for text, response in zip(texts, responses)]
 
     return critic
 

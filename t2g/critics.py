@@ -5,6 +5,8 @@ Critic and policy talk in text only: a reward model has its own tokenizer and ma
 
 import asyncio
 
+from tqdm import tqdm
+
 from t2g import policy
 from t2g.align import locate, token_offsets
 from t2g.cli import fail
@@ -17,9 +19,28 @@ def chosen(task, args, reward_model, device):
     if args.critic == "rule":
         return rule_critic(task)
     if args.critic == "openai":
-        return openai_critic(args.base_url, args.reward_model, args.critique_length)
+        return warning(openai_critic(args.base_url, args.reward_model, args.critique_length))
     tokenizer, model = policy.load(args.reward_model or reward_model, device)
-    return reward_model_critic(model, tokenizer, args.critique_length, args.bf16)
+    return warning(reward_model_critic(model, tokenizer, args.critique_length, args.bf16))
+
+
+def warning(critic):
+    """The same critic; the first time that none of a batch's critiques can be read, it says what that means."""
+    warned = False
+
+    def warning_critic(examples, responses):
+        nonlocal warned
+        said = critic(examples, responses)
+        if not warned and not any(said):
+            warned = True
+            tqdm.write(
+                f"warning: none of the {len(said)} critiques of this batch can be read, so nothing is learnt from it. If that goes "
+                "on, see unparsable in metrics.jsonl, --reward_model must name one that train_rm.py trained, and "
+                "--critique_length leave room for its whole critique"
+            )
+        return said
+
+    return warning_critic
 
 
 def rule_critic(task):
@@ -32,22 +53,51 @@ def reward_model_critic(model, tokenizer, critique_length=200, bf16=False, desc=
 
     desc shows a progress line.
     """
+    ask = asker(model, tokenizer, critique_length, desc=desc, bf16=bf16)
 
     def critic(examples, responses):
-        room = policy.context_length(model) - critique_length
-        prompts = [fitting_prompt(tokenizer, example.prompt, response, room) for example, response in zip(examples, responses)]
-        texts, _ = respond(model, tokenizer, prompts, critique_length, desc=desc, temperature=0, bf16=bf16)
-        return [parse_or_none(z) for z in texts]
+        return [None if z is None else parse_or_none(z) for z in ask(examples, responses, reward_prompt)]
 
     return critic
+
+
+def asker(model, tokenizer, critique_length, **options):
+    """ask(examples, responses, question) -> a model's greedy answers to question(prompt, response), None where that is too long.
+
+    Long prompts are shortened: see fitting_prompt(). What is too long even so does not fit the context with critique_length
+    tokens more; it is left out, and how many are is printed the first time.
+    """
+    context, warned = policy.context_length(model), False
+    if critique_length >= context:
+        fail(f"--critique_length {critique_length} leaves no room in the context of {context} tokens of the model that criticises")
+
+    def ask(examples, responses, question):
+        nonlocal warned
+        room, pairs = context - critique_length, zip(examples, responses)
+        asked = [fitting_prompt(tokenizer, example.prompt, response, room, question) for example, response in pairs]
+        fits = [token_count(tokenizer, text) <= room for text in asked]
+        if not warned and not all(fits):
+            warned = True
+            tqdm.write(
+                f"{fits.count(False)} of {len(fits)} responses are too long to be criticised: with the critique they do not fit "
+                f"the context of {context} tokens. They count as unreadable, as later ones will"
+            )
+        some = [text for text, fit in zip(asked, fits) if fit]
+        answers = iter(respond(model, tokenizer, some, critique_length, temperature=0, **options)[0])
+        return [next(answers) if fit else None for fit in fits]
+
+    return ask
 
 
 def openai_critic(base_url, model, critique_length=200, concurrency=16, timeout=600.0, max_retries=5):
     """The same behind a server that speaks OpenAI's API, under the name `model`, with its own tokenizer.
 
-    A critique that does not come, after max_retries, is None as well; where none of a batch comes, the program ends.
+    A critique that does not come, after max_retries, is None as well; where none of a batch comes, the program ends. The server's
+    context must hold the whole text and critique_length tokens more: without its tokenizer nothing can be shortened here.
     """
     from t2g import server  # the package openai takes most of a second to load
+
+    server.client(base_url, timeout, max_retries)  # a wrong address or a missing key shows now
 
     async def judge(prompts):
         client, room = server.client(base_url, timeout, max_retries), asyncio.Semaphore(concurrency)
@@ -76,19 +126,24 @@ def openai_critic(base_url, model, critique_length=200, concurrency=16, timeout=
     return critic
 
 
-def fitting_prompt(tokenizer, prompt: str, response: str, max_tokens: int) -> str:
-    """reward_prompt(), with as much left out of the middle of the prompt as it takes to have at most max_tokens tokens.
+def fitting_prompt(tokenizer, prompt: str, response: str, max_tokens: int, question=reward_prompt) -> str:
+    """question(prompt, response), with as much left out of the middle of the prompt as it takes to have at most max_tokens tokens.
 
     What is asked stands at the head of a prompt or at its end, and the source text between them. The response and the headers stay.
     """
-    tokens, kept, asked = None, len(prompt), reward_prompt(prompt, response)
-    while kept and (excess := len(tokenizer(chat_text(tokenizer, asked), add_special_tokens=False)["input_ids"]) - max_tokens) > 0:
+    tokens, kept, asked = None, len(prompt), question(prompt, response)
+    while kept and (excess := token_count(tokenizer, asked) - max_tokens) > 0:
         tokens = tokens or token_offsets(tokenizer, tokenizer(prompt, add_special_tokens=False)["input_ids"])
         kept = max(0, min(kept, len(tokens)) - excess)
         head, tail = tokens[: kept - kept // 2], tokens[len(tokens) - kept // 2 :]
         parts = prompt[: head[-1][1]] if head else "", prompt[tail[0][0] :] if tail else ""
-        asked = reward_prompt(" [...] ".join(parts), response)
+        asked = question(" [...] ".join(parts), response)
     return asked
+
+
+def token_count(tokenizer, asked: str) -> int:
+    """How many tokens a model gets that is asked this."""
+    return len(tokenizer(chat_text(tokenizer, asked), add_special_tokens=False)["input_ids"])
 
 
 def parse_or_none(z: str) -> Feedback | None:

@@ -1,6 +1,7 @@
 """Annotation by programs, unit tests, people and a model loaded here; and a reward model behind a server."""
 
 import json
+from argparse import Namespace
 
 import pytest
 from annotating import flags, requests, texts, write
@@ -193,8 +194,66 @@ def test_a_model_that_is_loaded_here_is_asked_and_read_as_a_server_is(monkeypatc
         asked.extend(prompts)
         return answers, [True] * len(answers)
 
-    monkeypatch.setattr(annotator, "respond", respond)
-    critic = annotator.prompted_critic(None, None, "Look for rain.")
+    tokenizer, model = toy.new_model(0)
+    model.config.max_position_embeddings = 10**4
+    monkeypatch.setattr(critics, "respond", respond)
+    critic = annotator.prompted_critic(model, tokenizer, "Look for rain.")
     said = critic([Example(record["prompt"], "", {})] * 3, [record["response"]] * 3)
     assert asked == [annotator.question(record, "Look for rain.", 2)] * 3
     assert said[0].good and said[1:] == [None, None], "what a server would be asked again for is unreadable here"
+
+
+# ---- what does not go well -----------------------------------------------------------------------------------------------
+
+SETTINGS = dict(task="toy", critic="openai", base_url=None, reward_model="rm", critique_length=20)
+
+
+@pytest.mark.parametrize("kind", ["trained", "prompted"])
+def test_a_response_that_is_too_long_for_its_critic_is_unreadable_and_the_others_are_not(kind, monkeypatch, capsys):
+    """A long prompt is shortened instead."""
+    answer = {"trained": Feedback("c").render(), "prompted": json.dumps(annotation("") | {"good_spans": [], "poor_spans": []})}
+    asked = []
+
+    def respond(model, tokenizer, prompts, length, **sampling):
+        asked.extend(prompts)
+        assert all(critics.token_count(tokenizer, prompt) + length <= 1024 for prompt in prompts)
+        return [answer[kind]] * len(prompts), [True] * len(prompts)
+
+    monkeypatch.setattr(critics, "respond", respond)
+    tokenizer, model = toy.new_model(0)
+    model.config.max_position_embeddings = 1024
+    critic = (
+        critics.reward_model_critic(model, tokenizer, 20)
+        if kind == "trained"
+        else annotator.prompted_critic(model, tokenizer, "", 20)
+    )
+    examples = [Example(prompt, "", {}) for prompt in ("p", "p", "Head. " + "middle " * 1200 + " Tail.")]
+    for _ in range(2):
+        said = critic(examples, ["Ana is 27.", "word " * 1200, "Ana is 27."])
+        assert said[0] and said[1] is None and said[2]
+    assert len(asked) == 4 and "Head." in asked[1] and " [...] " in asked[1] and "Tail." in asked[1]
+    assert capsys.readouterr().out.count("1 of 3 responses are too long to be criticised") == 1
+
+
+def test_a_critique_longer_than_the_context_is_refused(capsys):
+    tokenizer, model = toy.new_model(0)
+    with pytest.raises(SystemExit):
+        critics.reward_model_critic(model, tokenizer, 512)
+    assert "--critique_length 512 leaves no room in the context of 512" in capsys.readouterr().err
+
+
+def test_a_batch_of_which_no_critique_can_be_read_is_told_once(serve, capsys):
+    critic = critics.chosen(toy, Namespace(**SETTINGS | {"base_url": serve(answer="no feedback")[0]}), None, "cpu")
+    assert critic(EXAMPLES, RESPONSES) == critic(EXAMPLES, RESPONSES) == [None] * 4
+    assert capsys.readouterr().out.count("warning: none of the 4 critiques of this batch can be read") == 1
+    critic = critics.chosen(toy, Namespace(**SETTINGS | {"base_url": serve(answer=Feedback("Well.").render())[0]}), None, "cpu")
+    assert all(critic(EXAMPLES, RESPONSES)) and not capsys.readouterr().out
+
+
+def test_a_served_reward_model_without_an_address_or_a_key_is_told_before_anything_is_asked(monkeypatch, capsys):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    for base_url, sentence in (("localhost:8716", "no address of a server"), (None, "set OPENAI_API_KEY")):
+        with pytest.raises(SystemExit):
+            critics.chosen(toy, Namespace(**SETTINGS | {"base_url": base_url}), None, "cpu")
+        assert sentence in capsys.readouterr().err

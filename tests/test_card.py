@@ -298,7 +298,7 @@ def test_a_reward_model_is_measured_by_its_own_tokens_against_annotations(run, t
         (dict(critique="\ud800"), "record 1 of .*critic.jsonl is no feedback: .*surrogate.*"),
         (dict(response="\ud800"), "record 1 of .*critic.jsonl is no feedback: .*surrogate.*"),
         (dict(critique=None), "record 1 of .*critic.jsonl has no usable critique; see annotate.py for the fields"),
-        (dict(kinds=["a", "b"]), 'record 1 of .*critic.jsonl: "kinds" must be a list of texts, one for each of the 1 poor_spans'),
+        (dict(kinds=["a", "b"]), 'record 1 of .*critic.jsonl is no feedback: "kinds" must be a list of texts, .*'),
         (dict(id=None), ".*critic.jsonl has a record whose id is no text, and records of two files are matched by it"),
     ],
 )
@@ -360,3 +360,11 @@ def test_a_browser_shows_it_without_an_error(names, tmp_path):
     assert body.count('class="critique">(it cannot be read)') == SAMPLES_SHOWN and body.count("nothing to divide") > 3
     assert EVIL not in body and "&lt;script&gt;alert(1)" in body and "nowhere in the response" in body
     assert picture.stat().st_size > 60_000, "an empty page of this size makes a picture of 14 kB"
+
+
+def test_a_task_without_a_rule_is_told_before_any_stage_is_run(monkeypatch, capsys):
+    monkeypatch.setattr(eval_script.stages, "ensure", lambda *_: pytest.fail("a stage was run"))
+    monkeypatch.setattr(sys, "argv", ["eval.py", "rm", "--task", "qa"])
+    with pytest.raises(SystemExit):
+        eval_script.main()
+    assert "the task qa has no rule" in capsys.readouterr().err
