@@ -3,7 +3,8 @@ r"""Runs programs that nobody has read: what a policy wrote, with the tests that
     run("from solution import f\nassert f(2) == 4", timeout_s=5, memory_mb=512, files={"solution.py": "def f(x): return x * x"})
 
 A program passes if it comes to its end; a token that it cannot know says that it did (t2g/witness.py). exit(0), os._exit(0), a
-printed "OK", an exit handler, a patched assert library are no pass. Its process is t2g/jail.py. What holds there:
+printed "OK", an exit handler, an assert library that is found patched at the end are no pass. Its process is t2g/jail.py. What
+holds there:
 
 - one clock for the program and all that it starts; all die with it, daemons too; at most 64 processes and threads at once
 - limits on the memory of each process (memory_mb) and on files (16 MiB); of what it prints the last 64 KiB are kept
@@ -15,7 +16,8 @@ there is neither; protections() says what a machine has. Under Landlock alone pr
 start outlives us if we are killed, and before Linux 6.12 they can send signals to processes of their user. Never covered:
 
 - The code under test shares an interpreter with the test that calls it. Answers that are equal to everything, expected values
-  read from the caller's frame, libraries patched behind their public names, memory read with ctypes: such a pass is faked.
+  read from the caller's frame, libraries patched behind their public names or mended before the end, test classes that are
+  rebound while an earlier test runs, memory read with ctypes: such a pass is faked.
 - The memory of all processes together, 64 times the limit, and faults of the kernel itself: this is no virtual machine.
 
 Tracing, profiling and the garbage collector's lists are forbidden to programs, and signal handlers cannot be set.

@@ -137,6 +137,65 @@ if __name__ == "__main__":
     assert judge("def f(x):\n    return x", raises)[1:] == (["return x"], "wrong answer")
 
 
+IN_PYTEST = "from solution import f\ndef test_a():\n    assert f(2) == 4\ndef test_b():\n    assert f(3) == 9"
+UNDO = "def f(x): return 4\nimport __main__\n"
+FAKES = {
+    "list() hidden and put back": UNDO + "def hidden(_):\n    del __main__.list\n    return []\n__main__.list = hidden",
+    "globals() hidden and put back": UNDO + "def hidden():\n    del __main__.globals\n    return {}\n__main__.globals = hidden",
+    "another code in a test": "import __main__\ndef f(x):\n    __main__.test_b.__code__ = (lambda: None).__code__\n    return 4",
+    "another test": "import __main__\ndef f(x):\n    __main__.test_b = lambda: None\n    return 4",
+}
+
+
+@linux
+@pytest.mark.parametrize("fake", FAKES)
+def test_no_test_function_is_kept_from_running_by(fake):
+    assert unit_tests.run(IN_PYTEST, "def f(x): return x * x").passed
+    assert not unit_tests.run(IN_PYTEST, FAKES[fake]).passed
+
+
+@linux
+@pytest.mark.xfail(reason="not covered: what is patched is mended before the end", strict=True)
+def test_an_assert_library_that_is_patched_and_mended_is_no_pass():
+    tests = "import unittest\nclass TestF(unittest.TestCase):\n    def test_f(self):\n        self.assertEqual(f(2), 4)"
+    fake = "import unittest\nC = unittest.TestCase\nwas = C.assertEqual\ndef fake(*_): C.assertEqual = was\nC.assertEqual = fake\n"
+    assert not unit_tests.run(tests, fake + "def f(x): return 0").passed
+
+
+CASE = "    def test_f(self):\n        self.assertEqual(f(2), 4)"
+
+
+@linux
+@pytest.mark.parametrize(
+    "tests",
+    [
+        f"import unittest\nclass FTest(unittest.TestCase):\n{CASE}",
+        f"from unittest import TestCase as Base\nclass Checks(Base):\n{CASE}",
+        f"import unittest\nclass Mixin:\n{CASE}\nclass Last(Mixin, unittest.TestCase):\n    pass",
+        "class TestF:\n    def setup_method(self):\n        self.two = 2\n    def test_f(self):\n        assert f(self.two) == 4",
+        "if True:\n    def test_f():\n        assert f(2) == 4",
+        "def check(g):\n    assert g(2) == 4\ncheck(f)",
+        "import pytest\nwith pytest.raises(ZeroDivisionError):\n    1 / (f(2) - 4)",
+    ],
+)
+def test_tests_of_any_name_and_form_are_run(tests):
+    assert unit_tests.obstacle(tests) == ""
+    assert unit_tests.run(tests, "def f(x): return 2 * x").passed and not unit_tests.run(tests, "def f(x): return x").passed
+
+
+@linux
+@pytest.mark.parametrize("tests", ["", "from solution import f", "if __name__ == '__main__':\n    assert f(2) == 4"])
+def test_tests_that_test_nothing_are_no_pass(tests):
+    assert unit_tests.run(tests, "def f(x): return x").reason.endswith("no test was run")
+
+
+@pytest.mark.parametrize("tests", [5, {"a": 1}, None, ["assert f(2) == 4", 5]])
+def test_tests_that_are_no_text_are_refused_in_one_sentence(tests, capsys):
+    with pytest.raises(SystemExit):
+        code.critique(tasks.Example("p", "", {"tests": tests}), "def f(x): return x")
+    assert "unit tests are a text or a list of texts, not " in capsys.readouterr().err
+
+
 def test_the_program_is_the_last_block_that_defines_something():
     assert code.extract_code("a\n```python\ndef f(): pass\n```\nb\n```python\nf()\n```") == "def f(): pass\n"
     assert code.extract_code("```\ndef f(): 1\n```\n```py\ndef f(): 2\n```") == "def f(): 2\n"

@@ -331,7 +331,7 @@ socket.create_connection(("127.0.0.1", {server.getsockname()[1]}), timeout=1)
 
 
 def test_no_call_gets_round_what_is_refused_or_leaves_something_behind(kind):
-    """Under Landlock: a ring of io_uring, System V's memory, semaphores and messages, a POSIX queue, keys; the numbers of x86_64."""
+    """Under Landlock: a ring of io_uring, System V's memory, semaphores, messages, a POSIX queue, keys."""
     if kind != "landlock" or os.uname().machine != "x86_64":
         pytest.skip("only Landlock needs the filter; the numbers are those of x86_64")
     program = """

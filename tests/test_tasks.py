@@ -222,7 +222,13 @@ def test_a_function_with_the_name_of_a_builtin_is_the_solution_s(tmp_path):
         ("@pytest.mark.parametrize('x', [1])\ndef test_a(x=1): pass", "fixtures"),
         ("import no_such_package.part", "the package no_such_package"),
         ("assert f(", "no Python"),
-        ("from solution import f\nclass TestF:\n    def test_a(self): assert f()", ""),
+        ("import solution", "no test"),
+        ("def check_f():\n    assert f(2) == 4", "no test"),
+        ("class Checks:\n    def test_f(self):\n        assert f(2) == 4", "no test"),
+        ("if __name__ == '__main__':\n    assert f(2) == 4", "no test"),
+        ("async def test_f():\n    assert f(2) == 4", "async"),
+        ("def test_f():\n    yield\n    assert f(2) == 4", "generators"),
+        ("from solution import double\nclass TestF:\n    def test_a(self): assert double(1)", ""),
     ],
 )
 def test_tests_that_cannot_run_here_are_left_out_and_counted(tmp_path, capsys, tests, reason):
@@ -231,6 +237,22 @@ def test_tests_that_cannot_run_here_are_left_out_and_counted(tmp_path, capsys, t
     train, heldout = code.load(flags("code", write(tmp_path / "a.jsonl", rows)))
     assert len(train) + len(heldout) == 3 + (not reason)
     assert not reason or (reason in (said := capsys.readouterr().out) and "3 of 4 rows" in said)
+
+
+@pytest.mark.parametrize(
+    ("tests", "used"),
+    [
+        ("def double(x):\n    return 2 * x\ndef test_two():\n    assert double(2) == 4", False),
+        ("from solution import double\ndef double(x):\n    return 2 * x\nassert double(2) == 4", False),
+        ("from solution import double\nassert 2 + 2 == 4", False),
+        ("from solution import double as twice\ndef double(x):\n    return twice(x)\nassert double(2) == 4", True),
+        ("import solution\nassert solution.double(2) == 4", True),
+        ("def test_two():\n    double_ = double\n    assert double_(2) == 4", True),
+    ],
+)
+def test_rows_whose_tests_use_nothing_of_the_solution_are_left_out(tests, used):
+    found = code.kodcode({**KODCODE, "test": tests})
+    assert isinstance(found, tasks.Example) if used else "use nothing of the solution" in found
 
 
 def test_rows_of_no_known_form_are_refused(tmp_path, refused):
@@ -247,6 +269,8 @@ def test_rows_of_no_known_form_are_refused(tmp_path, refused):
     [
         ("train_ppo", {"critic": "rm"}, True),
         ("eval", {"what": "policy"}, True),
+        ("eval", {"what": "rm", "annotations": None}, True),
+        ("eval", {"what": "rm", "annotations": "truth.jsonl"}, False),
         ("eval", {"what": "seeds"}, False),
         ("annotate", {"critic": None, "model": None, "base_url": None}, True),
         ("annotate", {"critic": None, "model": "gpt", "base_url": None}, False),
@@ -313,8 +337,8 @@ def test_real_answers_are_read():
     ],
 )
 def test_real_solutions_pass_their_tests(folder, name, form):
-    for row in rows_of(folder, name)[3::20][:5]:
-        example = form(row)
+    examples = [example for example in map(form, rows_of(folder, name)) if isinstance(example, tasks.Example)]
+    for example in examples[3::20][:5]:
         assert code.critique(example, example.reference).critique == "It passes the tests."
 
 
@@ -337,6 +361,6 @@ def test_what_people_called_wrong_fails():
     ],
 )
 def test_all_real_solutions_pass_their_tests(folder, name, form, share):
-    examples = [form(row) for row in rows_of(folder, name)]
+    examples = [example for example in map(form, rows_of(folder, name)) if isinstance(example, tasks.Example)]
     passed = [code.score(example, example.reference)["pass"] for example in examples]
     assert sum(passed) / len(passed) >= share

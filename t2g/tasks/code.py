@@ -49,7 +49,8 @@ DEFAULTS = {
 
 def check(args, script):
     """Programs are run where responses are judged; the other scripts only read."""
-    judges = script == "train_ppo" or getattr(args, "what", None) in ("policy", "rm")
+    what = getattr(args, "what", None)
+    judges = script == "train_ppo" or what == "policy" or (what == "rm" and not args.annotations)
     if script == "annotate":
         judges = args.critic in ("rule", "tests") or not (args.critic or args.model or args.base_url)
     if judges and not args.allow_code_execution:
@@ -114,7 +115,9 @@ def example_of(question, solution, tests, **facts):
     builtin = [name for name in re.findall(r"^def (\w+)", solution, re.MULTILINE) if hasattr(builtins, name) and name in tests]
     tests = "\n".join([*(f"from solution import {name}" for name in builtin), tests])  # sum(), say, where they mean the solution's
     example = Example(INSTRUCTION.format(question), f"```python\n{solution}\n```", {"tests": tests, **facts})
-    return unit_tests.obstacle(tests) or example
+    if not (obstacle := unit_tests.obstacle(tests)) and not unit_tests.uses(tests, solution):
+        obstacle = "their tests use nothing of the solution, so that every program passes"
+    return obstacle or example
 
 
 def load(args):
@@ -196,7 +199,10 @@ def outcome(example, response) -> sandbox.Result:
 
 def tests_of(example) -> str:
     tests = example.facts["tests"]
-    return tests if isinstance(tests, str) else "\n".join(tests)
+    texts = [tests] if isinstance(tests, str) else tests
+    if not (isinstance(texts, list) and all(isinstance(text, str) for text in texts)):
+        fail(f"unit tests are a text or a list of texts, not {unit_tests.cut(repr(tests), 60)}")
+    return "\n".join(texts)
 
 
 def lines_at_fault(example, program, result, kind) -> list[tuple[int, int]]:
