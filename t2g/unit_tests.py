@@ -29,7 +29,6 @@ for _test, _code in [{functions}]:
         raise RuntimeError("it changed " + _code.co_name)
     _test()
 """  # the list is where no program can reach it
-NO_TEST = "no test was run"
 SETUPS = ("setup_class", "setup_module", "setup_function", "setUpClass", "setUpModule")
 IMPORTS = ast.Import | ast.ImportFrom
 FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
@@ -145,7 +144,7 @@ def as_program(tests: str) -> str:
     True
     """
     tree = ast.parse(tests)
-    called = calls(tree) or ("" if checks(tree) else f"raise RuntimeError({NO_TEST!r})")
+    called = calls(tree) or ("" if checks(tree) else "raise RuntimeError('no test was run')")
     tree = Telling().visit(tree)
     nodes = list(ast.walk(tree))
     known = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}

@@ -144,7 +144,7 @@ FAULTS = {  # the sandbox's reason, the kind of fault that it tells, and what is
     r"(.*)": ("", "It fails with {}."),
 }
 FRAME = re.compile(r'File "(?:[^"]*/)?(solution|program)\.py", line (\d+)')
-FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
+FUNCTIONS = unit_tests.FUNCTIONS
 DEFINITIONS = FUNCTIONS | ast.ClassDef
 
 
