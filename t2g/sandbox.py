@@ -11,6 +11,8 @@ holds there:
 - no input, no environment, an empty folder for a home; the same seed of hashes each time
 - no file but Python's and those under /usr and /lib, to read; no network; not root; no signal to other processes (PROTECTIONS)
 
+Started by root, programs run as another user, who must be able to read the folder of Python's packages (a virtual environment).
+
 The last line is made by namespaces where the kernel lets us make them, by Landlock and seccomp where not, and not at all where
 there is neither; protections() says what a machine has. Under Landlock alone programs can ask whether a file exists, what they
 start outlives us if we are killed, and before Linux 6.12 they can send signals to processes of their user. Never covered:
