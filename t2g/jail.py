@@ -84,7 +84,7 @@ def namespaces(root):
         show(path, root)
     for name in ("null", "zero", "urandom"):
         show(f"/dev/{name}", root, read_only=False)
-    for folder in (f"{root}/tmp", f"{root}/dev/shm"):
+    for folder in (f"{root}/box", f"{root}/tmp", f"{root}/dev/shm"):  # Python's own folders may lie in /tmp
         os.makedirs(folder, exist_ok=True)
         os.chmod(folder, 0o1777)
     os.chdir(root)

@@ -102,7 +102,7 @@ def strongest() -> str:
 
 def launch(kind, program, timeout_s, memory_mb, files) -> Result:
     box = tempfile.mkdtemp(prefix="t2g-")
-    variables = {"HOME": "/tmp" if kind == "namespaces" else box, "PATH": "/usr/bin:/bin", "PYTHONHASHSEED": "0",
+    variables = {"HOME": "/box" if kind == "namespaces" else box, "PATH": "/usr/bin:/bin", "PYTHONHASHSEED": "0",
                  "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # fmt: skip
     task = dict(kind=kind, box=box, program=program, timeout_s=timeout_s, memory_mb=memory_mb, files=files)
     command = [sys.executable, "-s", "-B", "-u", str(JAIL)]
