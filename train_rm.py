@@ -61,10 +61,9 @@ def main():
 
     torch.manual_seed(args.seed)
     tokenizer, model = policy.load(args.model or root / "sft", policy.device())
-    limit = min(args.max_length or policy.context_length(model), policy.context_length(model))
 
     def ask(prompt, response, z):
-        room = limit - len(tokenizer(z, add_special_tokens=False)["input_ids"]) - 1  # for EOS
+        room = supervised.longest_text(model, args) - len(tokenizer(z, add_special_tokens=False)["input_ids"]) - 1  # for EOS
         return critics.fitting_prompt(tokenizer, prompt, response, room)
 
     pairs = read_pairs(args.annotations or root / "annotations.jsonl", args.no_critique, args.dense, ask)

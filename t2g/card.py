@@ -10,7 +10,6 @@ Left out: where responses and critiques come from (eval.py, critics.py).
 """
 
 import itertools
-import json
 import os
 import random
 from collections import Counter, defaultdict
@@ -24,6 +23,7 @@ from t2g.cli import fail, make_folder
 from t2g.feedback import Feedback
 from t2g.human_spans import WORD
 from t2g.notes import read_annotations
+from t2g.report import write_html
 
 SIGNS = {"good": 1, "poor": -1}
 SIZES = ("characters", "spans", "words")  # how much is marked, and written
@@ -258,9 +258,7 @@ def write_page(path, truth, tokens, samples, said, cards, seed=0):
         "critics": [{"name": name, **card} for name, card in zip(names, cards.values())],
         "samples": rows,
     }
-    text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
-    template = (Path(__file__).parent / "card.html").read_text(encoding="utf-8")
-    Path(path).write_text(template.replace("/*DATA*/", text), encoding="utf-8")
+    write_html(path, "card.html", data)
 
 
 def opinion(sample, feedback) -> dict | None:

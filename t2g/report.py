@@ -79,13 +79,18 @@ def write_page(path, folders) -> str:
         "limits": {name: [min(seen), max(seen)] for name, seen in values.items() if seen},  # of the runs, not of the intervals
         "meanings": METRICS | task_metrics,
     }
+    write_html(path, "page.html", data)
+    return str(path)
+
+
+def write_html(path, template, data):
+    """A page: one of the templates beside this file with its data in it, as JSON that no text of a model can end."""
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
-    template = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
+    html = (Path(__file__).parent / template).read_text(encoding="utf-8").replace("/*DATA*/", text)
     try:
-        Path(path).write_text(template.replace("/*DATA*/", text), encoding="utf-8")
+        Path(path).write_text(html, encoding="utf-8")
     except OSError as error:
         fail(f"{path} cannot be written ({error.strerror})")
-    return str(path)
 
 
 def read_run(folder) -> dict:

@@ -90,8 +90,7 @@ def finetune(model, tokenizer, pairs, args, desc) -> Path:
     """
     if not pairs:
         fail("the data set is empty: there is no pair to train on")
-    context = context_length(model)
-    rows = that_fit(encode_pairs(tokenizer, pairs), min(args.max_length or context, context))
+    rows = that_fit(encode_pairs(tokenizer, pairs), longest_text(model, args))
     count = round(args.validation_share * len(rows))
     heldout, rows = rows[:count], rows[count:]
     print(f"{len(rows)} texts to train on, {len(heldout)} for the validation loss", flush=True)
@@ -193,6 +192,11 @@ def with_adapters(model, args):
 
     config = LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=0.05, target_modules="all-linear")
     return get_peft_model(model, config)
+
+
+def longest_text(model, args) -> int:
+    """Most tokens of a training text: --max_length, and never more than the model's context."""
+    return min(args.max_length or context_length(model), context_length(model))
 
 
 def that_fit(rows, limit):
