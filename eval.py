@@ -38,7 +38,8 @@ def main():
     add("--prompted", action="store_true", help="rm: the models are no reward models; ask them as annotate.py asks an annotator")
     add("--annotations", help="rm: records as annotate.py writes them that are the truth, in place of the task's rule")
     add("--response_length", type=cli.positive(int), default=64, help="most tokens of a response")
-    add("--critique_length", type=cli.positive(int), default=200, help="rm: most tokens of a critique")
+    critics.add_flags(add)
+    add("--reflect", action="store_true", help="policy: measure a second try, after the critique of the first by --critic")
     add("--eval_samples", type=cli.positive(int), default=256, help="held-out prompts; of --annotations all records if not given")
     add("--out", help="page: the file to write, page.html if not given; rm: the same, card.html in the reward model's folder")
     task, args = tasks.parse(parser, "eval")
@@ -51,10 +52,14 @@ def policies(task, args) -> dict:
     if not args.runs:
         stages.ensure(["sft", "ppo"], args, f"runs/{args.task}")
     rows, examples = {}, task.load(args)[1]
+    critic = None
+    if args.reflect:
+        critics.check_words(args)
+        critic = critics.chosen(task, args, Path(f"runs/{args.task}"), policy.device())
     for run in args.runs or [f"runs/{args.task}/sft", f"runs/{args.task}/ppo"]:
         tokenizer, model = policy.load(run, policy.device())
         heldout = tasks.short_enough(examples, tokenizer, args.max_prompt_length)[: args.eval_samples]
-        rows[run], _ = evaluate(task, model, tokenizer, heldout, args.response_length, args.bf16, run, args.seed)
+        rows[run], _ = evaluate(task, model, tokenizer, heldout, args.response_length, args.bf16, run, args.seed, critic)
     print_table(rows, next(iter(rows.values())))
     return rows
 

@@ -19,9 +19,9 @@ import torch
 from tqdm import tqdm
 
 from t2g import ablations, cli, critics, policy, report, stages, tasks
-from t2g.align import MATCH_KINDS, SPAN_WEIGHTS, resolve, span_rewards, token_offsets
+from t2g.align import MATCH_KINDS, SENTENCE_OR_LINE, SPAN_WEIGHTS, resolve, span_rewards, steps, token_offsets
 from t2g.log import Logger, peak_memory_gib, write_json
-from t2g.metrics import evaluate, mean_scores, shift
+from t2g.metrics import evaluate, mean_scores, shift, token_counts
 from t2g.policy import Policy, autocast, now, response_logits, token_stats
 from t2g.ppo import AdaptiveKL, gae, kl_penalty, masked_mean, masked_variance, policy_loss, value_loss, whiten
 from t2g.rollout import sample
@@ -32,13 +32,10 @@ def parse_args():
     add = parser.add_argument
     tasks.add_flags(add)
     add("--policy", help="the starting policy: a run, a folder, a hub id or a .gguf file; sft beside --output_dir if not given")
-    who = "who criticises: the learned reward model, the task's program, or a reward model behind a server"
-    add("--critic", choices=("rm", "rule", "openai"), default="rm", help=who)
-    add("--reward_model", help="the reward model, in the same forms; rm beside --output_dir if not given; openai: its name there")
-    add("--base_url", help="openai: the server, such as http://localhost:8000/v1")
-    add("--critique_length", type=cli.positive(int), default=200, help="most tokens of a critique of the reward model")
+    critics.add_flags(add)
     add("--output_dir", help="where the run goes; runs/TASK/ppo if not given")
-    add("--reward", choices=("span", "scalar"), default="span", help="rewards at the spans' tokens, or their sum at the last token")
+    where = "rewards at the spans' tokens, or summed on the last token of each sentence (prm) or of the response (scalar)"
+    add("--reward", choices=("span", "prm", "scalar"), default="span", help=where)
     add("--span_weights", choices=list(SPAN_WEIGHTS), default="uniform", help="how a span's score is shared out among its tokens")
     ablations.add_flags(add)
     add("--max_steps", type=cli.positive(int), default=100, help="rollouts, each followed by one update")
@@ -64,8 +61,6 @@ def parse_args():
     add("--eval_samples", type=cli.positive(int), default=64, help="held-out prompts for the measurement before and after")
     add("--tensorboard", action="store_true", help="also write TensorBoard's files")
     task, args = tasks.parse(parser, "train_ppo")
-    if args.critic == "openai" and not (args.base_url and args.reward_model):
-        cli.fail("--critic openai needs --base_url, the server, and --reward_model, the name of the reward model there")
     args.output_dir = args.output_dir or f"runs/{args.task}/ppo"
     args.batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.num_mini_batches
     return task, args
@@ -74,8 +69,7 @@ def parse_args():
 def main():
     task, args = parse_args()
     root = Path(args.output_dir).parent
-    needed = ["sft"] + (["annotate", "rm"] if args.critic == "rm" and not args.reward_model else [])
-    seconds = stages.ensure(needed, args, root, args.policy)
+    seconds = stages.ensure(["sft", *critics.stages_before(args)], args, root, args.policy)
     start = time.perf_counter()
 
     torch.manual_seed(args.seed)
@@ -83,11 +77,12 @@ def main():
     tokenizer, model = policy.load(args.policy or root / "sft", device)
     actor, reference = Policy(model).to(device), copy.deepcopy(model).requires_grad_(False)
     actor.load_value_head(args.policy or root / "sft")
-    critic = critics.chosen(task, args, root / "rm", device)
+    critic = critics.chosen(task, args, root, device)
     train, heldout = (tasks.short_enough(part, tokenizer, args.max_prompt_length) for part in task.load(args))
     heldout = heldout[: args.eval_samples]
     prompt_rng = random.Random(f"ppo {args.seed}")  # not that of annotate.py: the reward model must judge new prompts
     noise_rng = random.Random(f"noise {args.seed}")
+    step_end = getattr(task, "STEP_END", SENTENCE_OR_LINE)
     kl_controller = AdaptiveKL(args.kl_coef, args.kl_target, args.kl_horizon)
     optimizer = torch.optim.AdamW(actor.parameters(), lr=args.learning_rate, weight_decay=0.0)
     log = Logger(cli.fresh_folder(args.output_dir), args, task.METRICS, args.tensorboard)
@@ -119,7 +114,7 @@ def main():
         old_logprobs, entropy, old_values, kl = score(actor, reference, rollout, args)
         if step == 1 and not kl.abs().max() <= 1e-3:
             raise RuntimeError(f"before the first update policy and reference must agree; KL is {kl.abs().max():.2g} nats")
-        rewards = place(delta, rollout, args) - kl_controller.value * kl
+        rewards = place(delta, tokenizer, rollout, step_end, args) - kl_controller.value * kl
 
         # 5. Advantages by GAE, whitened over the batch.
         advantages, returns = gae(rewards, old_values, mask, args.gamma, args.lam)
@@ -136,6 +131,7 @@ def main():
         clock.append(now())
         stats |= shift(change, delta, mask)
         stats |= summary(rollout, mask, delta, quotes, kl, entropy, old_values, returns, clock)
+        stats |= token_counts(tokenizer, rollout, feedback)
         stats |= {"kl_coef": kl_controller.value, "learning_rate": optimizer.param_groups[0]["lr"]}
         if mask.any():
             kl_controller.update(stats["kl"], len(rollout))
@@ -163,6 +159,9 @@ def token_rewards(tokenizer, rollout, feedback, args, rng):
     for row, (text, said) in enumerate(zip(rollout.texts, feedback)):
         if said is None:
             continue
+        if isinstance(said, float):  # a learned number for the whole response
+            delta[row, rollout.mask[row].sum() - 1] = said
+            continue
         spans, found = resolve(text, said, severities=args.span_weights == "severity")
         spans = ablations.change(spans, text, args, rng)
         offsets = token_offsets(tokenizer, rollout.response[row][rollout.mask[row]].tolist())
@@ -171,12 +170,22 @@ def token_rewards(tokenizer, rollout, feedback, args, rng):
     return delta.to(rollout.response.device), counts
 
 
-def place(delta, rollout, args):
-    """Rewards where --reward wants them: on the spans' tokens, or summed on the last token. A missing EOS costs there too."""
-    last = rollout.mask.sum(1, keepdim=True) - 1
-    rewards = delta if args.reward == "span" else torch.zeros_like(delta).scatter(1, last, delta.sum(1, keepdim=True))
+def place(delta, tokenizer, rollout, step_end, args):
+    """Rewards (B, T) where --reward wants them: each step's delta summed on its last token. A missing EOS costs at the end.
+
+    A step is a token (span), a sentence or what else ends with step_end (prm), or the whole response (scalar).
+    """
+    step, last = torch.zeros_like(rollout.response), rollout.mask.sum(1, keepdim=True) - 1
+    if args.reward == "span":
+        step += torch.arange(step.shape[1], device=step.device)
+    elif args.reward == "prm":
+        for row, text in enumerate(rollout.texts):
+            ids = rollout.response[row][rollout.mask[row]].tolist()
+            step[row, : len(ids)] = torch.tensor(steps(token_offsets(tokenizer, ids), text, step_end))
+    following = torch.cat([step[:, 1:], torch.full_like(last, -1)], dim=1).scatter(1, last, -1)
+    sums = torch.zeros_like(delta).scatter_add(1, step, delta).gather(1, step)
     penalty = args.missing_eos_penalty * (~rollout.finished).float()
-    return rewards.scatter_add(1, last, -penalty[:, None])
+    return sums.where(rollout.mask & (step != following), 0.0).scatter_add(1, last, -penalty[:, None])
 
 
 def full_kl(logits, ref_logits, temperature):
@@ -238,6 +247,7 @@ def update(actor, optimizer, rollout, batch, args):
             sums["grad_norm"] += norm.item() / optimizer_steps
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+    sums["update_tokens"] = args.num_ppo_epochs * int(rollout.prompt_mask.sum() + rollout.mask.sum())
     return dict(sums)
 
 
@@ -261,7 +271,6 @@ def summary(rollout, mask, delta, quotes, kl, entropy, values, returns, clock):
         "value_explained": 1 - unexplained.item(),
         "tokens_good": masked_mean((delta > 0).float(), mask).item(),
         "tokens_poor": masked_mean((delta < 0).float(), mask).item(),
-        "response_tokens": rollout.mask.sum(1).float().mean().item(),
         "eos_rate": rollout.finished.float().mean().item(),
         "unparsable": 1 - mask.any(1).float().mean().item(),
         **{f"quotes_{kind}": count / quote_count for kind, count in quotes.items()},

@@ -18,6 +18,7 @@ import itertools
 import os.path
 import re
 import weakref
+from bisect import bisect_right
 from collections import Counter, defaultdict
 from functools import lru_cache
 
@@ -30,6 +31,7 @@ from t2g.feedback import Feedback, Span, quoted
 FUZZY_THRESHOLD = 90.0  # percent, rapidfuzz's partial ratio
 FUZZY_MIN_CHARS = 8  # shorter quotes resemble too much
 SPAN_DECAY = 0.8  # of the weight, from token to token
+SENTENCE_OR_LINE = r"[.!?…][\"'”’)\]]*(?=\s)|\n"  # what ends a step of a text
 MATCH_KINDS = ("exact", "normalised", "fuzzy", "lost")
 SAME_MARK = str.maketrans({**dict.fromkeys("“”„«»", '"'), **dict.fromkeys("‘’‚`´", "'"), **dict.fromkeys("–—", "-")})
 
@@ -303,3 +305,13 @@ def span_rewards(offsets, spans, weights="uniform") -> torch.Tensor:
     rewards = np.zeros(len(ranges), dtype=np.float32)
     rewards[written] = np.where(np.isinf(delta), 0, delta)
     return torch.from_numpy(rewards)
+
+
+def steps(offsets, text: str, step_end: str = SENTENCE_OR_LINE) -> list[int]:
+    """The number of the step, a sentence or a line, in which each token begins: for rewards by step.
+
+    >>> steps([(0, 4), (4, 5), (5, 9), (9, 10), (10, 10)], "Sure. Yes.")
+    [0, 0, 1, 1, 1]
+    """
+    ends = [match.end() for match in re.finditer(step_end, text)]
+    return [bisect_right(ends, start) for start, _ in offsets]

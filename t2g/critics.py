@@ -9,18 +9,44 @@ from tqdm import tqdm
 
 from t2g import policy
 from t2g.align import locate, token_offsets
-from t2g.cli import fail
+from t2g.cli import fail, positive
 from t2g.feedback import Feedback, FeedbackError, reward_prompt
 from t2g.rollout import chat_text, respond
 
 
-def chosen(task, args, reward_model, device):
-    """The critic that --critic names; reward_model is the one to load where --reward_model is not given."""
+def add_flags(add):
+    who = "who criticises: the learned reward model, the task's program, a reward model behind a server, or a learned number"
+    add("--critic", choices=("rm", "rule", "openai", "scalar"), default="rm", help=who)
+    where = "rm beside --output_dir if not given, for scalar rm_scalar; openai: its name there"
+    add("--reward_model", help=f"the reward model: a run, a folder, a hub id or a .gguf file; {where}")
+    add("--base_url", help="openai: the server, such as http://localhost:8000/v1")
+    add("--critique_length", type=positive(int), default=200, help="most tokens of a critique of the reward model")
+
+
+def stages_before(args) -> list[str]:
+    """The stages that the critic needs where the user names no reward model; fails where its flags do not fit."""
+    if args.critic == "openai" and not (args.base_url and args.reward_model):
+        fail("--critic openai needs --base_url, the server, and --reward_model, the name of the reward model there")
+    return {"rm": ["annotate", "rm"], "scalar": ["annotate", "rm_scalar"]}.get(args.critic, []) if not args.reward_model else []
+
+
+def check_words(args):
+    """Ends the program where a response is to be revised and the critic has no words for it."""
+    if args.critic == "scalar":
+        fail("a number is no critique by which to revise a response: choose another --critic than scalar")
+
+
+def chosen(task, args, root, device):
+    """The critic that --critic names; its reward model lies under root where --reward_model does not name it."""
     if args.critic == "rule":
         return rule_critic(task)
     if args.critic == "openai":
         return warning(openai_critic(args.base_url, args.reward_model, args.critique_length))
-    tokenizer, model = policy.load(args.reward_model or reward_model, device)
+    if args.critic == "scalar":
+        from t2g.scalar_head import scalar_critic
+
+        return warning(scalar_critic(args.reward_model or root / "rm_scalar", device, args.bf16))
+    tokenizer, model = policy.load(args.reward_model or root / "rm", device)
     return warning(reward_model_critic(model, tokenizer, args.critique_length, args.bf16))
 
 
@@ -31,7 +57,7 @@ def warning(critic):
     def warning_critic(examples, responses):
         nonlocal warned
         said = critic(examples, responses)
-        if not warned and not any(said):
+        if not warned and all(one is None for one in said):
             warned = True
             tqdm.write(
                 f"warning: none of the {len(said)} critiques of this batch can be read, so nothing is learnt from it. If that goes "

@@ -5,12 +5,18 @@ from functools import cache
 import numpy as np
 import torch
 
+from t2g.feedback import Feedback
 from t2g.ppo import masked_mean
+from t2g.revision import second_try
 from t2g.rollout import respond
 
 
-def evaluate(task, model, tokenizer, examples, response_length, bf16=False, desc=None, seed=0) -> tuple[dict, list[str]]:
+def evaluate(
+    task, model, tokenizer, examples, response_length, bf16=False, desc=None, seed=0, critic=None
+) -> tuple[dict, list[str]]:
     """The task's scores, averaged over examples: one sampled response each (temperature 1) and one greedy one (..._greedy).
+
+    With a critic these are second tries: the model rewrites each response after the critique of it.
 
     Sampling has its own generator, so that measuring changes nothing else and is the same whatever came before.
 
@@ -20,9 +26,10 @@ def evaluate(task, model, tokenizer, examples, response_length, bf16=False, desc
     prompts, means, texts = [example.prompt for example in examples], {}, {}
     for suffix, temperature in (("", 1.0), ("_greedy", 0)):
         label = desc and f"{desc}, {'greedy' if suffix else 'sampled'}"
-        texts[suffix], finished = respond(
-            model, tokenizer, prompts, response_length, desc=label, temperature=temperature, bf16=bf16, generator=generator
-        )
+        sampling = dict(temperature=temperature, bf16=bf16, generator=generator, desc=label)
+        texts[suffix], finished = respond(model, tokenizer, prompts, response_length, **sampling)
+        if critic:
+            texts[suffix], finished = second_try(model, tokenizer, examples, texts[suffix], critic, response_length, **sampling)
         means |= {name + suffix: mean for name, mean in mean_scores(task, examples, texts[suffix]).items()}
         means["eos_rate" + suffix] = float(np.mean(finished))
     return means, texts[""]
@@ -32,6 +39,17 @@ def mean_scores(task, examples, texts) -> dict[str, float]:
     """The task's scores, averaged over responses."""
     scores = [task.score(example, text) for example, text in zip(examples, texts)]
     return {name: float(np.mean([score[name] for score in scores])) for name in task.METRICS}
+
+
+def token_counts(tokenizer, rollout, feedback) -> dict[str, float]:
+    """Mean tokens of prompts, responses and readable critiques, all by the policy's tokenizer: what a step costs goes by them."""
+    critiques = [said.render() for said in feedback if isinstance(said, Feedback)]
+    lengths = [len(ids) for ids in tokenizer(critiques, add_special_tokens=False)["input_ids"]] if critiques else [0]
+    return {
+        "prompt_tokens": rollout.prompt_mask.sum(1).float().mean().item(),
+        "response_tokens": rollout.mask.sum(1).float().mean().item(),
+        "critique_tokens": float(np.mean(lengths)),
+    }
 
 
 def shift(change, delta, mask):
@@ -73,13 +91,49 @@ def interval(values) -> dict:
     return dict(zip(("mean", "low", "high"), mean_interval(values))) | {"seeds": len(values)}
 
 
+DRAWS = 1000  # of the bootstrap
+
+
+def resamples(number, seed=0) -> np.ndarray:
+    """How often each of `number` examples counts, (1 + DRAWS, number): once in the first row, as a bootstrap draws it in the rest.
+
+    A figure that is made of sums over examples is had for all draws together by resamples(n) @ table; two systems that answered
+    the same examples are compared on the same draws.
+    """
+    draws = np.random.default_rng(seed).multinomial(number, np.full(number, 1 / number), DRAWS)
+    return np.vstack([np.ones(number), draws])
+
+
+def bootstrapped(values) -> dict:
+    """{"value", "low", "high"}: a figure and its 95% interval, from its values on the rows of resamples().
+
+    What would divide by 0 is nan: such draws say nothing, and a figure that does so itself is None.
+    """
+    if np.isnan(values[0]):
+        return dict.fromkeys(("value", "low", "high"))
+    low, high = np.nanquantile(values[1:], (0.025, 0.975))
+    return {"value": float(values[0]), "low": float(low), "high": float(high)}
+
+
+def mean_bootstrap(values, weights) -> np.ndarray:
+    """The mean of values (n,) on each row of resamples(n); those that are nan are left out."""
+    there = ~np.isnan(values)
+    sums, counts = weights[:, there] @ values[there], weights[:, there].sum(1)
+    return np.divide(sums, counts, out=np.full(len(counts), np.nan), where=counts > 0)
+
+
 @cache
-def rouge_scorer():
+def rouge_scorer(*kinds):
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer(["rougeL"], use_stemmer=True)
+    return RougeScorer(kinds, use_stemmer=True)
 
 
 def rouge_l(reference: str, text: str) -> float:
     """F1 of ROUGE-L, by the package rouge-score."""
-    return rouge_scorer().score(reference, text)["rougeL"].fmeasure
+    return rouge(reference, text, "rougeL")["rougeL"]
+
+
+def rouge(reference: str, text: str, *kinds) -> dict[str, float]:
+    """F1 of each of these kinds of ROUGE, such as rouge1 or rougeL, of stemmed words, by the package rouge-score."""
+    return {kind: score.fmeasure for kind, score in rouge_scorer(*kinds).score(reference, text).items()}

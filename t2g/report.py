@@ -11,6 +11,7 @@ from pathlib import Path
 from t2g import tasks
 from t2g.align import token_offsets
 from t2g.cli import fail
+from t2g.feedback import Feedback
 from t2g.log import METRICS, read_jsonl
 from t2g.metrics import mean_interval
 
@@ -41,7 +42,10 @@ class Samples:
                 written = max(written, end)
                 tokens.append({"text": shown if start < end else tokenizer.decode([token]), **numbers})
             sample = {"step": step, "prompt": examples[row].prompt, "tokens": tokens}
-            sample |= {"critique": said.critique, "good": said.good, "poor": said.poor} if said else {"critique": None}
+            if isinstance(said, Feedback):
+                sample |= {"critique": said.critique, "good": said.good, "poor": said.poor}
+            else:  # unreadable, or a learned number
+                sample |= {"critique": None if said is None else f"{said:+.2f}", "good": [], "poor": []}
             self.write("samples.jsonl", sample)
 
     def finish(self, heldout, before, after):

@@ -23,13 +23,19 @@ def ensure(names, args, root, policy=None) -> dict[str, float]:
     stages = {
         "sft": ("The starting policy", root / "sft", ["train_sft.py", *data, "--output_dir", f"{root}/sft"]),
         "annotate": ("The annotations", root / "annotations.jsonl", ["annotate.py", *data, "--out", f"{root}/annotations.jsonl"]),
+        "rm_scalar": (
+            "The scalar reward model",
+            root / "rm_scalar",
+            ["train_scalar_rm.py", *data, "--output_dir", f"{root}/rm_scalar"],
+        ),
         "rm": ("The reward model", root / "rm", ["train_rm.py", *data, "--output_dir", f"{root}/rm"]),
         "ppo": ("The trained policy", root / "ppo", ["train_ppo.py", *data, "--output_dir", f"{root}/ppo"]),
     }
     if policy:
         del stages["sft"]
         stages["annotate"][2].extend(["--policy", policy])
-        stages["rm"][2].extend(["--model", policy])
+        for name in ("rm", "rm_scalar"):
+            stages[name][2].extend(["--model", policy])
     seconds = {}
     for name, (title, output, command) in stages.items():
         if name not in names:

@@ -9,6 +9,7 @@ A task is a module t2g/tasks/NAME.py with
     kinds(example, response) -> list           optional: the kind of each of its poor quotes
     test_log(example, response) -> str         optional: what an annotator is shown of the unit tests
     CRITERIA                                   optional: a few sentences for annotators, what is good and what is poor
+    STEP_END                                   optional: a regular expression for what ends a step, for rewards by step
     DEFAULTS                                   optional: {script: {flag: default}}
     check(args, script)                        optional: ends the program with a sentence if the flags do not fit the task
     sft_pairs(args, examples)                  optional: (prompt, response) pairs in training order; by default the references

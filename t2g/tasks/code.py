@@ -27,6 +27,7 @@ from t2g.tasks import Example
 
 INSTRUCTION = "Solve this problem with a program in Python, in one ```python block.\n\n{}"
 MAX_SPANS = 2
+STEP_END = r"\n"  # the steps of a program are its lines
 LOG_LENGTH = 2000  # characters of a test log, the last ones
 
 CRITERIA = """\

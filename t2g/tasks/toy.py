@@ -7,12 +7,14 @@ point at and that one number for the whole summary cannot.
 
 import random
 import re
+from typing import NamedTuple
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from t2g.critics import quote_of
 from t2g.feedback import Feedback, reward_prompt
+from t2g.revision import revision_prompt
 from t2g.tasks import Example
 
 NAMES = "Ana Ben Carla David Elena Felix Grace Hugo Iris Jonas Kira Leo Maya Nils Olga Paul Rosa Sam Tara Viktor".split()
@@ -51,15 +53,19 @@ METRICS = {
     "words": "words of the summary",
 }
 DEFAULTS = {
-    "train_sft": dict(learning_rate=0.01, max_steps=640, per_device_train_batch_size=32, optimizer="muon"),
+    "train_sft": dict(learning_rate=0.01, max_steps=720, per_device_train_batch_size=32, optimizer="muon"),
     "annotate": dict(num_samples=12000, response_length=40),
     "train_rm": dict(learning_rate=0.006, max_steps=900, per_device_train_batch_size=32, optimizer="muon",
                      validation_share=0.02, eval_steps=100),
     "train_ppo": dict(learning_rate=5e-4, max_steps=45, per_device_train_batch_size=32, num_mini_batches=2, num_ppo_epochs=2,
                       response_length=40, eval_samples=256, kl_coef=0.15),
+    "train_ilf": dict(num_prompts=1440, samples_per_prompt=1, response_length=40, learning_rate=5e-4, max_steps=180,
+                      per_device_train_batch_size=32),
     "eval": dict(response_length=40, eval_samples=256),
 }  # fmt: skip
 NUM_TRAIN, NUM_HELDOUT = 20000, 512
+STEP_END = r"(?=,)"  # the steps of a summary are its clauses
+REVISIONS = 0.2  # share of the starting policy's training texts that ask for a revision
 
 
 def load(args):
@@ -112,11 +118,34 @@ def noisy_summary(example, rng) -> str:
 
 
 def sft_pairs(args, examples):
-    """Clean summaries for three quarters of the steps, so that the model learns to bind facts to the writer, then noisy ones."""
+    """Clean summaries for three quarters of the steps, so that the model learns to bind facts to the writer, then noisy ones.
+
+    Among them, a pair in REVISIONS, are noisy summaries to be revised by a critique, as any chat model can.
+    """
     rng = random.Random(f"noise {args.seed}")
-    n = args.max_steps * args.per_device_train_batch_size
-    order = [rng.choice(examples) for _ in range(n)]
-    return [(e.prompt, e.reference if i < 0.75 * n else noisy_summary(e, rng)) for i, e in enumerate(order)]
+    n, pairs = args.max_steps * args.per_device_train_batch_size, []
+    for i in range(n):
+        example = rng.choice(examples)
+        if rng.random() < REVISIONS:
+            pairs.append(revision_pair(example, rng))
+        else:
+            pairs.append((example.prompt, example.reference if i < 0.75 * n else noisy_summary(example, rng)))
+    return pairs
+
+
+def revision_pair(example, rng):
+    """A noisy summary, a critique that may overlook a fault or two, and the summary with just the faults mended that it names."""
+    response = noisy_summary(example, rng)
+    remarks = [remark for remark in judged(example, response) if remark.kind == "good" or rng.random() < 0.8]
+    critique = Feedback(" ".join(remark.text for remark in remarks))
+    return revision_prompt(example.prompt, response, critique), mended(response, remarks)
+
+
+def mended(response, remarks) -> str:
+    """The summary with the faults mended that the remarks name."""
+    for remark in reversed([remark for remark in remarks if remark.kind != "good"]):
+        response = response[: remark.start] + remark.instead + response[remark.end :]
+    return response
 
 
 # ---- the rule: a critic that knows the facts ---------------------------------------------------------------------------
@@ -133,34 +162,42 @@ SEVERITY = {"wrong": 1, "vague": 0.5, "repeated": 0.6, "filler": 0.3, "unclear":
 
 def critique(example, response: str) -> Feedback:
     """What a careful reader writes: a sentence a clause, in the order of the text, and last what is left out."""
-    return judged(example, response)[0]
+    good, poor, remarks = [], [], judged(example, response)
+    for start, end, kind, _, _ in remarks:
+        if kind == "good":
+            good.append(quote_of(response, start, end))
+        elif kind != "missing":
+            quote, severity = quote_of(response, start, end), SEVERITY[kind]
+            poor.append(quote if severity == 1 else {"text": quote, "severity": severity})
+    return Feedback(" ".join(remark.text for remark in remarks), good, poor)
 
 
 def kinds(example, response: str) -> list[str]:
     """The kind of each poor quote of critique(), a key of SEVERITY."""
-    return judged(example, response)[1]
+    return [remark.kind for remark in judged(example, response) if remark.kind in SEVERITY]
 
 
-def judged(example, response: str) -> tuple[Feedback, list[str]]:
-    """The critique, and the kinds of its poor quotes."""
-    me, said = example.facts["me"], set()
-    remarks, good, poor, faults = [], [], [], []
+class Remark(NamedTuple):
+    start: int  # the characters that it is about
+    end: int
+    kind: str  # "good", "missing", or a key of SEVERITY
+    text: str
+    instead: str  # what should stand there
 
-    def blame(quote, fault):
-        poor.append(quote if SEVERITY[fault] == 1 else {"text": quote, "severity": SEVERITY[fault]})
-        faults.append(fault)
+
+def judged(example, response: str) -> list[Remark]:
+    """A remark on each clause and each fact, in the order of the text."""
+    me, said, remarks = example.facts["me"], set(), []
 
     def judge(fact, start, end):
         value = response[start:end].strip()
+        instead = response[start:end].replace(value, me[fact])
         if value == me[fact]:
-            good.append(response[start:end])
-            remarks.append(f"The {fact} {value} is right.")
+            remarks.append(Remark(start, end, "good", f"The {fact} {value} is right.", instead))
         elif value == VAGUE_VALUES[fact].strip():
-            blame(response[start:end], "vague")
-            remarks.append(f"The {fact} is {me[fact]}, {value} is vague.")
+            remarks.append(Remark(start, end, "vague", f"The {fact} is {me[fact]}, {value} is vague.", instead))
         else:
-            blame(response[start:end], "wrong")
-            remarks.append(f"The {fact} is {me[fact]}, not {value}.")
+            remarks.append(Remark(start, end, "wrong", f"The {fact} is {me[fact]}, not {value}.", instead))
         said.add(fact)
 
     for number, clause in enumerate(re.finditer(r"(?:^|,)[^,]+", response.rstrip().removesuffix("."))):
@@ -172,21 +209,17 @@ def judged(example, response: str) -> tuple[Feedback, list[str]]:
         if fact and fact not in said:
             value = re.fullmatch(CLAUSES[fact], body)[1]
             judge(fact, end - len(value) - 1, end)
-            continue
-        quote = quote_of(response, start, end)
-        if fact or body.startswith("again "):
-            blame(quote, "repeated")
-            remarks.append(f"It repeats {body.removeprefix('again ')}.")
+        elif fact or body.startswith("again "):
+            remarks.append(Remark(start, end, "repeated", f"It repeats {body.removeprefix('again ')}.", ""))
         elif body in FILLERS:
-            blame(quote, "filler")
-            remarks.append(f"The words {body} are filler.")
+            remarks.append(Remark(start, end, "filler", f"The words {body} are filler.", ""))
         else:
-            blame(quote, "unclear")
-            remarks.append(f"The words {body} are unclear.")
-    missing = [fact for fact in FACTS if fact not in said]
-    if missing:
-        remarks.append(f"It leaves out the {', the '.join(missing)}.")
-    return Feedback(" ".join(remarks), good, poor), faults
+            remarks.append(Remark(start, end, "unclear", f"The words {body} are unclear.", ""))
+    if missing := [fact for fact in FACTS if fact not in said]:
+        end = len(response.rstrip().removesuffix("."))
+        told = "".join(PHRASES[fact].format(me[fact]) for fact in missing)
+        remarks.append(Remark(end, end, "missing", f"It leaves out the {', the '.join(missing)}.", told))
+    return remarks
 
 
 def score(example, response: str) -> dict[str, float]:
