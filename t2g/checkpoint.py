@@ -4,15 +4,19 @@ It holds the trainable weights, the optimisers' moments and the random generator
 file appears whole or not at all: it is written under another name and renamed.
 """
 
+import fcntl
 import json
 import os
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from t2g.cli import fail
+from t2g.cli import fail, fresh_folder
+
+STATE, BEST = "state.safetensors", "best.safetensors"  # of a run that is not done: where it stands, and its best weights
 
 
 def save(path, model, optimizers=(), **rest):
@@ -62,3 +66,31 @@ def state_of(model, optimizers) -> dict:
     if torch.cuda.is_available():
         tensors["random.cuda"] = torch.cuda.get_rng_state()
     return tensors
+
+
+@contextmanager
+def run_folder(args):
+    """The run's folder, new, or as it was when a run of the same flags and data was stopped. One process at a time may hold it."""
+    folder = Path(args.output_dir).resolve()
+    with ExitStack() as stack:
+        if folder.is_dir():
+            stack.enter_context(held(folder))
+        flags, config = json.loads(json.dumps(vars(args), default=str)), folder / "config.json"
+        same = (folder / STATE).is_file() and {**flags, "argv": 0} == {**json.loads(config.read_text(encoding="utf-8")), "argv": 0}
+        if not same:
+            stack.enter_context(held(fresh_folder(folder)))
+        yield folder
+
+
+@contextmanager
+def held(folder):
+    """A lock on a folder that ends with the process, if not before."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fail(f"another process trains in {folder}; wait for it, or choose another --output_dir")
+        yield
+    finally:
+        os.close(handle)

@@ -12,7 +12,13 @@ from t2g.cli import fail
 
 METRICS = {
     "step": "optimiser steps (supervised) or rollouts (PPO) so far",
-    "loss": "mean of -log p over the completions' tokens of the batch",
+    "loss": "mean of -log p over the completions' tokens of the batch; DPO, scalar reward models: of their own loss",
+    "pairs": "DPO: pairs of a preferred and another response of the batch",
+    "texts": "scalar reward model: texts of the batch; its loss is the squared error in units of the variance of all targets",
+    "pair_margin": "DPO: beta times how much more log pi than log ref prefers the chosen response, mean over the batch's pairs",
+    "pair_accuracy": "DPO: share of the batch's pairs whose margin is above 0",
+    "validation_r2": "scalar reward model: 1 - squared error / squared distance from the mean, over the validation targets",
+    "validation_rank": "scalar reward model: Spearman's rank correlation of score and target over the same",
     "tokens": "completion tokens of the batch",
     "padding": "share of the batch's places that hold padding",
     "validation_loss": "the same mean over the pairs that are kept for validation; the best model so far is the one that is saved",

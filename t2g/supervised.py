@@ -2,30 +2,30 @@
 
     L = - E[ log p(completion | prompt) ]        mean over the completions' tokens of an optimiser step, EOS included
 
-A run that was stopped goes on where it stood when it is started again with the same flags and data. Left out: every other loss.
+A run that was stopped goes on where it stood when it is started again with the same flags and data. train() is the loop of the
+scripts with another loss as well: they bring an Objective of their own.
 """
 
-import fcntl
 import hashlib
 import itertools
 import json
 import math
-import os
 import random
-from contextlib import ExitStack, contextmanager
+from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from t2g import checkpoint, policy
-from t2g.cli import between, fail, fresh_folder, positive
+from t2g.checkpoint import BEST, STATE, run_folder
+from t2g.cli import between, fail, positive
 from t2g.log import Logger
 from t2g.policy import autocast, context_length, response_logits
 from t2g.rollout import Rollout, chat_text
-
-STATE, BEST = "state.safetensors", "best.safetensors"  # of a run that is not done: where it stands, and its best weights
 
 
 def encode_pairs(tokenizer, pairs) -> list[tuple[list[int], list[int]]]:
@@ -51,6 +51,11 @@ def as_rollout(rows, pad_token_id, device) -> tuple[Rollout, torch.Tensor]:
     return batch, learnt
 
 
+def length(row) -> int:
+    """Tokens of a row: its lists are token ids, whatever else it holds is not."""
+    return sum(len(part) for part in row if isinstance(part, list))
+
+
 def in_batches(rows, batch_size, seed, window=32):
     """Batches without end; the first pass keeps the order of the rows, each later one is shuffled.
 
@@ -60,12 +65,37 @@ def in_batches(rows, batch_size, seed, window=32):
     while True:
         while len(queue) < batch_size:
             queue += rng.sample(rows, len(rows))
-        near, queue = sorted(queue[: window * batch_size], key=lambda row: sum(map(len, row))), queue[window * batch_size :]
+        near, queue = sorted(queue[: window * batch_size], key=length), queue[window * batch_size :]
         ready = [near[i : i + batch_size] for i in range(0, len(near), batch_size)]
         if len(ready[-1]) < batch_size:
             queue = ready.pop() + queue
         rng.shuffle(ready)
         yield from ready
+
+
+class Objective(NamedTuple):
+    """What train() lowers: a mean over units, which are tokens, texts or pairs, of all microbatches of an optimiser step."""
+
+    unit: str  # the metric under which their number is logged
+    collate: Callable  # (rows, pad_token_id, device) -> microbatch; its first two parts are those of as_rollout()
+    count: Callable  # (*microbatch) -> its units
+    loss: Callable  # (model, *microbatch, args) -> sum of their losses, and sums of other metrics
+    measure: Callable = lambda model, tokenizer, rows, args: {}  # further metrics of rows that are not trained on
+
+
+def token_loss(model, batch, learnt, args):
+    """Sum of -log p over the tokens that are learnt."""
+    with autocast(args.bf16):
+        logits, _ = response_logits(model, batch)
+    return F.cross_entropy(logits[learnt].float(), batch.response[learnt], reduction="sum")
+
+
+NEXT_TOKEN = Objective(
+    unit="tokens",
+    collate=as_rollout,
+    count=lambda batch, learnt: int(learnt.sum()),
+    loss=lambda *microbatch: (token_loss(*microbatch), {}),
+)
 
 
 def make_optimizers(model, kind, learning_rate):
@@ -90,23 +120,34 @@ def finetune(model, tokenizer, pairs, args, desc) -> Path:
     """
     if not pairs:
         fail("the data set is empty: there is no pair to train on")
-    rows = that_fit(encode_pairs(tokenizer, pairs), longest_text(model, args))
-    count = round(args.validation_share * len(rows))
-    heldout, rows = rows[:count], rows[count:]
-    print(f"{len(rows)} texts to train on, {len(heldout)} for the validation loss", flush=True)
-    args.data_hash = hashlib.sha256(json.dumps([heldout, rows]).encode()).hexdigest()
-    model = with_adapters(model, args) if args.lora_r else model
+    heldout, rows = parted(that_fit(encode_pairs(tokenizer, pairs), longest_text(model, args)), args)
+    model = with_adapters(model, args)
     with run_folder(args) as folder:
         step = train(model, tokenizer, rows, heldout, args, folder, desc)
-        model = model.merge_and_unload() if args.lora_r else model
-        saved = policy.save(model.eval(), tokenizer, folder, step)
-        for name in (STATE, BEST):
-            (folder / name).unlink(missing_ok=True)
+        return save(model, tokenizer, folder, step, args)
+
+
+def parted(rows, args):
+    """The rows for validation, the first --validation_share of them, and those to train on."""
+    count = round(args.validation_share * len(rows))
+    heldout, rows = rows[:count], rows[count:]
+    print(f"{len(rows)} pairs to train on, {len(heldout)} for the validation loss", flush=True)
+    args.data_hash = hashlib.sha256(json.dumps([heldout, rows]).encode()).hexdigest()
+    return heldout, rows
+
+
+def save(model, tokenizer, folder, step, args, value_head=None) -> Path:
+    """The checkpoint at the end of a run, adapters merged; what a stopped run would have gone on from is no longer needed."""
+    model = model.merge_and_unload() if args.lora_r else model
+    saved = policy.save(model.eval(), tokenizer, folder, step, value_head)
+    for name in (STATE, BEST):
+        (folder / name).unlink(missing_ok=True)
     return saved
 
 
-def train(model, tokenizer, rows, heldout, args, folder, desc) -> int:
+def train(model, tokenizer, rows, heldout, args, folder, desc, objective=NEXT_TOKEN) -> int:
     """The loop. Returns: the step whose weights the model has at the end: the best on the held-out rows, or else the last."""
+    device = next(model.parameters()).device
     optimizers, reached = (
         make_optimizers(model, args.optimizer, args.learning_rate),
         {"step": 0, "best_step": 0, "best_loss": math.inf},
@@ -120,8 +161,9 @@ def train(model, tokenizer, rows, heldout, args, folder, desc) -> int:
     bar = tqdm(total=args.max_steps, initial=reached["step"], desc=desc, unit="step", mininterval=0.5)
     model.train()
     for step in range(reached["step"] + 1, args.max_steps + 1):
-        microbatches = itertools.islice(batches, args.gradient_accumulation_steps)
-        metrics = train_step(model, [as_rollout(some, tokenizer.pad_token_id, model.device) for some in microbatches], args)
+        parts = itertools.islice(batches, args.gradient_accumulation_steps)
+        microbatches = [objective.collate(some, tokenizer.pad_token_id, device) for some in parts]
+        metrics = train_step(model, microbatches, args, objective)
         metrics["learning_rate"] = rate = args.learning_rate * schedule(step, args)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -130,9 +172,9 @@ def train(model, tokenizer, rows, heldout, args, folder, desc) -> int:
             optimizer.zero_grad(set_to_none=True)
         reached["step"] = step
         if heldout and (step % args.eval_steps == 0 or step == args.max_steps):
-            metrics["validation_loss"] = loss = validation_loss(model, tokenizer, heldout, args)
-            if loss < reached["best_loss"]:
-                reached |= {"best_step": step, "best_loss": loss}
+            metrics |= measured(model, tokenizer, heldout, args, objective)
+            if metrics["validation_loss"] < reached["best_loss"]:
+                reached |= {"best_step": step, "best_loss": metrics["validation_loss"]}
                 checkpoint.save(folder / BEST, model)
         log(step, metrics)
         bar.set_postfix_str(f"loss {metrics['loss']:.3f}", refresh=False)
@@ -148,35 +190,42 @@ def train(model, tokenizer, rows, heldout, args, folder, desc) -> int:
     return reached["best_step"] if heldout else args.max_steps
 
 
-def train_step(model, microbatches, args) -> dict:
-    """The gradient of the mean over all tokens that the microbatches learn, however they are spread over them; clipped."""
-    tokens, loss = sum(int(learnt.sum()) for _, learnt in microbatches), 0.0
-    for batch, learnt in microbatches:
-        part = token_loss(model, batch, learnt, args) / tokens
-        part.backward()
-        loss += part.item()
+def train_step(model, microbatches, args, objective=NEXT_TOKEN) -> dict:
+    """The gradient of the mean over all units of the microbatches, however they are spread over them; clipped."""
+    sums, count = defaultdict(float), sum(objective.count(*microbatch) for microbatch in microbatches)
+    for microbatch in microbatches:
+        loss, stats = objective.loss(model, *microbatch, args)
+        (loss / count).backward()
+        for name, value in {"loss": loss.item(), **stats}.items():
+            sums[name] += value / count
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm, error_if_nonfinite=True)
-    places = [mask for batch, _ in microbatches for mask in (batch.prompt_mask, batch.mask)]
+    places = [mask for batch, *_ in microbatches for mask in (batch.prompt_mask, batch.mask)]
     padding = 1 - sum(int(mask.sum()) for mask in places) / sum(mask.numel() for mask in places)
-    return {"loss": loss, "grad_norm": grad_norm.item(), "tokens": tokens, "padding": padding}
+    return {**sums, "grad_norm": grad_norm.item(), objective.unit: count, "padding": padding}
 
 
-def token_loss(model, batch, learnt, args):
-    """Sum of -log p over the tokens that are learnt."""
-    with autocast(args.bf16):
-        logits, _ = response_logits(model, batch)
-    return F.cross_entropy(logits[learnt].float(), batch.response[learnt], reduction="sum")
+def measured(model, tokenizer, rows, args, objective) -> dict:
+    """Metrics of rows that are not trained on, the validation loss among them."""
+    model.eval()
+    found = {"validation_loss": validation_loss(model, tokenizer, rows, args, objective)}
+    found |= objective.measure(model, tokenizer, rows, args)
+    model.train()
+    return found
 
 
 @torch.no_grad()
-def validation_loss(model, tokenizer, rows, args) -> float:
-    """Mean of -log p over the completions' tokens of rows that are not trained on."""
-    model.eval()
-    size, rows = args.per_device_train_batch_size, sorted(rows, key=lambda row: sum(map(len, row)))
-    batches = [as_rollout(rows[i : i + size], tokenizer.pad_token_id, model.device) for i in range(0, len(rows), size)]
-    loss = sum(token_loss(model, batch, learnt, args).item() for batch, learnt in batches)
-    model.train()
-    return loss / sum(int(learnt.sum()) for _, learnt in batches)
+def validation_loss(model, tokenizer, rows, args, objective=NEXT_TOKEN) -> float:
+    """The mean loss of rows that are not trained on."""
+    device = next(model.parameters()).device
+    parts = [objective.collate(some, tokenizer.pad_token_id, device) for some in by_length(rows, args)]
+    loss = sum(objective.loss(model, *part, args)[0].item() for part in parts)
+    return loss / sum(objective.count(*part) for part in parts)
+
+
+def by_length(rows, args) -> list[list]:
+    """All rows in batches, those of like length together."""
+    size, rows = args.per_device_train_batch_size, sorted(rows, key=length)
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
 def schedule(step, args) -> float:
@@ -187,7 +236,9 @@ def schedule(step, args) -> float:
 
 
 def with_adapters(model, args):
-    """LoRA on every linear layer of the blocks, by the package peft; the rest of the model is frozen."""
+    """With --lora_r, LoRA on every linear layer of the blocks, by the package peft; the rest of the model is frozen."""
+    if not args.lora_r:
+        return model
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=0.05, target_modules="all-linear")
@@ -199,42 +250,14 @@ def longest_text(model, args) -> int:
     return min(args.max_length or context_length(model), context_length(model))
 
 
-def that_fit(rows, limit):
-    """The rows of at most `limit` tokens; how many are left out is said."""
-    kept = [row for row in rows if sum(map(len, row)) <= limit]
+def that_fit(rows, limit, size=length):
+    """The rows of at most `limit` tokens by size(row); how many are left out is said."""
+    kept = [row for row in rows if size(row) <= limit]
     if len(kept) < len(rows):
         print(f"{len(rows) - len(kept)} of {len(rows)} training texts have more than {limit} tokens and are left out")
     if not kept:
         fail(f"there is no training text of at most {limit} tokens; raise --max_length, if the model's context allows it")
     return kept
-
-
-@contextmanager
-def run_folder(args):
-    """The run's folder, new, or as it was when a run of the same flags and data was stopped. One process at a time may hold it."""
-    folder = Path(args.output_dir).resolve()
-    with ExitStack() as stack:
-        if folder.is_dir():
-            stack.enter_context(held(folder))
-        flags, config = json.loads(json.dumps(vars(args), default=str)), folder / "config.json"
-        same = (folder / STATE).is_file() and {**flags, "argv": 0} == {**json.loads(config.read_text(encoding="utf-8")), "argv": 0}
-        if not same:
-            stack.enter_context(held(fresh_folder(folder)))
-        yield folder
-
-
-@contextmanager
-def held(folder):
-    """A lock on a folder that ends with the process, if not before."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            fail(f"another process trains in {folder}; wait for it, or choose another --output_dir")
-        yield
-    finally:
-        os.close(handle)
 
 
 def add_flags(add, validation_share=0.0):

@@ -136,7 +136,7 @@ def test_a_run_that_was_killed_after_its_checkpoint_can_be_finished(fresh, tmp_p
 def test_two_processes_do_not_train_in_one_folder(fresh, tmp_path, capsys):
     tokenizer, model = fresh()
     (tmp_path / "run").mkdir()
-    with supervised.held(tmp_path / "run"), pytest.raises(SystemExit):
+    with checkpoint.held(tmp_path / "run"), pytest.raises(SystemExit):
         supervised.finetune(model, tokenizer, PAIRS, flags(tmp_path / "run"), "second")
     assert "another process trains in" in capsys.readouterr().err
 
