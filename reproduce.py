@@ -162,14 +162,16 @@ def run_job(job, at_once) -> bool:
     """Its commands one after the other, with a log; and what the last one printed last, for the table."""
     env = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // at_once))}
     start = time.perf_counter()
-    with open(job.folder / f"{job.name}.log", "w+", encoding="utf-8") as log:
+    with open(job.folder / f"{job.name}.log", "w", encoding="utf-8") as log:
         for line in job.commands:
             program, *flags = shlex.split(line)
             command = ["torchrun", *flags] if program == "torchrun" else [sys.executable, str(HERE / program), *flags]
-            if subprocess.run(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env).returncode:
+            done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, env=env, text=True)
+            log.write(done.stdout)
+            log.flush()
+            if done.returncode:
                 return False
-        log.seek(0)
-        last = log.read().rstrip().rpartition("\n")[2]
+    last = done.stdout.rstrip().rpartition("\n")[2]
     seconds = time.perf_counter() - start
     write_json(marker(job), {"commands": job.commands, "seconds": seconds, "result": last})
     return True

@@ -1,0 +1,186 @@
+"""reproduce.py with a stand-in for the scripts: what is run, in which order, what a second call does, and the table it makes."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import reproduce
+from t2g import table
+
+STAND_IN = """
+import json, sys, time
+from pathlib import Path
+kind, out, seed, level = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
+with open(out.parent.parent / "calls", "a") as file:
+    file.write(f"{kind} {out.name} {seed}\\n")
+if kind == "fail" and not (out.parent.parent / "mended").exists():
+    sys.exit("it broke")
+if kind == "train":
+    assert (out.parent / "sft").is_dir()
+    steps = [{"step": n, "good": level * min(n, 10) / 10, "seconds_rollout": 1.0, "seconds_critique": 2.0, "seconds_score": 0.5,
+              "seconds_update": 3.0, "prompt_tokens": 6, "response_tokens": 4, "critique_tokens": 5, "update_tokens": 40}
+             for n in range(1, 21)]
+    out.mkdir(parents=True)
+    out.joinpath("metrics.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in steps))
+    out.joinpath("config.json").write_text(json.dumps({"critic": "rm", "reward_model": None, "batch_size": 2}))
+    print("\\r 1%", file=sys.stderr)
+elif kind == "stage":
+    out.mkdir(parents=True)
+elif kind == "measure":
+    print("some words")
+    print(json.dumps({str(out): {"good": level + seed / 100, "bad": 1 - level}}))
+"""
+TABLE = """
+title = "A table"
+jobs = 2
+metrics = ["good", "bad"]
+main = "good"
+main_title = "good answers"
+against = "b"
+curves = ["a", "b", "c"]
+measure = "{stand_in} measure {{out}} {{seed}} 0.5"
+[stages.sft]
+run = "{stand_in} stage {{root}}/sft {{seed}} 0"
+[stages.rm]
+needs = ["sft"]
+learned = true
+run = "{stand_in} stage {{root}}/rm {{seed}} 0"
+[quick]
+[sweep]
+stand_in = "more"
+"""
+ROWS = {
+    "01_a": 'title = "A"\nneeds = ["sft", "rm"]\nlearning_rate = 3.0\nsweep = true\nrun = "{stand_in} train {{out}} {{seed}} 0.9"\n'
+    'measure = "{stand_in} measure {{out}} {{seed}} 0.8"',
+    "02_b": 'title = "B"\nneeds = ["sft"]\nrun = "{stand_in} train {{out}} {{seed}} 0.6"',
+    "03_c": 'title = "C"\nneeds = ["sft"]\nmeasure = "{stand_in} measure {{root}}/sft {{seed}} 0.1"',
+}
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    folder = tmp_path / "recipe"
+    folder.mkdir()
+    (tmp_path / "stand_in.py").write_text(STAND_IN)
+    for name, text in {"table": TABLE, **ROWS}.items():
+        (folder / f"{name}.toml").write_text(text.format(stand_in=tmp_path / "stand_in.py"))
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path, recipe, monkeypatch, capsys):
+    """run(*flags) -> the printed result as an object, and the calls of the stand-in so far."""
+
+    def call(*flags):
+        out = ["--output_dir", str(tmp_path / "out")]
+        monkeypatch.setattr(sys, "argv", ["reproduce.py", "--recipe", str(recipe), *out, *flags])
+        reproduce.main()
+        return json.loads(capsys.readouterr().out.splitlines()[-1]), (tmp_path / "out" / "calls").read_text().splitlines()
+
+    return call
+
+
+def test_each_stage_is_run_once_a_seed_before_the_rows_that_need_it_and_the_table_has_every_row(run, tmp_path):
+    result, calls = run()
+    assert list(result["rows"]) == ["a", "b", "c"]
+    assert result["rows"]["a"]["good"] == pytest.approx({"mean": 0.81, "low": 0.785, "high": 0.835, "seeds": 3}, abs=1e-3)
+    assert result["rows"]["a"]["good, less b"] == pytest.approx({"mean": 0.3, "low": 0.3, "high": 0.3, "seeds": 3})
+    assert result["rows"]["c"]["good"]["mean"] == pytest.approx(0.11)
+    assert "steps_to_90_percent" not in result["rows"]["c"], "what is not trained has no steps"
+    for seed in range(3):
+        assert calls.count(f"stage sft {seed}") == calls.count(f"stage rm {seed}") == 1
+        assert calls.index(f"stage sft {seed}") < calls.index(f"stage rm {seed}") < calls.index(f"train a {seed}")
+    assert json.loads((tmp_path / "out" / "table.json").read_text()) == result
+    assert "| A | 0.81 [" in (tmp_path / "out" / "table.md").read_text()
+    assert (tmp_path / "out" / "curves.png").stat().st_size > 10000
+
+
+def test_a_second_call_runs_nothing_again_and_a_new_row_or_seed_only_what_is_missing(run):
+    first, calls = run("--rows", "b", "--seeds", "0", "1")
+    again, same = run("--rows", "b", "--seeds", "0", "1")
+    assert again == first and same == calls
+    _, more = run("--seeds", "0", "1")
+    assert set(more) - set(calls) == {
+        f"{what} {seed}" for what in ("stage rm", "train a", "measure a", "measure sft") for seed in (0, 1)
+    }
+
+
+def test_what_fails_is_named_and_the_rest_is_done_and_the_next_call_goes_on(run, recipe, tmp_path, capsys):
+    (recipe / "02_b.toml").write_text((recipe / "02_b.toml").read_text().replace(" train ", " fail "))
+    with pytest.raises(SystemExit):
+        run("--seeds", "0", "1")
+    printed = capsys.readouterr()
+    assert "b of seed 0 failed: see " in printed.out
+    assert re.search("error: b of seed (0, b of seed 1|1, b of seed 0) failed", printed.err)
+    calls = (tmp_path / "out" / "calls").read_text().splitlines()
+    assert "measure a 1" in calls and "measure b 0" not in calls
+    assert "it broke" in (tmp_path / "out" / "seed-0" / "b.log").read_text()
+    (tmp_path / "out" / "mended").touch()
+    result, more = run("--seeds", "0", "1")
+    assert set(result["rows"]) == {"a", "b", "c"} and more.count("measure a 0") == 1
+
+
+def test_a_row_whose_command_has_changed_is_not_taken_for_done(run, recipe, capsys):
+    run("--rows", "c", "--seeds", "0")
+    (recipe / "03_c.toml").write_text((recipe / "03_c.toml").read_text().replace("0.1", "0.2"))
+    with pytest.raises(SystemExit):
+        run("--rows", "c", "--seeds", "0")
+    assert "was made by other commands" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"), [(["--rows", "z"], "there is no row z; the rows are a, b, c"), (["--quick", "--rows"], "expected")]
+)
+def test_bad_flags_are_one_sentence(run, flags, said, capsys):
+    with pytest.raises(SystemExit):
+        run(*flags)
+    assert said in capsys.readouterr().err
+
+
+def test_a_sweep_tries_a_third_and_three_times_of_each_learning_rate(recipe):
+    table_, rows = reproduce.read_recipe(str(recipe), None, "sweep")
+    assert {name: round(row["learning_rate"], 3) for name, row in rows.items()} == {"a x 0.33": 1.0, "a x 1": 3.0, "a x 3": 9.0}
+    [sft, job] = reproduce.jobs_of(table_, {"a x 3": rows["a x 3"]}, 3, Path("out"), "sweep")
+    assert (sft.name, job.needs) == ("sft", ["sft"]) and "out/seed-3/a_x_3" in job.commands[0]
+    assert all(line.endswith(" more") for line in (*sft.commands, *job.commands))
+
+
+def test_the_ledger_counts_two_flops_a_weight_and_token_read_and_six_trained(run, tmp_path):
+    run("--rows", "b", "--seeds", "0")
+    root = tmp_path / "out" / "seed-0"
+    for run_name, weights in (("b", (10, 10)), ("rm", (5, 10))):
+        (root / run_name / "checkpoint-20").mkdir(parents=True)
+        save_file({"w": torch.zeros(weights)}, root / run_name / "checkpoint-20" / "model.safetensors")
+    parts = table.read_cell(root, "b", "good")["ledger"]
+    read = 20 * 2 * (6 + 4)
+    assert parts["rollout"] == {"seconds": 20.0, "tokens": read, "flops": 2 * 100 * read}
+    assert parts["critique"] == {"seconds": 40.0, "tokens": read + 20 * 2 * 5, "flops": 2 * 50 * (read + 200)}
+    assert parts["update"] == {"seconds": 70.0, "tokens": 2 * read + 20 * 40, "flops": 4 * 100 * read + 6 * 100 * 800}
+
+
+def test_steps_are_counted_on_the_smoothed_curve():
+    curve = table.smooth([0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1])
+    assert curve[4] == 0 and curve[5] == pytest.approx(0.2) and curve[9] == 1
+    assert table.first(curve, 0.9) == 10 and table.first(curve, 2) is None
+
+
+def test_of_one_seed_there_is_a_mean_and_no_interval():
+    assert table.over_seeds([0.5]) == {"mean": 0.5, "low": None, "high": None, "seeds": 1}
+    assert table.shown(table.over_seeds([0.5]), 2) == "0.50" and table.shown(table.over_seeds([]), 2) == ""
+
+
+def test_every_recipe_in_the_repository_can_be_read_and_names_stages_and_scripts_that_exist():
+    for folder in sorted((reproduce.HERE / "recipes").iterdir()):
+        recipe, rows = reproduce.read_recipe(str(folder), None, "")
+        jobs = reproduce.jobs_of(recipe, rows, 0, Path("out"), "")
+        assert {need for job in jobs for need in job.needs} <= {job.name for job in jobs}
+        for line in (line for job in jobs for line in job.commands):
+            words = line.split()
+            script = next(word for word in words if word.endswith(".py"))
+            assert (reproduce.HERE / script).is_file(), line
+        assert set(recipe["curves"]) <= set(rows) and recipe["against"] in rows
