@@ -23,10 +23,9 @@ from t2g.notes import Notes, write_whole, writing
 from t2g.server import OverBudget, added
 
 
-def add_flags(add, out):
+def add_flags(add):
     add("--judge", help="the judge's name at the server")
     add("--base_url", help="any server that speaks OpenAI's API, such as http://localhost:8000/v1; OpenAI if not given")
-    add("--out", default=out, help="the .jsonl file of verdicts; what stands there is not asked again")
     add("--annotations", help="what the reward model learnt from: its annotator must not be the judge")
     add("--same_judge", action="store_true", help="let the annotator of --annotations judge all the same")
     add("--judge_tokens", type=cli.positive(int), default=2048, help="most tokens of a judge's answer")
@@ -35,26 +34,28 @@ def add_flags(add, out):
     add("--timeout", type=cli.positive(float), default=120.0, help="seconds to wait for an answer")
     add("--input_price", type=cli.between(0, 1e9), default=0.0, help="money for a million tokens of prompts")
     add("--output_price", type=cli.between(0, 1e9), default=0.0, help="money for a million tokens of answers")
-    add("--budget", type=cli.between(0, 1e9), help="stop before --out has cost more money than this, earlier runs included")
-    add("--retry_failed", action="store_true", help="ask again for the verdicts of --out that could not be read")
+    add("--budget", type=cli.between(0, 1e9), help="stop before the verdicts cost more money than this, earlier runs included")
+    add("--retry_failed", action="store_true", help="ask again for the verdicts that could not be read")
 
 
-def check(args):
-    """Ends the program with a sentence if the flags name no judge, or the annotator as the judge."""
+def check(args, benchmark) -> Path:
+    """The file of verdicts, beside --out. Ends the program with a sentence if the flags name no judge, or the annotator as it."""
     if not args.judge:
         cli.fail("--judge is missing: the judge's name at the server")
     if args.budget is not None and not args.input_price + args.output_price:
         cli.fail("--budget needs --input_price and --output_price, the money for a million tokens")
-    cli.make_folder(Path(args.out).parent, "--out")
+    path = Path(args.out or f"runs/{benchmark}/result.json").with_suffix(".verdicts.jsonl")
+    cli.make_folder(path.parent, "--out")
     server.client(args.base_url, args.timeout, args.max_retries)  # a wrong address or a missing key shows now
     if not args.annotations:
-        return
+        return path
     names = {record["annotator"] for record in read_jsonl(args.annotations) if isinstance(record.get("annotator"), str)}
     if not names:
         print(f"{args.annotations} does not say who annotated, so nobody can tell whether the judge did")
     if short(args.judge) in map(short, names) and not args.same_judge:
         cli.fail(f"{args.judge} wrote {args.annotations}: it taught the policy that it would judge; choose another --judge, "
                  "or --same_judge if that is what you want")  # fmt: skip
+    return path
 
 
 def short(model: str) -> str:
@@ -101,18 +102,18 @@ class Judge(Annotator):
         return finished(record, {"verdict": None, "judgment": said}, used, reason)
 
 
-def verdicts(records, question, read, again, args) -> list[dict]:
-    """The records with their verdicts, in order: from --out where they stand there, else asked for and written there at once.
+def verdicts(path, records, question, read, again, args) -> list[dict]:
+    """The records with their verdicts, in order: from path where they stand there, else asked for and written there at once.
 
     Args: records, each with an id, a prompt and a response, of any kind; question(record), the messages that the judge gets;
         read(text), the verdict in an answer, None if there is none; again, what is said to the judge in that case.
     """
-    out, records = Path(args.out), [{**r, "judge": args.judge, "asked": digest(question(r))} for r in records]
-    with writing(out), Notes(out) as notes:
+    records = [{**r, "judge": args.judge, "asked": digest(question(r))} for r in records]
+    with writing(path), Notes(path) as notes:
         for record in records:
             there = notes.records.get(record["id"])
             if there and any(there.get(name) != record[name] for name in ("judge", "asked")):
-                cli.fail(f"{out} holds verdicts of another judge, or on other responses or questions; choose another --out")
+                cli.fail(f"{path} holds verdicts of another judge, or on other responses or questions; choose another --out")
         todo = notes.left(records, args.retry_failed)
         spent = [sum(column) for column in zip((0, 0), *map(tokens_of, notes.records.values()))]
         meter = server.Meter((args.input_price, args.output_price), args.budget, spent)
@@ -127,13 +128,13 @@ def verdicts(records, question, read, again, args) -> list[dict]:
             asyncio.run(annotate_all(todo, save, judge, args.concurrency))
         except server.Stop as error:
             bar.close()
-            cli.fail(f"{error}. The same command goes on from the {len(notes.records)} verdicts in {out}")
+            cli.fail(f"{error}. The same command goes on from the {len(notes.records)} verdicts in {path}")
         except KeyboardInterrupt:
             bar.close()
-            print(f"stopped; the same command goes on from the {len(notes.records)} verdicts in {out}")
+            print(f"stopped; the same command goes on from the {len(notes.records)} verdicts in {path}")
             raise SystemExit(130) from None
         bar.close()
-        print(f"verdicts: {out}, {meter.tokens[0]} + {meter.tokens[1]} tokens, {meter.money(meter.tokens):.4f} spent")
+        print(f"verdicts: {path}, {meter.tokens[0]} + {meter.tokens[1]} tokens, {meter.money(meter.tokens):.4f} spent")
         if left := len(notes.left(records)):
             cli.fail(f"{left} verdicts are left, for the next request could pass the budget; a larger --budget goes on from there")
         return [notes.records[record["id"]] for record in records]
@@ -143,13 +144,13 @@ def digest(value) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]
 
 
-def kept(model: str, settings: dict, prompts: list, args, make) -> list[dict]:
-    """What a model answered, in a file beside --out, so that a run that goes on judges the same answers; make() if it is not there.
+def kept(verdicts: Path, model: str, settings: dict, prompts: list, make) -> list[dict]:
+    """What a model answered, in a file beside the verdicts, so that a run that goes on judges the same; make() if it is not there.
 
     make() returns a record for each prompt, with that "prompt". The file says how they were made, and serves no other settings.
     """
-    out = Path(args.out)
-    path, settings = out.with_name(f"{out.stem}.{model.strip('./').replace('/', '--')}.jsonl"), {"model": model, **settings}
+    path = verdicts.with_name(verdicts.name.replace(".verdicts.", f".{Path(model).name}-{digest(model)}."))
+    settings = {"model": model, **settings}
     if path.exists():
         print(f"answers: {path} (made before; move it away to have {model} answer anew)", flush=True)
     else:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import re
 import signal
 import subprocess
@@ -66,7 +67,11 @@ def judged_by(monkeypatch):
 
 
 def arguments(module, *flags, models=()):
-    parser = argparse.ArgumentParser()
+    """The flags of a benchmark, with those that benchmark.py adds to them."""
+    parser = argparse.ArgumentParser(conflict_handler="resolve")
+    for name in ("--out", "--seed"):
+        parser.add_argument(name, type=int if name == "--seed" else str, default=0 if name == "--seed" else None)
+    parser.add_argument("--bf16", action="store_true")
     module.add_flags(parser.add_argument)
     args = parser.parse_args(list(map(str, ("--judge", "j", "--timeout", 5, "--max_retries", 2, *flags))))
     args.models = [str(model) for model in models]
@@ -99,7 +104,7 @@ def files(tmp_path, a, b):
 
 def rate(tmp_path, url, a, b, *flags):
     models = files(tmp_path, a, b)
-    return win_rate.run(arguments(win_rate, "--base_url", url, "--out", tmp_path / "out.jsonl", *flags, models=models))
+    return win_rate.run(arguments(win_rate, "--base_url", url, "--out", tmp_path / "out.json", *flags, models=models))
 
 
 # ---- win rate ------------------------------------------------------------------------------------------------------------
@@ -174,7 +179,7 @@ def test_an_answer_without_a_single_verdict_is_asked_for_again_and_then_counted(
     assert [seen.count(("Ask 0.", "right", n)) for n in (1, 3)] == [1, 2] and seen.count(("Ask 1.", "right", 3)) == 1
     again = next(messages for messages in asked if len(messages) == 3)
     assert again[1] == {"role": "assistant", "content": "[[A]], or is it [[B]]?"} and "no single verdict" in again[2]["content"]
-    failed = [record for record in read_jsonl(tmp_path / "out.jsonl") if record["status"] == "failed"]
+    failed = [record for record in read_jsonl(tmp_path / "out.verdicts.jsonl") if record["status"] == "failed"]
     assert len(failed) == 2 and "2 verdicts could not be read" in capsys.readouterr().out
     asked.clear()
     rate(tmp_path, judged_by(the_better)[0], ["right"] * 3, ["wrong"] * 3)
@@ -194,7 +199,7 @@ def test_stopped_half_way_it_goes_on_and_asks_nothing_twice(judged_by, tmp_path,
     with pytest.raises(SystemExit):
         rate(tmp_path, judged_by(decide)[0], a, b, "--concurrency", 1)
     assert "does not accept the key" in capsys.readouterr().err
-    there = read_jsonl(tmp_path / "out.jsonl")
+    there = read_jsonl(tmp_path / "out.verdicts.jsonl")
     assert len(there) == 11
     url, asked = judged_by(the_better)
     assert rate(tmp_path, url, a, b)["win_rate"]["value"] == 1
@@ -211,13 +216,11 @@ def test_killed_it_goes_on_and_asks_nothing_twice(judged_by, tmp_path):
 
     url, asked = judged_by(slowly)
     models = [str(path) for path in files(tmp_path, ["right"] * 60, ["wrong"] * 60)]
-    flags = ["--judge", "j", "--base_url", url, "--out", str(tmp_path / "out.jsonl"), "--concurrency", "2"]
-    code = (
-        "import argparse; from t2g.benchmarks import win_rate; p = argparse.ArgumentParser(); win_rate.add_flags(p.add_argument); "
-        f"args = p.parse_args({flags}); args.models = {models}; win_rate.run(args)"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    out = tmp_path / "out.jsonl"
+    flags = ["--judge", "j", "--base_url", url, "--out", str(tmp_path / "out.json"), "--concurrency", "2"]
+    code = "import sys; from test_judges import *; win_rate.run(arguments(win_rate, *sys.argv[3:], models=sys.argv[1:3]))"
+    command, paths = [sys.executable, "-c", code, *models, *flags], {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    process = subprocess.Popen(command, env={**os.environ, **paths}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    out = tmp_path / "out.verdicts.jsonl"
     while not out.exists() or out.read_bytes().count(b"\n") < 30:
         assert process.poll() is None, "it ended before its time"
         time.sleep(0.005)
@@ -227,8 +230,7 @@ def test_killed_it_goes_on_and_asks_nothing_twice(judged_by, tmp_path):
     there = {(row["prompt"], *row["response"]) for row in rows}
     time.sleep(0.1)
     asked.clear()
-    args = arguments(win_rate, *flags[2:], models=models)
-    assert win_rate.run(args)["win_rate"]["value"] == 1
+    assert win_rate.run(arguments(win_rate, *flags, models=models))["win_rate"]["value"] == 1
     assert not set(map(shown, asked)) & there and len(asked) == 120 - len(there)
 
 
@@ -276,7 +278,7 @@ def model(tmp_path_factory):
 
 def test_models_answer_once_and_their_answers_are_kept(judged_by, tmp_path, model, capsys):
     url, asked = judged_by(lambda messages: "[[tie]]")
-    flags = ("--base_url", url, "--out", tmp_path / "out.jsonl", "--eval_samples", 3, "--response_length", 4)
+    flags = ("--base_url", url, "--out", tmp_path / "out.json", "--eval_samples", 3, "--response_length", 4)
     args = arguments(win_rate, *flags, models=[model, model])
     assert win_rate.run(args)["win_rate"]["value"] == 0.5 and len(asked) == 6
     assert win_rate.run(args)["items"] == 3 and len(asked) == 6
@@ -306,7 +308,7 @@ def mt_flags(tmp_path, url, *more):
     paths = [write(tmp_path / f"{name}.jsonl", rows) for name, rows in
              (("questions", QUESTIONS), ("references", REFERENCES), ("judge_prompts", JUDGE_PROMPTS))]  # fmt: skip
     named = [word for path in paths for word in (f"--{path.stem}", path)]
-    return *named, "--base_url", url, "--out", tmp_path / "out.jsonl", "--response_length", 6, *more
+    return *named, "--base_url", url, "--out", tmp_path / "out.json", "--response_length", 6, *more
 
 
 def rating(messages):
@@ -317,7 +319,7 @@ def rating(messages):
 def test_both_turns_reach_the_judge_with_the_models_answers_and_references_where_they_count(judged_by, tmp_path, model):
     url, asked = judged_by(rating)
     found = mt_bench.run(arguments(mt_bench, *mt_flags(tmp_path, url), models=[model]))
-    said = {row["prompt"][0]: row["response"] for row in read_jsonl(next(tmp_path.glob("out.*.jsonl")))}
+    said = {row["prompt"][0]: row["response"] for row in read_jsonl(next(tmp_path.glob("out.checkpoint-0-*.jsonl")))}
     (w1, w2), (m1, m2) = said["Write a line."], said["What is 2 + 3?"]
     assert sorted(messages[1]["content"] for messages in asked) == sorted(
         [
@@ -387,9 +389,43 @@ def test_the_real_files_are_read_and_every_question_finds_its_judge_prompt(judge
             ("judge_prompts", "judge_prompts")) for word in (f"--{name}", MT_BENCH / f"{file}.jsonl")]  # fmt: skip
     questions = mt_bench.read_questions(MT_BENCH / "question.jsonl")
     short = write(tmp_path / "short.jsonl", [q for q in questions if sum(map(len, q["turns"])) < 300])
-    flags = (*real, "--questions", short, "--base_url", url, "--out", tmp_path / "out.jsonl", "--response_length", 4)
+    flags = (*real, "--questions", short, "--base_url", url, "--out", tmp_path / "out.json", "--response_length", 4)
     found = mt_bench.run(arguments(mt_bench, *flags, models=[model]))["scores"][str(model)]
     number = len(read_jsonl(short))
     assert len(questions) == 80 and number > 30 and len(asked) == 2 * number and found["overall"]["value"] == 5
     guided = [messages for messages in asked if "Reference" in messages[1]["content"]]
     assert len(guided) == 2 * sum(q["category"] in ("math", "reasoning", "coding") for q in read_jsonl(short))
+
+
+BAD_FILES = [
+    ("questions", {"question_id": 1, "category": "math", "turns": ["one"]}, "needs question_id, category and two turns"),
+    ("references", {"question_id": 2, "choices": []}, "needs question_id and choices"),
+    ("judge_prompts", {"name": "single-v1"}, "has no prompt single-v1"),
+    ("judge_prompts", {**JUDGE_PROMPTS[0], "prompt_template": "{nothing}"}, "cannot be filled in"),
+]
+
+
+@pytest.mark.parametrize(("name", "row", "said"), BAD_FILES)
+def test_a_file_that_is_not_mt_benchs_ends_in_one_sentence(judged_by, tmp_path, model, capsys, name, row, said):
+    url, asked = judged_by(rating)
+    args = arguments(mt_bench, *mt_flags(tmp_path, url), models=[model])
+    path = tmp_path / f"{name}.jsonl"
+    write(path, [row, *(other for other in read_jsonl(path) if other.get("name") != row.get("name"))])
+    with pytest.raises(SystemExit):
+        mt_bench.run(args)
+    assert said in capsys.readouterr().err and not asked
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--judge", ""), "--judge is missing"),
+        (("--budget", 1), "--budget needs --input_price"),
+        (("--base_url", "localhost"), "no address of a server"),
+    ],
+)
+def test_flags_that_cannot_be_end_in_one_sentence_before_anything_runs(judged_by, tmp_path, capsys, flags, said):
+    url, asked = judged_by(the_better)
+    with pytest.raises(SystemExit):
+        rate(tmp_path, url, ["right"], ["wrong"], *flags)
+    assert said in capsys.readouterr().err and not asked

@@ -41,9 +41,7 @@ def add_flags(add):
     add("--judge_prompts", help='judge_prompts.jsonl: lines of {"name", "system_prompt", "prompt_template"}')
     add("--greedy", action="store_true", help="take the likeliest tokens, whatever the category")
     add("--response_length", type=cli.positive(int), default=1024, help="most tokens of an answer")
-    add("--bf16", action="store_true", help="matrix products in bf16, weights in fp32")
-    add("--seed", type=int, default=0, help="seed of sampling and of the bootstrap")
-    judge.add_flags(add, "runs/mt_bench/ratings.jsonl")
+    judge.add_flags(add)
 
 
 def run(args) -> dict:
@@ -53,12 +51,9 @@ def run(args) -> dict:
         cli.fail(f"--{missing[0]} is missing; the three files of MT-Bench lie in fastchat/llm_judge/data of FastChat")
     if not args.models:
         cli.fail("mt_bench needs a model")
-    judge.check(args)
-    questions, references, prompts = (
-        read_questions(args.questions),
-        read_references(args.references),
-        read_prompts(args.judge_prompts),
-    )
+    path = judge.check(args, "mt_bench")
+    questions, references = read_questions(args.questions), read_references(args.references)
+    prompts = read_prompts(args.judge_prompts)
     if absent := [q["question_id"] for q in questions if q["category"] in WITH_REFERENCE and q["question_id"] not in references]:
         cli.fail(f"{args.references} has no answer to question {absent[0]}, which is judged against one")
 
@@ -67,18 +62,16 @@ def run(args) -> dict:
 
     models, scores, overall = list(dict.fromkeys(args.models)), {}, {}
     weights = resamples(len(questions), args.seed)
-    said = {model: answers(model, questions, args) for model in models}
+    said = {model: answers(model, questions, args, path) for model in models}
     records = [record for model in models for record in ratings_wanted(model, questions, said[model])]
-    rated = iter(judge.verdicts(records, asked, read, AGAIN, args))
+    rated = iter(judge.verdicts(path, records, asked, read, AGAIN, args))
     for model in models:
         table = np.array([[next(rated)["verdict"] for _ in range(2)] for _ in questions], dtype=float)  # None is nan
         found = figures(table, [q["category"] for q in questions], weights)
         overall[model] = found["overall"]
         scores[model] = {name: bootstrapped(values) for name, values in found.items()}
-        scores[model] |= {
-            "unreadable": int(np.isnan(table).sum()),
-            "cut_off": sum(sum(answer["cut_off"]) for answer in said[model]),
-        }
+        scores[model]["unreadable"] = int(np.isnan(table).sum())
+        scores[model]["cut_off"] = sum(sum(answer["cut_off"]) for answer in said[model])
     differences = {model: bootstrapped(overall[model] - overall[models[0]]) for model in models[1:]}
     report(scores, differences)
     return {"scores": scores, "differences": differences, "judge": args.judge}
@@ -122,25 +115,24 @@ def two_texts(turns) -> bool:
 # ---- answers -------------------------------------------------------------------------------------------------------------
 
 
-def answers(name, questions, args) -> list[dict]:
+def answers(name, questions, args, path) -> list[dict]:
     """A model's {"prompt": its two turns, "response": its two answers, "cut_off": whether each was} to each question."""
 
     def make():
         tokenizer, model = policy.load(name, policy.device())
         torch.manual_seed(args.seed)
         found = [{"prompt": question["turns"], "response": [], "cut_off": []} for question in questions]
+        temperatures = [0.0 if args.greedy else TEMPERATURES.get(q["category"], OTHER_TEMPERATURE) for q in questions]
         for turn in range(2):
             chats = [chat(record, turn) for record in found]
-            said = respond_to_chats(
-                model, tokenizer, chats, [temperature(q, args) for q in questions], args, f"{name}, turn {turn + 1}"
-            )
+            said = respond_to_chats(model, tokenizer, chats, temperatures, args, f"{name}, turn {turn + 1}")
             for record, (text, cut_off) in zip(found, said):
                 record["response"].append(text)
                 record["cut_off"].append(cut_off)
         return found
 
     settings = {"response_length": args.response_length, "greedy": args.greedy, "seed": args.seed}
-    return judge.kept(name, settings, [question["turns"] for question in questions], args, make)
+    return judge.kept(path, name, settings, [question["turns"] for question in questions], make)
 
 
 def chat(record, turn) -> list[dict]:
@@ -149,10 +141,6 @@ def chat(record, turn) -> list[dict]:
     for i, text in enumerate(record["response"][:turn]):
         said.insert(2 * i + 1, {"role": "assistant", "content": text})
     return said
-
-
-def temperature(question, args) -> float:
-    return 0.0 if args.greedy else TEMPERATURES.get(question["category"], OTHER_TEMPERATURE)
 
 
 def respond_to_chats(model, tokenizer, chats, temperatures, args, desc) -> list[tuple[str, bool]]:
@@ -166,9 +154,7 @@ def respond_to_chats(model, tokenizer, chats, temperatures, args, desc) -> list[
     for t, same in groupby(order, key=temperatures.__getitem__):
         same = list(same)
         for index in (same[i : i + BATCH] for i in range(0, len(same), BATCH)):
-            batch = tokenizer([texts[i] for i in index], add_special_tokens=False, padding=True, return_tensors="pt").to(
-                model.device
-            )
+            batch = tokenizer([texts[i] for i in index], add_special_tokens=False, padding=True, return_tensors="pt")
             length = batch["input_ids"].shape[1]
             room = min(args.response_length, context_length(model) - length)
             if room < 1:
@@ -176,9 +162,8 @@ def respond_to_chats(model, tokenizer, chats, temperatures, args, desc) -> list[
                          f"{context_length(model)}; allow shorter answers with --response_length")  # fmt: skip
             sampling = {"do_sample": True, "temperature": t, "top_k": 0} if t else {"do_sample": False}
             with torch.no_grad(), autocast(args.bf16):
-                out = model.generate(
-                    input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=room, **sampling
-                )
+                ids, mask = (batch[name].to(model.device) for name in ("input_ids", "attention_mask"))
+                out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=room, **sampling)
             for i, ids in zip(index, out[:, length:].tolist()):
                 ended = not set(model.generation_config.eos_token_id).isdisjoint(ids)
                 said[i] = tokenizer.decode(ids, skip_special_tokens=True).strip(), not ended
@@ -237,12 +222,10 @@ def report(scores, differences):
     for model, found in scores.items():
         print(f"\n{model}")
         for name, figure in found.items():
-            if isinstance(figure, int):
-                print(f"  {name:12}{figure:7}")
-            else:
-                print(
-                    f"  {name:12}"
-                    + ("      -" if figure["value"] is None else "{value:7.2f}  [{low:.2f}, {high:.2f}]".format(**figure))
-                )
+            print(f"  {name:12}" + (f"{figure:7}" if isinstance(figure, int) else in_words(figure)))
     for model, figure in differences.items():
-        print(f"\n{model} less {next(iter(scores))}, overall: " + "{value:.2f}  [{low:.2f}, {high:.2f}]".format(**figure))
+        print(f"\n{model} less {next(iter(scores))}, overall: {in_words(figure)}")
+
+
+def in_words(figure) -> str:
+    return "      -" if figure["value"] is None else "{value:7.2f}  [{low:.2f}, {high:.2f}]".format(**figure)

@@ -58,7 +58,7 @@ def add_flags(add):
     add("--response_length", type=cli.positive(int), help="most tokens of a response; the task's own if not given")
     add("--eval_samples", type=cli.positive(int), default=500, help="held-out prompts, if no file brings its own")
     add("--temperature", type=cli.between(0, 2), default=0.0, help="the models' sampling temperature; 0 takes the likeliest token")
-    judge.add_flags(add, "runs/win_rate/verdicts.jsonl")
+    judge.add_flags(add)
 
 
 def run(args) -> dict:
@@ -66,14 +66,14 @@ def run(args) -> dict:
     "characters": [of A, of B], "judge"}."""
     if len(args.models) != 2:
         cli.fail("win_rate compares two, each a model or a .jsonl file of responses")
-    judge.check(args)
-    pairs = responses(args)
+    path = judge.check(args, "win_rate")
+    pairs = responses(args, path)
     records = [
         {"id": f"{judge.digest(prompt)} {order}", "prompt": prompt, "response": [a, b] if order == "AB" else [b, a], "order": order}
         for prompt, (a, b) in pairs.items()
         for order in ("AB", "BA")
     ]
-    said = judge.verdicts(records, question, read, AGAIN, args)
+    said = judge.verdicts(path, records, question, read, AGAIN, args)
     result = {**rates(list(pairs.values()), said, args.seed), "judge": args.judge}
     report(result, args.models)
     return result
@@ -97,7 +97,7 @@ def read(text: str) -> str | None:
 # ---- responses -----------------------------------------------------------------------------------------------------------
 
 
-def responses(args) -> dict[str, tuple[str, str]]:
+def responses(args, path) -> dict[str, tuple[str, str]]:
     """{prompt: (A's response, B's)}. Prompts are those that the files share, or else held-out ones of the task."""
     files = {name: of_file(name) for name in args.models if name.endswith(".jsonl")}
     if files:
@@ -111,7 +111,7 @@ def responses(args) -> dict[str, tuple[str, str]]:
         tokenizer, _ = policy.load(args.models[0])
         examples = tasks.short_enough(tasks.get(args.task).load(args)[1], tokenizer, args.max_prompt_length)
         prompts = [example.prompt for example in examples[: args.eval_samples]]
-    a, b = (files.get(name) or of_model(name, prompts, args) for name in args.models)
+    a, b = (files.get(name) or of_model(name, prompts, args, path) for name in args.models)
     return {prompt: (a[prompt], b[prompt]) for prompt in prompts}
 
 
@@ -120,13 +120,15 @@ def of_file(path) -> dict[str, str]:
     for number, row in enumerate(rows, 1):
         if not all(isinstance(row.get(name), str) for name in ("prompt", "response")):
             cli.fail(f"line {number} of {path} needs the texts prompt and response")
+        if re.search("[\ud800-\udfff]", row["prompt"] + row["response"]):
+            cli.fail(f"line {number} of {path} holds half of a surrogate pair, which is no text; mend it or leave it out")
     found = {row["prompt"]: row["response"] for row in rows}
     if len(found) < len(rows):
         cli.fail(f"{path} answers a prompt twice; each prompt needs one response")
     return found
 
 
-def of_model(name, prompts, args) -> dict[str, str]:
+def of_model(name, prompts, args, path) -> dict[str, str]:
     defaults = getattr(tasks.get(args.task), "DEFAULTS", {}).get("eval", {})
     length = args.response_length or defaults.get("response_length", 64)
 
@@ -138,7 +140,7 @@ def of_model(name, prompts, args) -> dict[str, str]:
         return [{"prompt": prompt, "response": text} for prompt, text in zip(prompts, texts)]
 
     settings = {"response_length": length, "temperature": args.temperature, "seed": args.seed}
-    return {row["prompt"]: row["response"] for row in judge.kept(name, settings, prompts, args, make)}
+    return {row["prompt"]: row["response"] for row in judge.kept(path, name, settings, prompts, make)}
 
 
 # ---- verdicts ------------------------------------------------------------------------------------------------------------
@@ -149,7 +151,7 @@ def rates(pairs, said, seed=0) -> dict:
     both = list(zip(said[::2], said[1::2], strict=True))
     there = [i for i, two in enumerate(both) if all(record["verdict"] for record in two)]
     if not there:
-        cli.fail("not one pair of verdicts could be read; see the judgments in --out")
+        cli.fail("not one pair of verdicts could be read; see the judgments in the file of verdicts")
     orders = np.array([[score(record) for record in both[i]] for i in there])
     scores, weights = orders.mean(1), resamples(len(there), seed)
     decided = [record["verdict"] for record in said if record["verdict"] in ("first", "second")]
