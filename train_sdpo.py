@@ -55,8 +55,7 @@ def parse_args():
     for_the_log = dict(kl_estimator="full", span_weights="uniform", dense=False, span_noise=None)
     parser.set_defaults(**for_the_log)
     task, args = tasks.parse(parser, "train_sdpo")
-    if args.critic == "scalar":
-        cli.fail("--critic scalar gives a number, and the teacher needs words to read; take rm, rule or openai")
+    critics.check_words(args)
     args.output_dir = args.output_dir or f"runs/{args.task}/sdpo"
     args.batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.num_mini_batches
     return task, args
@@ -191,6 +190,7 @@ def update(model, teacher, optimizer, rollout, hindsight, mask, args):
             sums["grad_norm"] += norm.item() / optimizer_steps
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+    sums["update_tokens"] = args.num_ppo_epochs * int(rollout.prompt_mask.sum() + rollout.mask.sum())
     return dict(sums)
 
 

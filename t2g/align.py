@@ -31,7 +31,7 @@ from t2g.feedback import Feedback, Span, quoted
 FUZZY_THRESHOLD = 90.0  # percent, rapidfuzz's partial ratio
 FUZZY_MIN_CHARS = 8  # shorter quotes resemble too much
 SPAN_DECAY = 0.8  # of the weight, from token to token
-SENTENCE_OR_LINE = r"[.!?…][\"'”’)\]]*(?=\s)|\n"  # what ends a step of a text
+SENTENCE_OR_LINE = r"[.!?…][\"'”’)\]]*(?=\s)\n*|\n+"  # what ends a step of a text
 MATCH_KINDS = ("exact", "normalised", "fuzzy", "lost")
 SAME_MARK = str.maketrans({**dict.fromkeys("“”„«»", '"'), **dict.fromkeys("‘’‚`´", "'"), **dict.fromkeys("–—", "-")})
 

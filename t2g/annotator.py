@@ -157,7 +157,8 @@ class Annotator:
                 used, heard = added(used, paid), True
                 if answer.finish_reason == "length":
                     raise FeedbackError(f"it was cut off after {self.max_tokens} tokens; be shorter")
-                return finished(record, read_annotation(answer.text, record["response"], self.max_spans), used)
+                said = read_annotation(answer.text, record["response"], self.max_spans)
+                return finished(record, said | {"annotator": self.options["model"]}, used)
             except FeedbackError as fault:
                 reason = f"the answer is of no use: {fault}"
                 again = f"That is of no use: {fault}. Give the whole JSON object again, mended."

@@ -12,7 +12,9 @@ from t2g.feedback import Feedback, FeedbackError
 from t2g.log import read_jsonl
 
 FIELDS = {"prompt": str, "response": str, "critique": str, "good_spans": list, "poor_spans": list}
-WRITTEN = ("reasoning", "critique", "good_spans", "poor_spans", "kinds", "status", "reason", "usage")  # by annotators
+WRITTEN = (  # by annotators
+    "reasoning", "critique", "good_spans", "poor_spans", "kinds", "status", "reason", "usage", "annotator",
+)  # fmt: skip
 
 
 def read_responses(path) -> list[dict]:

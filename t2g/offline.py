@@ -67,8 +67,8 @@ def scored(examples, prompts, critic, tokenizer, model, args, desc="sampling", b
 
 
 def total(tokenizer, rollout, row, said) -> float | None:
-    """The sum of delta over a response's tokens."""
-    if said is None:
-        return None
+    """The sum of delta over a response's tokens, or the number that a scalar critic says."""
+    if said is None or isinstance(said, float):
+        return said
     offsets = token_offsets(tokenizer, rollout.response[row][rollout.mask[row]].tolist())
     return span_rewards(offsets, resolve(rollout.texts[row], said)[0]).sum().item()

@@ -24,7 +24,7 @@ from t2g import checkpoint, policy
 from t2g.checkpoint import BEST, STATE, run_folder
 from t2g.cli import between, fail, positive
 from t2g.log import Logger
-from t2g.policy import autocast, context_length, response_logits
+from t2g.policy import autocast, context_length, now, response_logits
 from t2g.rollout import Rollout, chat_text
 
 
@@ -161,7 +161,7 @@ def train(model, tokenizer, rows, heldout, args, folder, desc, objective=NEXT_TO
     bar = tqdm(total=args.max_steps, initial=reached["step"], desc=desc, unit="step", mininterval=0.5)
     model.train()
     for step in range(reached["step"] + 1, args.max_steps + 1):
-        parts = itertools.islice(batches, args.gradient_accumulation_steps)
+        start, parts = now(), itertools.islice(batches, args.gradient_accumulation_steps)
         microbatches = [objective.collate(some, tokenizer.pad_token_id, device) for some in parts]
         metrics = train_step(model, microbatches, args, objective)
         metrics["learning_rate"] = rate = args.learning_rate * schedule(step, args)
@@ -170,7 +170,7 @@ def train(model, tokenizer, rows, heldout, args, folder, desc, objective=NEXT_TO
                 group["lr"] = rate
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        reached["step"] = step
+        reached["step"], metrics["seconds_update"] = step, now() - start
         if heldout and (step % args.eval_steps == 0 or step == args.max_steps):
             metrics |= measured(model, tokenizer, heldout, args, objective)
             if metrics["validation_loss"] < reached["best_loss"]:
@@ -200,8 +200,9 @@ def train_step(model, microbatches, args, objective=NEXT_TOKEN) -> dict:
             sums[name] += value / count
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm, error_if_nonfinite=True)
     places = [mask for batch, *_ in microbatches for mask in (batch.prompt_mask, batch.mask)]
-    padding = 1 - sum(int(mask.sum()) for mask in places) / sum(mask.numel() for mask in places)
-    return {**sums, "grad_norm": grad_norm.item(), objective.unit: count, "padding": padding}
+    read = sum(int(mask.sum()) for mask in places)
+    padding = 1 - read / sum(mask.numel() for mask in places)
+    return {**sums, "grad_norm": grad_norm.item(), objective.unit: count, "update_tokens": read, "padding": padding}
 
 
 def measured(model, tokenizer, rows, args, objective) -> dict:

@@ -256,4 +256,4 @@ def test_two_steps_of_the_script(run, tmp_path):
 def test_a_critic_without_words_is_refused(run, capsys):
     with pytest.raises(SystemExit) as stopped:
         run("train_sdpo", "--critic", "scalar")
-    assert stopped.value.code == 2 and "needs words to read" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "a number is no critique" in capsys.readouterr().err
