@@ -4,6 +4,7 @@
     python reproduce.py --recipe toy --quick                       # a taste of it in ten minutes, with the rule as the critic
     python reproduce.py --recipe toy --rows scalar text2grad       # some rows
     python reproduce.py --recipe toy --sweep                       # how the learning rates of the recipes were found
+    python reproduce.py --recipe slf5k_8b --dry_run                # the commands of the paper's table, to be read
 
 A recipe is a folder recipes/NAME: table.toml says which stages rows share and how a policy is measured, each other file is a row
 and holds its command. Stopped at any moment, the same command goes on: what is done stays. The last line printed is a JSON object.
@@ -54,16 +55,22 @@ def main():
     add("--output_dir", help="where all runs go; runs/reproduce/RECIPE if not given, with -quick or -sweep behind it")
     add("--quick", action="store_true", help="short runs, with the flags under [quick] in table.toml")
     add("--sweep", action="store_true", help="each row at a third of its learning rate, at it, and at three times of it")
+    add("--dry_run", action="store_true", help="print the commands of the first seed, and run none")
     add("--plot", help="where the curves go as a PNG; curves.png in --output_dir if not given")
     args = parser.parse_args()
     kind = "quick" if args.quick else "sweep" if args.sweep else ""
     recipe, rows = read_recipe(args.recipe, args.rows, kind)
     seeds = args.seeds or ([3] if args.sweep else [0, 1, 2])
     root = Path(args.output_dir or Path("runs/reproduce") / "-".join(filter(None, [Path(args.recipe).name, kind])))
+    if args.dry_run:
+        for job in jobs_of(recipe, rows, seeds[0], root, kind):
+            print(f"# {job}", *job.commands, sep="\n")
+        return
     make_folder(root, "--output_dir")
     jobs = [job for seed in seeds for job in jobs_of(recipe, rows, seed, root, kind)]
     run_all(jobs, args.jobs or recipe.get("jobs", 1))
-    found = {name: [table.read_cell(root / f"seed-{seed}", name, recipe["main"]) for seed in seeds] for name in rows}
+    logged = recipe.get("curve", recipe["main"])
+    found = {name: [table.read_cell(root / f"seed-{seed}", name, logged) for seed in seeds] for name in rows}
     result = table.summarise(found, recipe)
     write_json(root / "table.json", result)
     text = table.markdown(result, recipe, rows)

@@ -20,14 +20,16 @@ PARTS = ("rollout", "critique", "update")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's, told apart by all
 
 
-def read_cell(folder, name, main) -> dict:
-    """What a row of one seed came to: its scores, seconds, ledger, and the curve of the main metric over its steps."""
+def read_cell(folder, name, logged) -> dict:
+    """What a row of one seed came to: its scores, seconds, ledger, and the curve of a logged metric over its steps."""
     done = json.loads((folder / f"{name}.done.json").read_text(encoding="utf-8"))
-    [scores] = json.loads(done["result"]).values()
+    measured = json.loads(done["result"])
+    [scores] = measured.get("scores", measured).values()
+    scores = {name: figure["value"] if isinstance(figure, dict) else figure for name, figure in scores.items()}
     run = folder / name.replace(" ", "_")
     trained = (run / "metrics.jsonl").is_file()
     steps = read_jsonl(run / "metrics.jsonl") if trained else []
-    curve = [row[main] for row in steps if main in row]
+    curve = [row[logged] for row in steps if logged in row]
     return {"scores": scores, "seconds": done["seconds"], "curve": smooth(curve), "ledger": ledger(run, steps) if trained else {}}
 
 

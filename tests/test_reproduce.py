@@ -174,13 +174,26 @@ def test_of_one_seed_there_is_a_mean_and_no_interval():
     assert table.shown(table.over_seeds([0.5]), 2) == "0.50" and table.shown(table.over_seeds([]), 2) == ""
 
 
+def test_a_dry_run_prints_the_commands_and_runs_none(run, recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", "--recipe", str(recipe), "--dry_run", "--output_dir", str(tmp_path / "out")])
+    reproduce.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "# sft of seed 0" and lines[-1].endswith(f"measure {tmp_path}/out/seed-0/sft 0 0.1")
+    assert not (tmp_path / "out").exists()
+
+
+def flags_of(source) -> set[str]:
+    return set(re.findall(r"""["'](--\w+)["']""", source))
+
+
 def test_every_recipe_in_the_repository_can_be_read_and_names_stages_and_scripts_that_exist():
     for folder in sorted((reproduce.HERE / "recipes").iterdir()):
         recipe, rows = reproduce.read_recipe(str(folder), None, "")
         jobs = reproduce.jobs_of(recipe, rows, 0, Path("out"), "")
         assert {need for job in jobs for need in job.needs} <= {job.name for job in jobs}
+        known = flags_of("".join(path.read_text() for path in (reproduce.HERE / "t2g").rglob("*.py")))
         for line in (line for job in jobs for line in job.commands):
-            words = line.split()
-            script = next(word for word in words if word.endswith(".py"))
-            assert (reproduce.HERE / script).is_file(), line
+            script = next(reproduce.HERE / word for word in line.split() if word.endswith(".py"))
+            flags = set(re.findall(r"(--\w+)", line)) - {"--nproc_per_node"}
+            assert flags <= known | flags_of(script.read_text()), line
         assert set(recipe["curves"]) <= set(rows) and recipe["against"] in rows
