@@ -130,7 +130,7 @@ def jobs_of(recipe, rows, seed, root, kind) -> list[Job]:
         jobs[name] = Job(seed, name, folder, stages[name].get("needs", []), [command(stages[name]["run"], name)])
 
     for name, row in rows.items():
-        needs = [need for need in row.get("needs", []) if not (extra and stages[need].get("learned"))]
+        needs = [need for need in row.get("needs", []) if not (kind == "quick" and stages[need].get("learned"))]
         for need in needs:
             add_stage(need)
         lines = [*([row["run"]] if "run" in row else []), row.get("measure", recipe["measure"])]

@@ -145,9 +145,9 @@ def test_bad_flags_are_one_sentence(run, flags, said, capsys):
 def test_a_sweep_tries_a_third_and_three_times_of_each_learning_rate(recipe):
     table_, rows = reproduce.read_recipe(str(recipe), None, "sweep")
     assert {name: round(row["learning_rate"], 3) for name, row in rows.items()} == {"a x 0.33": 1.0, "a x 1": 3.0, "a x 3": 9.0}
-    [sft, job] = reproduce.jobs_of(table_, {"a x 3": rows["a x 3"]}, 3, Path("out"), "sweep")
-    assert (sft.name, job.needs) == ("sft", ["sft"]) and "out/seed-3/a_x_3" in job.commands[0]
-    assert all(line.endswith(" more") for line in (*sft.commands, *job.commands))
+    [sft, rm, job] = reproduce.jobs_of(table_, {"a x 3": rows["a x 3"]}, 3, Path("out"), "sweep")
+    assert (sft.name, rm.name, job.needs) == ("sft", "rm", ["sft", "rm"]) and "out/seed-3/a_x_3" in job.commands[0]
+    assert all(line.endswith(" more") for line in (*sft.commands, *rm.commands, *job.commands))
 
 
 def test_the_ledger_counts_two_flops_a_weight_and_token_read_and_six_trained(run, tmp_path):

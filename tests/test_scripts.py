@@ -23,7 +23,7 @@ from t2g.rollout import Rollout
 from t2g.tasks import toy
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = ("train_sft", "annotate", "train_rm", "train_ppo", "eval")
+SCRIPTS = ("train_sft", "annotate", "train_rm", "train_ppo", "train_dpo", "train_ilf", "train_sdpo", "train_scalar_rm", "eval")
 
 
 def run(script, *flags):
@@ -66,8 +66,10 @@ def test_a_run_writes_its_config_and_a_line_of_known_metrics_a_step(rule_run):
     assert [line["step"] for line in lines] == [1, 2]
     for line in lines:
         assert set(line) <= set(METRICS) | set(toy.METRICS)
-    supervised, if_any = {"loss", "tokens", "padding", "validation_loss"}, {name for name in METRICS if name.startswith("shift_")}
-    assert set(METRICS) - supervised - if_any <= set(lines[0]) and "shift_rest" in lines[0], "a metric that nothing logs"
+    supervised = {"loss", "tokens", "padding", "validation_loss"}
+    others = {"pairs", "texts", "pair_margin", "pair_accuracy", "validation_r2", "validation_rank", "divergence", "too_long"}
+    if_any = {name for name in METRICS if name.startswith("shift_")}
+    assert set(METRICS) - supervised - others - if_any <= set(lines[0]) and "shift_rest" in lines[0], "a metric that nothing logs"
     assert lines[0]["kl"] == 0 and lines[0]["first_ratio_error"] < 1e-4
 
 
