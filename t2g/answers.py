@@ -4,10 +4,10 @@ The program under test never shares a process with what it should answer. It tel
 are compared here, as plain values: frames, patched libraries and objects that are equal to everything gain nothing. What is left
 to a cheat is to know the answers by heart. An input that is not answered, for whatever reason, is answered wrong.
 
-What is right, by evalplus's rules (Liu et al. 2023, its version 0.3.1): an equal value; for a row with a tolerance, or a solution
-that answers in floats (then 1e-6), a value of the same type and shape within atol + 1e-7 |expected|; and what ORACLES say of tasks
-with several right answers. Objects that are no plain values are compared by their type, and answers of more than LONGEST characters
-by a digest. JSON has no tuples, sets or complex numbers: where MBPP+ means them is read off each row's asserts.
+What is right, by evalplus's rules (Liu et al. 2023, its version 0.3.1): an equal value; for a row with a tolerance, or where a
+float or a list of floats is due (then 1e-6), a value of the same type and shape within atol + 1e-7 |expected|; and what ORACLES
+say of tasks with several right answers. Objects that are no plain values are compared by their type, and answers of more than
+LONGEST characters by a digest. JSON has no tuples, sets or complex numbers: where MBPP+ means them is read off each row's asserts.
 """
 
 import ast
@@ -22,7 +22,7 @@ import numpy as np
 from t2g import sandbox
 
 TIMEOUT_S, REFERENCE_TIMEOUT_S, MEMORY_MB = 10, 180, 4096
-PATIENCE = 3  # a program may take so many times the seconds of the data set's own solution
+PATIENCE = 6  # a program may take so many times the seconds of the data set's own solution
 LONGEST, ROOM = 4000, 50_000  # characters of one answer, and of all that one run tells: the sandbox keeps 64 KiB
 TELL = """
 import hashlib, json, sys
@@ -149,30 +149,25 @@ def value_of(text):
 
 
 def is_right(unit, arguments, answer, expected) -> bool:
-    """Whether an answer is right, by the rules at the head of this file; unit.atol is the one of tolerance()."""
+    """Whether an answer is right, by the rules at the head of this file."""
     if is_error(answer):
         return False
     try:
-        if answer == expected or (
-            unit.entry_point in ORACLES and ORACLES[unit.entry_point](arguments, answer, expected, unit.atol)
-        ):
+        if answer == expected:
             return True
-        if not unit.atol or type(answer) is not type(expected) or np.shape(answer) != np.shape(expected):
+        if unit.entry_point in ORACLES:
+            return ORACLES[unit.entry_point](arguments, answer, expected, unit.atol)
+        atol = unit.atol or (1e-6 if is_floats(expected) else 0)
+        if not atol or type(answer) is not type(expected) or np.shape(answer) != np.shape(expected):
             return False
-        return bool(np.allclose(answer, expected, rtol=1e-7, atol=unit.atol))
+        return bool(np.allclose(answer, expected, rtol=1e-7, atol=atol))
     except (TypeError, ValueError, OverflowError, RecursionError):  # what cannot be compared is not the same
         return False
 
 
-def tolerance(unit, expected) -> Unit:
-    """The unit with 1e-6 for its tolerance if it has none and its solution answers in floats."""
-
-    def is_floats(value):
-        return isinstance(value, float) or (
-            isinstance(value, list | tuple) and len(value) > 0 and all(isinstance(item, float) for item in value)
-        )
-
-    return unit._replace(atol=unit.atol or (1e-6 if any(map(is_floats, expected)) else 0.0))
+def is_floats(value) -> bool:
+    parts = value if isinstance(value, list | tuple) and value else [value]
+    return all(isinstance(part, float) for part in parts)
 
 
 def same_elements(arguments, answer, expected, atol):

@@ -280,8 +280,7 @@ def judged(problem, program, expected) -> Verdict:
         result = unit_tests.run(problem.tests, program)
         runs = result.passed or result.reason.startswith("AssertionError")
         return Verdict(result.passed, result.passed, parses, runs, result.reason)
-    should = expected[problem.id]
-    unit = answers.tolerance(problem.unit, should.values)
+    unit, should = problem.unit, expected[problem.id]
     found = answers.of(program, unit, max(answers.TIMEOUT_S, answers.PATIENCE * should.seconds))
     right = [answers.is_right(unit, *row) for row in zip(unit.inputs, found.values, should.values)]
     right += [False] * (len(unit.inputs) - len(right))
