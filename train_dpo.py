@@ -194,7 +194,7 @@ def main():
     check_start(model, rows[: args.per_device_train_batch_size], tokenizer, args)
     with checkpoint.run_folder(args) as folder:
         write_whole(folder / "pairs.jsonl", pairs)
-        write_json(folder / "sampling.json", stats)
+        write_json(folder / "sampling.json", [stats] if stats else [])
         step = supervised.train(model, tokenizer, rows, heldout, args, folder, "DPO", PREFERENCE)
         saved = supervised.save(model, tokenizer, folder, step, args)
     print(f"policy: {saved} ({time.perf_counter() - start:.0f} s)")

@@ -10,6 +10,7 @@ the policy does, so it must be able to.
 """
 
 import itertools
+import random
 import time
 from pathlib import Path
 
@@ -45,6 +46,7 @@ def main():
     prompts = [revision_prompt(row.example.prompt, row.text, row.feedback) for row in first]
     second, revised = offline.scored([row.example for row in first], prompts, critic, tokenizer, model, args, desc="revising")
     pairs = chosen(first, second)
+    random.Random(args.seed).shuffle(pairs)  # samples come in order of their prompts' length
     print(f"reward of a response {stats['reward']:.2f}, of a revision {revised['reward']:.2f}; {len(pairs)} prompts to learn from")
     saved = supervised.finetune(model, tokenizer, pairs, args, desc="ILF")
     write_json(Path(args.output_dir) / "sampling.json", [stats, revised])
