@@ -1,13 +1,15 @@
-"""Where feedback comes from. A critic is a function (examples, responses) -> a list of Feedback, None where it is unreadable.
+"""Where feedback comes from. A critic is a function (examples, responses) -> a list of Feedback, None where it is unreadable;
+the scalar critic, a baseline, says numbers instead.
 
 Critic and policy talk in text only: a reward model has its own tokenizer and may be of another family.
 """
 
 import asyncio
 
+import torch
 from tqdm import tqdm
 
-from t2g import policy
+from t2g import policy, scalar_head, supervised
 from t2g.align import locate, token_offsets
 from t2g.cli import fail, positive
 from t2g.feedback import Feedback, FeedbackError, reward_prompt
@@ -43,8 +45,6 @@ def chosen(task, args, root, device):
     if args.critic == "openai":
         return warning(openai_critic(args.base_url, args.reward_model, args.critique_length))
     if args.critic == "scalar":
-        from t2g.scalar_head import scalar_critic
-
         return warning(scalar_critic(args.reward_model or root / "rm_scalar", device, args.bf16))
     tokenizer, model = policy.load(args.reward_model or root / "rm", device)
     return warning(reward_model_critic(model, tokenizer, args.critique_length, args.bf16))
@@ -113,6 +113,39 @@ def asker(model, tokenizer, critique_length, **options):
         return [next(answers) if fit else None for fit in fits]
 
     return ask
+
+
+def scalar_critic(path, device, bf16=False, batch_size=64):
+    """critic(examples, responses) -> a number for each response, None where it is too long for the model's context.
+
+    Long prompts are shortened in their middle: see critics.fitting_prompt(). How many are too long even so is printed once.
+    """
+    tokenizer, scorer = scalar_head.load(path, device)
+    context, warned = policy.context_length(scorer.model), False
+
+    @torch.no_grad()
+    def critic(examples, responses):
+        nonlocal warned
+        pairs = zip(examples, responses)
+        asked = [fitting_prompt(tokenizer, example.prompt, response, context - 1) for example, response in pairs]  # 1 for EOS
+        rows = scalar_head.encode(tokenizer, asked)
+        lengths = [sum(map(len, row)) for row in rows]
+        fits = [n for n in sorted(range(len(rows)), key=lengths.__getitem__) if lengths[n] <= context]
+        if not warned and len(fits) < len(rows):
+            warned = True
+            tqdm.write(
+                f"{len(rows) - len(fits)} of {len(rows)} responses are too long to be scored: they do not fit the context of "
+                f"{context} tokens. They count as unreadable, as later ones will"
+            )
+        said = [None] * len(rows)
+        for start in range(0, len(fits), batch_size):
+            index = fits[start : start + batch_size]
+            batch, _ = supervised.as_rollout([rows[n] for n in index], tokenizer.pad_token_id, device)
+            for n, score in zip(index, scalar_head.scores(scorer, batch, bf16).tolist()):
+                said[n] = score
+        return said
+
+    return critic
 
 
 def openai_critic(base_url, model, critique_length=200, concurrency=16, timeout=600.0, max_retries=5):

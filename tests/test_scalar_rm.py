@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 import train_scalar_rm
-from t2g import policy, scalar_head, supervised
+from t2g import critics, policy, scalar_head, supervised
 from t2g.feedback import Feedback, reward_prompt
 from t2g.log import METRICS, read_jsonl
 from t2g.policy import Policy
@@ -149,7 +149,7 @@ def test_the_critic_speaks_in_the_unit_of_rewards_and_scores_as_in_training(run)
     tokenizer, _ = scalar_head.load(run / "rm_scalar")
     marks = [Feedback(r["critique"], r["good_spans"], r["poor_spans"]) for r in records[:10]]
     true = torch.tensor([target(tokenizer, r["response"], said) for r, said in zip(records, marks)])
-    critic = scalar_head.scalar_critic(run / "rm_scalar", "cpu", batch_size=3)
+    critic = critics.scalar_critic(run / "rm_scalar", "cpu", batch_size=3)
     said = torch.tensor(critic([Example(r["prompt"], "", {}) for r in records[:10]], [r["response"] for r in records[:10]]))
     r2 = 1 - (said - true).square().sum() / (true - true.mean()).square().sum()
     assert r2.item() == pytest.approx(best["validation_r2"], abs=1e-4)
@@ -163,12 +163,12 @@ def test_the_checkpoint_is_a_plain_model_that_says_what_its_head_means(run):
 def test_what_is_no_scalar_reward_model_is_refused(run, capsys):
     """A policy has a value head too, but its V means something else."""
     with pytest.raises(SystemExit):
-        scalar_head.scalar_critic(run / "sft", "cpu")
+        critics.scalar_critic(run / "sft", "cpu")
     assert "is no scalar reward model" in capsys.readouterr().err
 
 
 def test_a_long_prompt_is_shortened_and_a_response_that_is_too_long_even_so_counts_as_unreadable(run, capsys):
-    critic = scalar_head.scalar_critic(run / "rm_scalar", "cpu")
+    critic = critics.scalar_critic(run / "rm_scalar", "cpu")
     example, long = toy.make_example(random.Random(0)), " so it is" * 300
     examples, responses = [example._replace(prompt=example.prompt + long), example], ["Ana is 27.", long]
     tokenizer, _ = scalar_head.load(run / "rm_scalar")
