@@ -29,8 +29,9 @@ def read_cell(folder, name, logged) -> dict:
     run = folder / name.replace(" ", "_")
     trained = (run / "metrics.jsonl").is_file()
     steps = read_jsonl(run / "metrics.jsonl") if trained else []
-    curve = [row[logged] for row in steps if logged in row]
-    return {"scores": scores, "seconds": done["seconds"], "curve": smooth(curve), "ledger": ledger(run, steps) if trained else {}}
+    online = [row for row in steps if logged in row and "kl" in row]
+    curves = {"curve": smooth([row[logged] for row in online]), "kl": smooth([row["kl"] for row in online])}
+    return {"scores": scores, "seconds": done["seconds"], "ledger": ledger(run, steps) if trained else {}} | curves
 
 
 def smooth(curve) -> list[float]:
@@ -94,10 +95,12 @@ def summarise(found, recipe) -> dict:
             theirs = [cell["scores"][main] for cell in other]
             values[f"{main}, less {recipe['against']}"] = [a - b for a, b in zip(values[main], theirs)]
         if cells[0]["curve"]:
+            values["kl"] = [cell["kl"][-1] for cell in cells]
             values["steps_to_90_percent"] = [first(cell["curve"], 0.9 * max(cell["curve"])) for cell in cells]
             if other and other[0]["curve"] and cells is not other:
-                reached = [first(cell["curve"], max(it["curve"])) for cell, it in zip(cells, other)]
-                values[f"steps_to_best_of_{recipe['against']}"] = reached
+                pairs = list(zip(cells, other))
+                values[f"steps_to_best_of_{recipe['against']}"] = [first(a["curve"], max(b["curve"])) for a, b in pairs]
+                values[f"{main}, less {recipe['against']} at equal KL"] = [gain_at_equal_kl(a, b) for a, b in pairs]
         values["seconds"] = [cell["seconds"] for cell in cells]
         for part in cells[0]["ledger"]:
             for unit in cells[0]["ledger"][part]:
@@ -111,6 +114,13 @@ def first(curve, level) -> int | None:
     return next((step for step, value in enumerate(curve, 1) if value >= level), None)
 
 
+def gain_at_equal_kl(cell, other) -> float:
+    """What a run's curve is above another's where both are as far from the starting policy as the one that goes less far."""
+    kl = min(max(cell["kl"]), max(other["kl"]))
+    ours, theirs = (np.interp(kl, np.maximum.accumulate(run["kl"]), run["curve"]) for run in (cell, other))
+    return float(ours - theirs)
+
+
 def over_seeds(values) -> dict:
     """metrics.interval(); of one value the mean alone, of none nothing."""
     if len(values) > 1:
@@ -121,7 +131,8 @@ def over_seeds(values) -> dict:
 def markdown(result, recipe, rows) -> str:
     """The table, and below it the ledger."""
     main, against = recipe["main"], recipe["against"]
-    columns = [*recipe["metrics"], f"{main}, less {against}", "steps_to_90_percent", f"steps_to_best_of_{against}"]
+    columns = [*recipe["metrics"], f"{main}, less {against}", "kl", f"{main}, less {against} at equal KL"]
+    columns += ["steps_to_90_percent", f"steps_to_best_of_{against}"]
     lines = [f"| | {' | '.join(column.replace('_', ' ') for column in columns)} |", "|---" * (len(columns) + 1) + "|"]
     for name, row in result["rows"].items():
         cells = [shown(row.get(column), 0 if column.startswith("steps") else 2) for column in columns]

@@ -23,7 +23,8 @@ if kind == "fail" and not (out.parent.parent / "mended").exists():
 if kind == "train":
     assert (out.parent / "sft").is_dir()
     steps = [{"step": n, "good": level * min(n, 10) / 10, "seconds_rollout": 1.0, "seconds_critique": 2.0, "seconds_score": 0.5,
-              "seconds_update": 3.0, "prompt_tokens": 6, "response_tokens": 4, "critique_tokens": 5, "update_tokens": 40}
+              "seconds_update": 3.0,
+              "kl": level * n, "prompt_tokens": 6, "response_tokens": 4, "critique_tokens": 5, "update_tokens": 40}
              for n in range(1, 21)]
     out.mkdir(parents=True)
     out.joinpath("metrics.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in steps))
@@ -92,6 +93,8 @@ def test_each_stage_is_run_once_a_seed_before_the_rows_that_need_it_and_the_tabl
     assert result["rows"]["a"]["good, less b"] == pytest.approx({"mean": 0.3, "low": 0.3, "high": 0.3, "seeds": 3})
     assert result["rows"]["c"]["good"]["mean"] == pytest.approx(0.11)
     assert "steps_to_90_percent" not in result["rows"]["c"], "what is not trained has no steps"
+    assert result["rows"]["a"]["kl"]["mean"] == pytest.approx(0.9 * 18)
+    assert result["rows"]["a"]["good, less b at equal KL"]["mean"] == pytest.approx(0.3, abs=0.01)
     for seed in range(3):
         assert calls.count(f"stage sft {seed}") == calls.count(f"stage rm {seed}") == 1
         assert calls.index(f"stage sft {seed}") < calls.index(f"stage rm {seed}") < calls.index(f"train a {seed}")
@@ -167,6 +170,12 @@ def test_steps_are_counted_on_the_smoothed_curve():
     curve = table.smooth([0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1])
     assert curve[4] == 0 and curve[5] == pytest.approx(0.2) and curve[9] == 1
     assert table.first(curve, 0.9) == 10 and table.first(curve, 2) is None
+
+
+def test_at_equal_kl_a_run_is_read_where_it_had_gone_as_far_as_the_other_at_its_end():
+    far, near = {"kl": [0, 2, 4, 8], "curve": [0.0, 0.5, 0.8, 0.9]}, {"kl": [0, 1, 3, 2], "curve": [0.0, 0.1, 0.2, 0.3]}
+    assert table.gain_at_equal_kl(far, near) == pytest.approx(0.65 - 0.3)
+    assert table.gain_at_equal_kl(near, far) == pytest.approx(0.3 - 0.65)
 
 
 def test_of_one_seed_there_is_a_mean_and_no_interval():
