@@ -3,9 +3,10 @@
     python annotate.py --critic human --responses FILE --out notes.jsonl
 
 Each line of FILE is a record that somebody filled in (the fields of annotate.py), a row of DeFacto (an explanation, instructions,
-a corrected summary) or a row of FineGrainedRLHF's QA feedback (ranges of errors by kind). Where people gave no quotes, they are
-made from what they did mark. Poor is what they took out or named. Good is sparse, as in the paper: of a summary the names and
-numbers that the corrector left and the article has, of an answer the longest runs without an error.
+a corrected summary), a row of FineGrainedRLHF's QA feedback (ranges of errors by kind) or a row of ILF's feedback on programs (what
+is wrong, and the mended program). Where people gave no quotes, they are made from what they did mark. Poor is what they took out or
+named. Good is sparse, as in the paper: of a summary the names and numbers that the corrector left and the article has, of an answer
+the longest runs without an error, of a program the longest lines that were kept.
 """
 
 import json
@@ -16,7 +17,7 @@ from t2g.cli import fail
 from t2g.critics import quote_of
 from t2g.feedback import Feedback
 from t2g.human_spans import INSTRUCTION, WORD, changes
-from t2g.tasks import summarize
+from t2g.tasks import code, summarize
 
 MAX_GOOD, SHORTEST_GOOD = 2, 4  # good quotes of a response; words of a run that counts as good
 WORDS_QUOTED = 8  # of a marked range or of a passage in a critique: it should say where, not repeat all
@@ -31,7 +32,7 @@ ERRORS = {  # how FineGrainedRLHF's kinds of error read as a critique; {} is wha
 
 
 def records(rows, name) -> list[dict]:
-    """The annotation records of a file's rows. A row in none of the three forms ends the program, with its number."""
+    """The annotation records of a file's rows. A row in none of these forms ends the program, with its number."""
     found = []
     for number, row in enumerate(rows, 1):
         form = next((form for field, form in FORMS.items() if field in row), dict)
@@ -89,7 +90,31 @@ def finegrained_qa(row) -> dict:
     }
 
 
-FORMS = {"candidate": defacto, "prediction 1": finegrained_qa}  # by a field that only this form has
+def ilf(row) -> dict:
+    """Critique: the feedback. Poor: lines of the program that the mended one does not have. Good: the longest of the others."""
+    text = f"```python\n{row['original_model_completion'].strip()}\n```"
+    mended = {one_line(line) for line in row["unedited_annotator_completion"].splitlines()}
+    head = row["prompt"].rstrip().rpartition("\n")[2]
+    lines = [(line.start(), line.end()) for line in re.finditer(r"\S.*", text)]
+    written = text.index(head) + len(head)
+    docs = [match.span() for match in re.finditer('""".*?"""', text, re.DOTALL)]
+    lines = [(a, b) for a, b in lines[:-1] if a >= written and not any(start <= a < end for start, end in docs)]
+    poor = [place for place in lines if one_line(text[slice(*place)]) not in mended]
+    good = sorted(set(lines) - set(poor), key=lambda place: place[0] - place[1])[:MAX_GOOD]
+    return {
+        "prompt": code.INSTRUCTION.format(f"Complete this program.\n\n{row['prompt'].strip()}"),
+        "response": text,
+        "critique": one_line(row["Feedback"]),
+        "good_spans": [quote_of(text, *place) for place in sorted(good)],
+        "poor_spans": [quote_of(text, *place) for place in poor],
+    }
+
+
+FORMS = {
+    "candidate": defacto,
+    "prediction 1": finegrained_qa,
+    "original_model_completion": ilf,
+}  # by a field that only this form has
 
 
 def sentences(passages, place) -> str:

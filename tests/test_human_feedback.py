@@ -44,6 +44,22 @@ def places(record):
     return {sign: [record["response"][a:b] for a, b, score in spans if score == sign] for sign in (1, -1)}
 
 
+HEAD = '"""\nWrite a function to add one.\n"""\n\nimport os\ndef f(x):\n'
+ILF = {
+    "prompt": HEAD,
+    "original_model_completion": HEAD + '    """Adds one."""\n    y = x - 1\n\n    return  y\n',
+    "unedited_annotator_completion": HEAD + "    y = x + 1\n    return y\n",
+    "Feedback": "It takes one away.\nIt should add it.",
+}
+
+
+def test_of_a_program_the_lines_that_the_mended_one_lacks_are_poor_and_kept_ones_good():
+    [record] = records([ILF], "x")
+    assert record["poor_spans"] == ["y = x - 1"] and record["good_spans"] == ["return  y"]
+    assert record["critique"] == "It takes one away. It should add it."
+    assert record["prompt"].endswith("def f(x):") and record["response"].startswith("```python")
+
+
 def test_a_correction_says_what_is_poor_and_the_facts_that_it_left_are_good():
     [record] = records([DEFACTO], "rows")
     assert places(record) == {1: ["Paris"], -1: ["Didier", "23"]}
