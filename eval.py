@@ -43,6 +43,8 @@ def main():
     add("--eval_samples", type=cli.positive(int), default=256, help="held-out prompts; of --annotations all records if not given")
     add("--out", help="page: the file to write, page.html if not given; rm: the same, card.html in the reward model's folder")
     task, args = tasks.parse(parser, "eval")
+    if not (args.what == "policy" and args.reflect) and (args.reflect or args.reward_model or args.base_url):
+        cli.fail("--reflect is for policy, and --reward_model and --base_url are for --reflect; name what is measured behind it")
     torch.manual_seed(args.seed)
     print(json.dumps(WHAT[args.what](task, args)))
 
@@ -55,7 +57,9 @@ def policies(task, args) -> dict:
     critic = None
     if args.reflect:
         critics.check_words(args)
-        critic = critics.chosen(task, args, Path(f"runs/{args.task}"), policy.device())
+        root = Path(args.runs[0]).parent if args.runs else Path(f"runs/{args.task}")
+        stages.ensure(critics.stages_before(args), args, root)
+        critic = critics.chosen(task, args, root, policy.device())
     for run in args.runs or [f"runs/{args.task}/sft", f"runs/{args.task}/ppo"]:
         tokenizer, model = policy.load(run, policy.device())
         heldout = tasks.short_enough(examples, tokenizer, args.max_prompt_length)[: args.eval_samples]

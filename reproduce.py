@@ -1,6 +1,6 @@
 """A table of methods over seeds: every stage, every run, the measuring, the ledger of what each costs, and the learning curves.
 
-    python reproduce.py --recipe toy                               # all rows, three seeds: about an hour on 2 cores
+    python reproduce.py --recipe toy                               # all rows, three seeds: about an hour and a half on 2 cores
     python reproduce.py --recipe toy --quick                       # a taste of it in ten minutes, with the rule as the critic
     python reproduce.py --recipe toy --rows scalar text2grad       # some rows
     python reproduce.py --recipe toy --sweep                       # how the learning rates of the recipes were found
@@ -63,15 +63,18 @@ def main():
     seeds = args.seeds or ([3] if args.sweep else [0, 1, 2])
     root = Path(args.output_dir or Path("runs/reproduce") / "-".join(filter(None, [Path(args.recipe).name, kind])))
     if args.dry_run:
+        print(f"# {recipe['title']}")
         for job in jobs_of(recipe, rows, seeds[0], root, kind):
-            print(f"# {job}", *job.commands, sep="\n")
+            paper = ", ".join(f"{metric} {value}" for metric, value in rows.get(job.name, {}).get("paper", {}).items())
+            print(f"# {job}{paper and f'; the paper has {paper}'}", *job.commands, sep="\n")
         return
     make_folder(root, "--output_dir")
     jobs = [job for seed in seeds for job in jobs_of(recipe, rows, seed, root, kind)]
     run_all(jobs, args.jobs or recipe.get("jobs", 1))
     logged = recipe.get("curve", recipe["main"])
     found = {name: [table.read_cell(root / f"seed-{seed}", name, logged) for seed in seeds] for name in rows}
-    result = table.summarise(found, recipe)
+    result = table.summarise(found, recipe, rows)
+    result["stages"] = table.stage_seconds(jobs, rows)
     write_json(root / "table.json", result)
     text = table.markdown(result, recipe, rows)
     (root / "table.md").write_text(text, encoding="utf-8")
@@ -91,13 +94,22 @@ def read_recipe(name, chosen, kind) -> tuple[dict, dict]:
     except tomllib.TOMLDecodeError as error:
         fail(f"a recipe of {folder} is no TOML: {error}")
     rows = dict(zip(map(row_name, files_of(folder)), rest))
+    recipe.setdefault("stages", {})
+    if missing := {"title", "metrics", "main", "main_title", "against", "curves", "measure"} - set(recipe):
+        fail(f"{folder}/table.toml has no {', '.join(sorted(missing))}")
+    if untitled := [name for name, row in rows.items() if "title" not in row]:
+        fail(f"rows without a title in {folder}: {', '.join(untitled)}")
+    if both := set(rows) & set(recipe["stages"]):
+        fail(f"{', '.join(sorted(both))} in {folder} names a row and a stage; rename one of them")
+    if kind == "quick" and "quick" not in recipe:
+        fail(f"{folder}/table.toml has no [quick], so there is no short form of these runs")
     if unknown := set(chosen or []) - set(rows):
         fail(f"there is no row {', '.join(sorted(unknown))}; the rows are {', '.join(rows)}")
     rows = {name: row for name, row in rows.items() if name in (chosen or rows)}
     if kind == "quick":
         rows = {name: row for name, row in rows.items() if row.get("quick", True)}
     if kind == "sweep":
-        rows = {f"{name} x {by:.2g}": row | {"learning_rate": row["learning_rate"] * by}
+        rows = {f"{name} x {by:.2g}": row | {"learning_rate": row["learning_rate"] * by, "title": f"{row['title']}, x {by:.2g}"}
                 for name, row in rows.items() if row.get("sweep") for by in SWEEP}  # fmt: skip
     if not rows:
         fail("no row is left to run; see --rows")
@@ -122,7 +134,8 @@ def jobs_of(recipe, rows, seed, root, kind) -> list[Job]:
         places = {"root": folder, "out": folder / name.replace(" ", "_")}
         places = {place: shlex.quote(str(path)) for place, path in places.items()}
         words = line.format(**places, seed=seed, learning_rate=learning_rate)
-        return f"{words} {extra.get(Path(words.split()[0]).stem, '')}".strip()
+        script = next(word for word in words.split() if word.endswith(".py"))
+        return f"{words} {extra.get(Path(script).stem, '')}".strip()
 
     def add_stage(name):
         for need in stages[name].get("needs", []):
@@ -161,7 +174,7 @@ def run_all(jobs, at_once):
                     failed.append(job)
                     tqdm.write(f"{job} failed: see {job.folder}/{job.name}.log")
     bar.close()
-    if failed:
+    if failed or waiting:
         fail(f"{', '.join(map(str, failed))} failed, as the logs say; the same command goes on with what is not done")
 
 
@@ -171,8 +184,8 @@ def run_job(job, at_once) -> bool:
     start = time.perf_counter()
     with open(job.folder / f"{job.name}.log", "w", encoding="utf-8") as log:
         for line in job.commands:
-            program, *flags = shlex.split(line)
-            command = ["torchrun", *flags] if program == "torchrun" else [sys.executable, str(HERE / program), *flags]
+            words = [str(HERE / word) if word.endswith(".py") else word for word in shlex.split(line)]
+            command = [sys.executable, *(["-m", "torch.distributed.run", *words[1:]] if words[0] == "torchrun" else words)]
             done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, env=env, text=True)
             log.write(done.stdout)
             log.flush()

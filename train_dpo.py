@@ -185,7 +185,10 @@ def main():
 
     # 2. Reference log-probabilities, once.
     rows = supervised.that_fit(encode(tokenizer, pairs), supervised.longest_text(model, args), longest)
+    before = policy.now()
     rows = with_references(rows, tokenizer, model, args)
+    read = sum(2 * len(row[0]) + len(row[1]) + len(row[2]) for row in rows)
+    stats |= {"reference_tokens": read, "seconds_reference": policy.now() - before}
     random.Random(args.seed).shuffle(rows)  # samples come in order of their prompts' length
     heldout, rows = supervised.parted(rows, args)
 
@@ -194,7 +197,7 @@ def main():
     check_start(model, rows[: args.per_device_train_batch_size], tokenizer, args)
     with checkpoint.run_folder(args) as folder:
         write_whole(folder / "pairs.jsonl", pairs)
-        write_json(folder / "sampling.json", [stats] if stats else [])
+        write_json(folder / "sampling.json", [stats])
         step = supervised.train(model, tokenizer, rows, heldout, args, folder, "DPO", PREFERENCE)
         saved = supervised.save(model, tokenizer, folder, step, args)
     print(f"policy: {saved} ({time.perf_counter() - start:.0f} s)")

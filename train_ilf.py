@@ -18,7 +18,7 @@ import torch
 
 from t2g import cli, critics, offline, policy, stages, supervised, tasks
 from t2g.log import write_json
-from t2g.revision import revision_prompt
+from t2g.revision import fitting_revision
 
 
 def main():
@@ -43,10 +43,12 @@ def main():
 
     # The second try, with the critique before its eyes; where that was unreadable there is nothing to revise by.
     first = [row for row in first if row.feedback]
-    prompts = [revision_prompt(row.example.prompt, row.text, row.feedback) for row in first]
+    length = args.response_length
+    prompts = [fitting_revision(model, tokenizer, row.example.prompt, row.text, row.feedback, length) for row in first]
     second, revised = offline.scored([row.example for row in first], prompts, critic, tokenizer, model, args, desc="revising")
     pairs = chosen(first, second)
     random.Random(args.seed).shuffle(pairs)  # samples come in order of their prompts' length
+    revised |= {"prompts_kept": len(pairs) / len({example.prompt for example in examples})}
     print(f"reward of a response {stats['reward']:.2f}, of a revision {revised['reward']:.2f}; {len(pairs)} prompts to learn from")
     saved = supervised.finetune(model, tokenizer, pairs, args, desc="ILF")
     write_json(Path(args.output_dir) / "sampling.json", [stats, revised])

@@ -190,7 +190,8 @@ def update(model, teacher, optimizer, rollout, hindsight, mask, args):
             sums["grad_norm"] += norm.item() / optimizer_steps
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-    sums["update_tokens"] = args.num_ppo_epochs * int(rollout.prompt_mask.sum() + rollout.mask.sum())
+    for name, read in (("update_tokens", rollout), ("teacher_tokens", hindsight)):
+        sums[name] = args.num_ppo_epochs * int(read.prompt_mask.sum() + read.mask.sum())
     return dict(sums)
 
 

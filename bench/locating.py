@@ -257,13 +257,15 @@ def parse_args():
     add("--spans", nargs="+", default=["2", "8", "all"], help="marks of a response, numbers or all")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2])
     add("--jobs", type=int, default=1, help="runs side by side, a thread each")
-    add("--output_dir", default="runs/locating")
-    add("--plot", default="docs/locating.png")
+    add("--output_dir", help="runs/locating, or runs/locating-quick, if not given")
+    add("--plot", help="docs/locating.png, or in --output_dir with --quick, if not given")
     add("--quick", action="store_true", help="a few steps of the smallest runs: does it work?")
     parser.set_defaults(learning_rates=LEARNING_RATES, sft_flags=[], ppo_flags=[])
     args = parser.parse_args()
     if args.quick:
         vars(args).update(QUICK)
+    args.output_dir = args.output_dir or ("runs/locating-quick" if args.quick else "runs/locating")
+    args.plot = args.plot or (f"{args.output_dir}/locating.png" if args.quick else "docs/locating.png")
     if len(args.seeds) < 2:
         fail("an interval needs two seeds at least; give more --seeds")
     if not all(spans == "all" or (spans.isdecimal() and int(spans)) for spans in args.spans):

@@ -314,4 +314,6 @@ def steps(offsets, text: str, step_end: str = SENTENCE_OR_LINE) -> list[int]:
     [0, 0, 1, 1, 1]
     """
     ends = [match.end() for match in re.finditer(step_end, text)]
-    return [bisect_right(ends, start) for start, _ in offsets]
+    ended = [bisect_right(ends, start) for start, _ in offsets]  # how many ends stand before each token: one may hold several
+    numbers = {count: number for number, count in enumerate(sorted(set(ended)))}
+    return [numbers[count] for count in ended]

@@ -23,6 +23,7 @@ METRICS = {
     "padding": "share of the batch's places that hold padding",
     "validation_loss": "the same mean over the pairs that are kept for validation; the best model so far is the one that is saved",
     "update_tokens": "tokens that the update read, prompts included, each pass over them counted",
+    "teacher_tokens": "SDPO: tokens that the teacher read, counted in the same way",
     "grad_norm": "norm of the gradient before clipping, mean over the optimiser steps of a rollout",
     "learning_rate": "learning rate of this step",
     "reward": "sum over t of delta_t, mean over responses with a readable critique, before the KL penalty",

@@ -1,7 +1,7 @@
 """The table that reproduce.py makes of its runs: scores with intervals, paired differences, steps, the ledger of costs, and curves.
 
-The ledger counts a model of N parameters as 2 N FLOPs a token read or written and 6 N a token trained on; attention's own products
-are left out. What a rule or a server does costs no FLOPs here.
+The ledger counts a model of N parameters as 2 N FLOPs a token read or written and 6 N a token trained on; attention's own products,
+validation and measuring are left out. What a rule or a server does costs no FLOPs here.
 """
 
 import json
@@ -56,21 +56,27 @@ def ledger(run, steps) -> dict[str, dict[str, float]]:
             parts[part][unit] += value
 
     for row in samplings:
+        if "seconds_reference" in row:  # DPO: one pass of the reference over all pairs
+            add("update", row["seconds_reference"], row["reference_tokens"], 2 * size * row["reference_tokens"])
+        if "seconds_rollout" not in row:
+            continue
         read = row["samples"] * (row["prompt_tokens"] + row["response_tokens"])
-        said = read + row["samples"] * row["critique_tokens"] if critic_size else 0
+        judged = row["samples"] * (row.get("judged_tokens", read / row["samples"]) + row["critique_tokens"]) if critic_size else 0
         add("rollout", row["seconds_rollout"], read, 2 * size * read)
-        add("critique", row["seconds_critique"], said, 2 * critic_size * said)
-        if "seconds_score" in row:  # one pass of the policy and one of its reference
+        add("critique", row["seconds_critique"], judged, 2 * critic_size * judged)
+        if "seconds_score" in row and "teacher_tokens" not in row:  # PPO: one pass of the policy and one of its reference
             add("update", row["seconds_score"], 2 * read, 4 * size * read)
     for row in steps:
         if "update_tokens" in row:
-            add("update", row["seconds_update"], row["update_tokens"], 6 * size * row["update_tokens"])
+            teacher = row.get("teacher_tokens", 0)
+            flops = (6 * row["update_tokens"] + 2 * teacher) * size
+            add("update", row["seconds_update"], row["update_tokens"] + teacher, flops)
     return parts
 
 
 def critic_of(run, config):
     """The folder of the reward model of a run, None if its critic is none of ours."""
-    beside = {"rm": "rm", "scalar": "rm_scalar"}.get(config["critic"])
+    beside = {"rm": "rm", "scalar": "rm_scalar"}.get(config.get("critic"))
     return config["reward_model"] or run.parent / beside if beside else None
 
 
@@ -86,27 +92,41 @@ def parameters(run) -> int:
 # ---- the table ---------------------------------------------------------------------------------------------------------
 
 
-def summarise(found, recipe) -> dict:
+def summarise(found, recipe, rows) -> dict:
     """{"rows": {row: {metric: {"mean", "low", "high", "seeds"}}}} from {row: its cell of each seed}."""
-    main, other, rows = recipe["main"], found.get(recipe["against"]), {}
+    main, logged, table = recipe["main"], recipe.get("curve", recipe["main"]), {}
     for name, cells in found.items():
+        against = rows[name].get("against", recipe["against"])
+        other = found.get(against)
         values = {metric: [cell["scores"][metric] for cell in cells] for metric in cells[0]["scores"]}
         if other and cells is not other:
             theirs = [cell["scores"][main] for cell in other]
-            values[f"{main}, less {recipe['against']}"] = [a - b for a, b in zip(values[main], theirs)]
+            values[f"{main}, less {against}"] = [a - b for a, b in zip(values[main], theirs)]
         if cells[0]["curve"]:
             values["kl"] = [cell["kl"][-1] for cell in cells]
-            values["steps_to_90_percent"] = [first(cell["curve"], 0.9 * max(cell["curve"])) for cell in cells]
-            if other and other[0]["curve"] and cells is not other:
-                pairs = list(zip(cells, other))
-                values[f"steps_to_best_of_{recipe['against']}"] = [first(a["curve"], max(b["curve"])) for a, b in pairs]
-                values[f"{main}, less {recipe['against']} at equal KL"] = [gain_at_equal_kl(a, b) for a, b in pairs]
+            compared = other and other[0]["curve"] and cells is not other
+            if compared:
+                values[f"{logged} of rollouts, less {against} at equal KL"] = list(map(gain_at_equal_kl, cells, other))
+            if recipe.get("better") != "lower":
+                values["steps_to_90_percent"] = [first(cell["curve"], 0.9 * max(cell["curve"])) for cell in cells]
+                if compared:
+                    values[f"steps_to_best_of_{against}"] = [first(a["curve"], max(b["curve"])) for a, b in zip(cells, other)]
         values["seconds"] = [cell["seconds"] for cell in cells]
         for part in cells[0]["ledger"]:
             for unit in cells[0]["ledger"][part]:
                 values[f"{part}_{unit}"] = [cell["ledger"][part][unit] for cell in cells]
-        rows[name] = {metric: over_seeds([value for value in column if value is not None]) for metric, column in values.items()}
-    return {"rows": rows}
+        table[name] = {metric: over_seeds([value for value in column if value is not None]) for metric, column in values.items()}
+    return {"rows": table}
+
+
+def stage_seconds(jobs, rows) -> dict[str, dict]:
+    """The seconds of what the rows of a seed share, over seeds."""
+    seconds = {}
+    for job in jobs:
+        if job.name not in rows:
+            done = json.loads((job.folder / f"{job.name}.done.json").read_text(encoding="utf-8"))
+            seconds.setdefault(job.name, []).append(done["seconds"])
+    return {name: over_seeds(column) for name, column in seconds.items()}
 
 
 def first(curve, level) -> int | None:
@@ -115,7 +135,10 @@ def first(curve, level) -> int | None:
 
 
 def gain_at_equal_kl(cell, other) -> float:
-    """What a run's curve is above another's where both are as far from the starting policy as the one that goes less far."""
+    """What a run's curve is above another's where both are as far from the starting policy as the one that goes less far.
+
+    How far a run has gone is the largest KL that it has had: one that comes back is read where it first was.
+    """
     kl = min(max(cell["kl"]), max(other["kl"]))
     ours, theirs = (np.interp(kl, np.maximum.accumulate(run["kl"]), run["curve"]) for run in (cell, other))
     return float(ours - theirs)
@@ -130,13 +153,16 @@ def over_seeds(values) -> dict:
 
 def markdown(result, recipe, rows) -> str:
     """The table, and below it the ledger."""
-    main, against = recipe["main"], recipe["against"]
-    columns = [*recipe["metrics"], f"{main}, less {against}", "kl", f"{main}, less {against} at equal KL"]
-    columns += ["steps_to_90_percent", f"steps_to_best_of_{against}"]
-    lines = [f"| | {' | '.join(column.replace('_', ' ') for column in columns)} |", "|---" * (len(columns) + 1) + "|"]
+    main, logged = recipe["main"], recipe.get("curve", recipe["main"])
+    columns = [*recipe["metrics"], f"{main}, less {{}}", "kl", f"{logged} of rollouts, less {{}} at equal KL"]
+    columns += ["steps_to_90_percent", "steps_to_best_of_{}"]
+    heads = [column.format(recipe["against"]).replace("_", " ") for column in columns]
+    lines = [f"| | {' | '.join(heads)} |", "|---" * (len(columns) + 1) + "|"]
     for name, row in result["rows"].items():
-        cells = [shown(row.get(column), 0 if column.startswith("steps") else 2) for column in columns]
-        lines.append(f"| {rows[name]['title']} | {' | '.join(cells)} |")
+        against, seeds = rows[name].get("against", recipe["against"]), row["seconds"]["seeds"]
+        cells = [shown(row.get(column.format(against)), 0 if column.startswith("steps") else 2, seeds) for column in columns]
+        title = rows[name]["title"] + (f" (less {against})" if "against" in rows[name] else "")
+        lines.append(f"| {title} | {' | '.join(cells)} |")
     units = {"seconds": ("s", 1), "tokens": ("M tokens", 1e6), "flops": ("TFLOP", 1e12)}
     heads = [f"{part}, {unit}" for part in PARTS for unit, _ in units.values()]
     lines += ["", f"| | {' | '.join(heads)} | all, s |", "|---" * (len(heads) + 2) + "|"]
@@ -145,16 +171,22 @@ def markdown(result, recipe, rows) -> str:
                  for part in PARTS for unit, (_, by) in units.items()]  # fmt: skip
         cells = ["" if mean is None else f"{mean:.3g}" for mean in means]
         lines.append(f"| {rows[name]['title']} | {' | '.join(cells)} | {row['seconds']['mean']:.0f} |")
-    return "\n".join(lines) + "\n"
+    stages = ", ".join(f"{name} {cell['mean']:.0f}" for name, cell in result["stages"].items())
+    return "\n".join([*lines, "", f"Seconds of what rows share, a seed: {stages or 'nothing'}.", ""])
 
 
-def shown(cell, digits) -> str:
-    """0.65 [0.53, 0.76]; behind it how many seeds, where some have no value."""
-    if not cell or cell["mean"] is None:
+def shown(cell, digits, seeds) -> str:
+    """
+    >>> cell = {"mean": 0.65, "low": 0.53, "high": 0.76, "seeds": 2}
+    >>> shown(cell, 2, seeds=2), shown(cell, 2, seeds=3)
+    ('0.65 [0.53, 0.76]', '0.65 [0.53, 0.76] (2 of 3 seeds)')
+    """
+    if not cell:
         return ""
-    if cell["low"] is None:
-        return f"{cell['mean']:.{digits}f}"
-    return f"{cell['mean']:.{digits}f} [{cell['low']:.{digits}f}, {cell['high']:.{digits}f}]"
+    if cell["mean"] is None:
+        return "never"
+    bounds = "" if cell["low"] is None else f" [{cell['low']:.{digits}f}, {cell['high']:.{digits}f}]"
+    return f"{cell['mean']:.{digits}f}{bounds}" + (f" ({cell['seeds']} of {seeds} seeds)" if cell["seeds"] < seeds else "")
 
 
 def plot(path, found, recipe, rows):

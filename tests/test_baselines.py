@@ -78,6 +78,10 @@ def test_however_rewards_are_placed_their_sum_is_that_of_delta_and_scalar_and_sp
     )
 
 
+def test_a_token_that_ends_several_steps_makes_one_step(tokenizers):
+    assert steps([(0, 4), (4, 5)], "\n\n\n\na", r"\n") == [0, 1]
+
+
 def test_a_missing_eos_costs_at_the_end_under_each_reward(tokenizers):
     tokenizer = tokenizers["byte_level"]
     rollout = rollout_of(tokenizer, [TEXT, "Ana."], [False, True])
@@ -161,7 +165,7 @@ def test_of_a_prompt_the_best_revision_is_learnt_that_is_not_below_what_it_revis
 def test_sampled_responses_are_scored_by_the_sum_of_their_token_rewards(tiny):
     tokenizer, model = tiny
     examples = [toy.make_example(random.Random(n)) for n in range(3)]
-    args = argparse.Namespace(response_length=6, temperature=1.0, bf16=False)
+    args = argparse.Namespace(response_length=6, temperature=1.0, bf16=False, missing_eos_penalty=0.0)
 
     def critic(examples, texts):
         return [Feedback("All.", [], [text]) if text.strip() else None for text in texts]

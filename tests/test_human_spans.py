@@ -1,4 +1,4 @@
-"""Alignment on spans that people marked: on made-up ones, and on real ones where those are at hand (../shared/data)."""
+"""Alignment on spans that people marked: on made-up ones, and on real ones where those are at hand."""
 
 import json
 from pathlib import Path

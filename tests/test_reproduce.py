@@ -94,7 +94,8 @@ def test_each_stage_is_run_once_a_seed_before_the_rows_that_need_it_and_the_tabl
     assert result["rows"]["c"]["good"]["mean"] == pytest.approx(0.11)
     assert "steps_to_90_percent" not in result["rows"]["c"], "what is not trained has no steps"
     assert result["rows"]["a"]["kl"]["mean"] == pytest.approx(0.9 * 18)
-    assert result["rows"]["a"]["good, less b at equal KL"]["mean"] == pytest.approx(0.3, abs=0.01)
+    assert result["rows"]["a"]["good of rollouts, less b at equal KL"]["mean"] == pytest.approx(0.3, abs=0.01)
+    assert set(result["stages"]) == {"sft", "rm"} and result["stages"]["rm"]["seeds"] == 3
     for seed in range(3):
         assert calls.count(f"stage sft {seed}") == calls.count(f"stage rm {seed}") == 1
         assert calls.index(f"stage sft {seed}") < calls.index(f"stage rm {seed}") < calls.index(f"train a {seed}")
@@ -126,6 +127,34 @@ def test_what_fails_is_named_and_the_rest_is_done_and_the_next_call_goes_on(run,
     (tmp_path / "out" / "mended").touch()
     result, more = run("--seeds", "0", "1")
     assert set(result["rows"]) == {"a", "b", "c"} and more.count("measure a 0") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "said"),
+    [
+        ("table", "[quick]", "", "has no [quick]"),
+        ("table", 'against = "b"', "", "table.toml has no against"),
+        ("01_a", 'title = "A"', "", "rows without a title"),
+        ("table", "[stages.sft]", "[stages.a]", "names a row and a stage"),
+        ("02_b", 'title = "B"', "title =", "is no TOML"),
+    ],
+)
+def test_a_recipe_that_cannot_be_run_is_told_before_anything_runs(run, recipe, name, old, new, said, capsys):
+    text = (recipe / f"{name}.toml").read_text()
+    (recipe / f"{name}.toml").write_text(text.replace(old, new))
+    with pytest.raises(SystemExit):
+        run("--quick")
+    assert said in capsys.readouterr().err
+
+
+def test_where_less_is_better_there_are_no_steps_to_a_best_and_a_row_may_be_held_against_its_own(run, recipe):
+    (recipe / "table.toml").write_text(
+        (recipe / "table.toml").read_text().replace('main = "good"', 'main = "good"\nbetter = "lower"')
+    )
+    (recipe / "01_a.toml").write_text((recipe / "01_a.toml").read_text() + '\nagainst = "c"')
+    rows = run("--seeds", "0", "1")[0]["rows"]
+    assert not any(metric.startswith("steps") for row in rows.values() for metric in row)
+    assert rows["a"]["good, less c"]["mean"] == pytest.approx(0.7) and rows["c"]["good, less b"]["mean"] == pytest.approx(-0.4)
 
 
 def test_a_row_whose_command_has_changed_is_not_taken_for_done(run, recipe, capsys):
@@ -180,14 +209,14 @@ def test_at_equal_kl_a_run_is_read_where_it_had_gone_as_far_as_the_other_at_its_
 
 def test_of_one_seed_there_is_a_mean_and_no_interval():
     assert table.over_seeds([0.5]) == {"mean": 0.5, "low": None, "high": None, "seeds": 1}
-    assert table.shown(table.over_seeds([0.5]), 2) == "0.50" and table.shown(table.over_seeds([]), 2) == ""
+    assert table.shown(table.over_seeds([0.5]), 2, 1) == "0.50" and table.shown(table.over_seeds([]), 2, 3) == "never"
 
 
 def test_a_dry_run_prints_the_commands_and_runs_none(run, recipe, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["reproduce.py", "--recipe", str(recipe), "--dry_run", "--output_dir", str(tmp_path / "out")])
     reproduce.main()
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "# sft of seed 0" and lines[-1].endswith(f"measure {tmp_path}/out/seed-0/sft 0 0.1")
+    assert lines[:2] == ["# A table", "# sft of seed 0"] and lines[-1].endswith(f"measure {tmp_path}/out/seed-0/sft 0 0.1")
     assert not (tmp_path / "out").exists()
 
 

@@ -67,7 +67,17 @@ def test_a_run_writes_its_config_and_a_line_of_known_metrics_a_step(rule_run):
     for line in lines:
         assert set(line) <= set(METRICS) | set(toy.METRICS)
     supervised = {"loss", "tokens", "padding", "validation_loss"}
-    others = {"pairs", "texts", "pair_margin", "pair_accuracy", "validation_r2", "validation_rank", "divergence", "too_long"}
+    others = {
+        "pairs",
+        "texts",
+        "pair_margin",
+        "pair_accuracy",
+        "validation_r2",
+        "validation_rank",
+        "divergence",
+        "too_long",
+        "teacher_tokens",
+    }
     if_any = {name for name in METRICS if name.startswith("shift_")}
     assert set(METRICS) - supervised - others - if_any <= set(lines[0]) and "shift_rest" in lines[0], "a metric that nothing logs"
     assert lines[0]["kl"] == 0 and lines[0]["first_ratio_error"] < 1e-4
