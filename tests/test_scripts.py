@@ -314,10 +314,12 @@ def test_several_processes_are_refused(refuse, monkeypatch):
 def test_every_flag_is_explained_and_read(script):
     source = (ROOT / f"{script}.py").read_text()
     library = "".join(path.read_text() for path in (ROOT / "t2g").rglob("*.py"))
-    flags = re.findall(r'add\(\s*"--(\w+)"', source + library)
-    assert flags
-    for flag in flags:
-        assert re.search(rf"args\.{flag}\b", source + library), f"nothing reads --{flag}"
+    scripts = "".join((ROOT / f"{name}.py").read_text() for name in SCRIPTS)
+    for flags, readers in ((source, source + library), (library, scripts + library)):
+        flags = re.findall(r'add\(\s*"--(\w+)"', flags)
+        assert flags
+        for flag in flags:
+            assert re.search(rf"args\.{flag}\b", readers), f"nothing reads --{flag}"
     for call in re.findall(r"add\(\s*\"[^\n]*(?:\n\s+[^\n]*)*?\n?\s*\)\n", source):
         assert "help=" in call, call
 
