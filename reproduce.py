@@ -70,6 +70,7 @@ def main():
         return
     make_folder(root, "--output_dir")
     jobs = [job for seed in seeds for job in jobs_of(recipe, rows, seed, root, kind)]
+    jobs.sort(key=lambda job: job.name in rows)  # what others wait for comes first
     run_all(jobs, args.jobs or recipe.get("jobs", 1))
     logged = recipe.get("curve", recipe["main"])
     found = {name: [table.read_cell(root / f"seed-{seed}", name, logged) for seed in seeds] for name in rows}

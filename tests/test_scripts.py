@@ -1,8 +1,10 @@
 """The scripts as a stranger runs them: all stages in short, what they write, and one clear sentence for bad input."""
 
 import argparse
+import contextlib
 import doctest
 import importlib
+import io
 import json
 import random
 import re
@@ -27,6 +29,17 @@ SCRIPTS = ("train_sft", "annotate", "train_rm", "train_ppo", "train_dpo", "train
 
 
 def run(script, *flags):
+    """What a script prints, run in this process, for Python takes seconds to start."""
+    before, sys.argv, printed = sys.argv, [f"{script}.py", *map(str, flags)], io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            importlib.import_module(script).main()
+    finally:
+        sys.argv = before
+    return printed.getvalue()
+
+
+def run_as_a_stranger(script, *flags):
     done = subprocess.run([sys.executable, ROOT / f"{script}.py", *map(str, flags)], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
@@ -40,7 +53,7 @@ def toy_run(tmp_path_factory):
     run("annotate", "--num_samples", 24, "--out", root / "annotations.jsonl")
     run("train_rm", "--max_steps", 3, "--output_dir", root / "rm")
     flags = ("--max_steps", 2, "--per_device_train_batch_size", 4, "--eval_samples", 8, "--critique_length", 20)
-    root.joinpath("stdout").write_text(run("train_ppo", "--output_dir", root / "ppo", *flags))
+    root.joinpath("stdout").write_text(run_as_a_stranger("train_ppo", "--output_dir", root / "ppo", *flags))
     return root
 
 
@@ -208,7 +221,7 @@ def test_the_summarize_task_runs_on_a_file_of_real_looking_text(toy_run, tmp_pat
 @pytest.mark.slow
 def test_the_main_job_from_nothing(tmp_path):
     """Every stage in full, each made by the one that needs it: minutes. Held-out summaries become fully right."""
-    result = json.loads(run("train_ppo", "--output_dir", tmp_path / "ppo").splitlines()[-1])
+    result = json.loads(run_as_a_stranger("train_ppo", "--output_dir", tmp_path / "ppo").splitlines()[-1])
     assert set(result["seconds"]) == {"sft", "annotate", "rm", "ppo"}
     assert result["before"]["perfect"] <= 0.05 and result["after"]["perfect"] >= 0.35
 
