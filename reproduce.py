@@ -1,7 +1,7 @@
 """A table of methods over seeds: every stage, every run, the measuring, the ledger of what each costs, and the learning curves.
 
     python reproduce.py --recipe toy                               # all rows, three seeds: about an hour and a half on 2 cores
-    python reproduce.py --recipe toy --quick                       # a taste of it in ten minutes, with the rule as the critic
+    python reproduce.py --recipe toy --quick                       # a taste of it in ten minutes: two seeds, the rule as the critic
     python reproduce.py --recipe toy --rows scalar text2grad       # some rows
     python reproduce.py --recipe toy --sweep                       # how the learning rates of the recipes were found
     python reproduce.py --recipe slf5k_8b --dry_run                # the commands of the paper's table, to be read
@@ -50,7 +50,7 @@ def main():
     add = parser.add_argument
     add("--recipe", required=True, help="a folder of recipes/, or any other")
     add("--rows", nargs="+", metavar="ROW", help="names of its files without number and .toml; all if not given")
-    add("--seeds", nargs="+", type=int, help="seeds of the runs; 0 1 2 if not given, for --sweep 3")
+    add("--seeds", nargs="+", type=int, help="seeds of the runs; 0 1 2 if not given, for --quick 0 1, for --sweep 3")
     add("--jobs", type=positive(int), help="commands at once, each with its share of the cores; as table.toml says if not given")
     add("--output_dir", help="where all runs go; runs/reproduce/RECIPE if not given, with -quick or -sweep behind it")
     add("--quick", action="store_true", help="short runs, with the flags under [quick] in table.toml")
@@ -60,7 +60,7 @@ def main():
     args = parser.parse_args()
     kind = "quick" if args.quick else "sweep" if args.sweep else ""
     recipe, rows = read_recipe(args.recipe, args.rows, kind)
-    seeds = args.seeds or ([3] if args.sweep else [0, 1, 2])
+    seeds = args.seeds or {"sweep": [3], "quick": [0, 1]}.get(kind, [0, 1, 2])
     root = Path(args.output_dir or Path("runs/reproduce") / "-".join(filter(None, [Path(args.recipe).name, kind])))
     if args.dry_run:
         print(f"# {recipe['title']}")
