@@ -130,9 +130,11 @@ def main():
         change = (response_logprobs(actor, rollout, args) - old_logprobs) * mask
         clock.append(now())
         stats |= shift(change, delta, mask)
-        stats |= summary(rollout, mask, delta, quotes, kl, entropy, old_values, returns, clock)
+        stats |= summary(rollout, mask, delta, quotes, kl, entropy, clock)
         stats |= token_counts(tokenizer, rollout, feedback)
-        stats |= {"kl_coef": kl_controller.value, "learning_rate": optimizer.param_groups[0]["lr"]}
+        unexplained = masked_variance(returns - old_values, mask) / masked_variance(returns, mask).clamp(min=1e-8)
+        stats |= {"value_explained": 1 - unexplained.item(), "kl_coef": kl_controller.value}
+        stats |= {"learning_rate": optimizer.param_groups[0]["lr"]}
         if mask.any():
             kl_controller.update(stats["kl"], len(rollout))
         log(step, stats | mean_scores(task, examples, rollout.texts))
@@ -259,16 +261,14 @@ def first_ratio_error(logprobs, b, args):
     return error.max().item()
 
 
-def summary(rollout, mask, delta, quotes, kl, entropy, values, returns, clock):
+def summary(rollout, mask, delta, quotes, kl, entropy, clock):
     """What a step's rollout looked like and how long its parts took; t2g/log.py has the formulas."""
     quote_count, responses = max(sum(quotes[kind] for kind in MATCH_KINDS), 1), max(mask.any(1).sum().item(), 1)
-    unexplained = masked_variance(returns - values, mask) / masked_variance(returns, mask).clamp(min=1e-8)
     seconds = [end - start for start, end in itertools.pairwise(clock)]
     return {
         "reward": (delta * mask).sum().item() / responses,
         "kl": (kl * mask).sum().item() / responses,
         "entropy": masked_mean(entropy, mask).item(),
-        "value_explained": 1 - unexplained.item(),
         "tokens_good": masked_mean((delta > 0).float(), mask).item(),
         "tokens_poor": masked_mean((delta < 0).float(), mask).item(),
         "eos_rate": rollout.finished.float().mean().item(),

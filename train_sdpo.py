@@ -99,7 +99,7 @@ def main():
 
         # 4. Measure what train_ppo.py learns from, and here is only written down.
         delta, quotes = token_rewards(tokenizer, rollout, feedback, args, rng=None)
-        old_logprobs, entropy, values, kl = score(actor, reference, rollout, args)
+        old_logprobs, entropy, _, kl = score(actor, reference, rollout, args)
         clock.append(now())
 
         # 5. Distil: minibatches of the divergence from what the teacher would have said.
@@ -113,8 +113,7 @@ def main():
         change = (response_logprobs(actor, rollout, args) - old_logprobs) * mask
         clock.append(now())
         stats |= shift(change, delta, mask)
-        stats |= summary(rollout, mask, delta, quotes, kl, entropy, values, values, clock)
-        del stats["value_explained"]
+        stats |= summary(rollout, mask, delta, quotes, kl, entropy, clock)
         stats |= token_counts(tokenizer, rollout, feedback)
         unread, left_out = feedback.count(None), (~fits).sum().item()
         stats |= {"unparsable": unread / len(feedback), "too_long": (left_out - unread) / len(feedback)}

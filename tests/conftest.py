@@ -9,6 +9,7 @@ import pytest
 import torch
 from annotating import KEY
 from hypothesis import settings
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from t2g.families import FAMILIES
 from t2g.log import read_jsonl
@@ -36,6 +37,27 @@ def tokenizers():
 def tok(request, tokenizers):
     """Each of the four families in turn."""
     return tokenizers[request.param]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from t2g.tasks import toy  # not above: another environment uses this file too
+
+    return toy.new_model(0)[0]
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    """Random weights, large enough that every token, place and position matters; one token in sixteen ends a response."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=256, initializer_range=0.4, tie_word_embeddings=False,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval()
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, *range(10, len(tokenizer), 16)]
+    return model
 
 
 @pytest.fixture

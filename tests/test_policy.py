@@ -5,35 +5,15 @@ import copy
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from t2g.align import response_text, span_rewards, token_offsets
 from t2g.policy import Policy, eos_ids, latest_checkpoint, load, save
 from t2g.ppo import gae, policy_loss, value_loss
 from t2g.rollout import Rollout, chat_text, encode_prompts, respond, sample
-from t2g.tasks import toy
 
 PROMPTS = ["Hi.", "I am 27 years old.", "My name is Ana. I plan to learn chess. My friend Ben has a dog.", "I live in Porto."]
 T = 12
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return toy.new_model(0)[0]
-
-
-@pytest.fixture(scope="module")
-def model(tokenizer):
-    """Random weights, large enough that every token, place and position matters; one token in sixteen ends a response."""
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=256, initializer_range=0.4, tie_word_embeddings=False,
-        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config).eval()
-    model.generation_config.eos_token_id = [tokenizer.eos_token_id, *range(10, len(tokenizer), 16)]
-    return model
 
 
 @pytest.fixture(scope="module")

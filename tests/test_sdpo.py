@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributions import Categorical, kl_divergence
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 import train_sdpo
 from t2g.feedback import Feedback
@@ -74,25 +74,6 @@ def test_the_gradient_of_the_reverse_divergence_is_a_policy_gradient_over_the_vo
 
 
 # ---- policy and teacher ------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return toy.new_model(0)[0]
-
-
-@pytest.fixture(scope="module")
-def model(tokenizer):
-    """Random weights, large enough that every token and place matters; one token in sixteen ends a response."""
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=256, initializer_range=0.4, tie_word_embeddings=False,
-        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config).eval()
-    model.generation_config.eos_token_id = [tokenizer.eos_token_id, *range(10, len(tokenizer), 16)]
-    return model
 
 
 @pytest.fixture(scope="module")
