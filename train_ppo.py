@@ -10,7 +10,6 @@ The loop in main() is the algorithm; what is numbered there is numbered so in th
 import copy
 import itertools
 import json
-import random
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -24,7 +23,7 @@ from t2g.log import Logger, peak_memory_gib, write_json
 from t2g.metrics import evaluate, mean_scores, shift, token_counts
 from t2g.policy import Policy, autocast, now, response_logits, token_stats
 from t2g.ppo import AdaptiveKL, gae, kl_penalty, masked_mean, masked_variance, policy_loss, value_loss, whiten
-from t2g.rollout import sample
+from t2g.rollout import sample, step_rng
 
 
 def parse_args():
@@ -72,7 +71,6 @@ def main():
     seconds = stages.ensure(["sft", *critics.stages_before(args)], args, root, args.policy)
     start = time.perf_counter()
 
-    torch.manual_seed(args.seed)
     device = policy.device()
     tokenizer, model = policy.load(args.policy or root / "sft", device)
     actor, reference = Policy(model).to(device), copy.deepcopy(model).requires_grad_(False)
@@ -80,8 +78,6 @@ def main():
     critic = critics.chosen(task, args, root, device)
     train, heldout = (tasks.short_enough(part, tokenizer, args.max_prompt_length) for part in task.load(args))
     heldout = heldout[: args.eval_samples]
-    prompt_rng = random.Random(f"ppo {args.seed}")  # not that of annotate.py: the reward model must judge new prompts
-    noise_rng = random.Random(f"noise {args.seed}")
     step_end = getattr(task, "STEP_END", SENTENCE_OR_LINE)
     kl_controller = AdaptiveKL(args.kl_coef, args.kl_target, args.kl_horizon)
     optimizer = torch.optim.AdamW(actor.parameters(), lr=args.learning_rate, weight_decay=0.0)
@@ -96,7 +92,8 @@ def main():
         optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - (step - 1) / args.max_steps)
 
         # 1. Rollout: one sampled response to each prompt.
-        examples = prompt_rng.choices(train, k=args.batch_size)
+        rng = step_rng(args.seed, step)  # not that of annotate.py: the critic must judge new prompts
+        examples = rng.choices(train, k=args.batch_size)
         prompts = [example.prompt for example in examples]
         rollout = sample(model, tokenizer, prompts, args.response_length, args.temperature, bf16=args.bf16)
         clock.append(now())
@@ -108,7 +105,7 @@ def main():
         clock.append(now())
 
         # 3. Spans -> token rewards delta in {-1, 0, +1}.
-        delta, quotes = token_rewards(tokenizer, rollout, feedback, args, noise_rng)
+        delta, quotes = token_rewards(tokenizer, rollout, feedback, args, rng)
 
         # 4. KL penalty: r_t = delta_t - kl_coef KL_t, and what the policy and V were before the update.
         old_logprobs, entropy, old_values, kl = score(actor, reference, rollout, args)

@@ -12,7 +12,6 @@ other responses to the prompt as demonstrations (each prompt is answered once), 
 
 import copy
 import math
-import random
 import time
 from collections import defaultdict
 from dataclasses import replace
@@ -28,7 +27,7 @@ from t2g.metrics import mean_scores, shift, token_counts
 from t2g.policy import Policy, autocast, context_length, now, response_logits
 from t2g.ppo import kl_penalty
 from t2g.revision import revision_prompt
-from t2g.rollout import encode_prompts, sample
+from t2g.rollout import encode_prompts, sample, step_rng
 from train_ppo import response_logprobs, score, summary, token_rewards
 
 
@@ -67,14 +66,12 @@ def main():
     stages.ensure(["sft", *critics.stages_before(args)], args, root, args.policy)
     start = time.perf_counter()
 
-    torch.manual_seed(args.seed)
     device = policy.device()
     tokenizer, model = policy.load(args.policy or root / "sft", device)
     actor, reference = Policy(model).to(device), copy.deepcopy(model).requires_grad_(False)  # both to measure, its V is not used
     teacher = model if args.teacher_update_rate == 1 else copy.deepcopy(reference)
     critic = critics.chosen(task, args, root, device)
     train = tasks.short_enough(task.load(args)[0], tokenizer, args.max_prompt_length)
-    prompt_rng = random.Random(f"ppo {args.seed}")  # the prompts of train_ppo.py
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0)
     log = Logger(cli.fresh_folder(args.output_dir), args, task.METRICS, args.tensorboard)
 
@@ -83,8 +80,8 @@ def main():
         clock = [now()]
         optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - (step - 1) / args.max_steps)
 
-        # 1. Rollout: one sampled response to each prompt.
-        examples = prompt_rng.choices(train, k=args.batch_size)
+        # 1. Rollout: one sampled response to each prompt, the prompts of train_ppo.py.
+        examples = step_rng(args.seed, step).choices(train, k=args.batch_size)
         prompts = [example.prompt for example in examples]
         rollout = sample(model, tokenizer, prompts, args.response_length, args.temperature, bf16=args.bf16)
         clock.append(now())

@@ -4,6 +4,7 @@
 ratio is only right for tokens drawn from the very distribution whose log-probabilities it compares.
 """
 
+import random
 from dataclasses import dataclass, replace
 
 import torch
@@ -33,6 +34,16 @@ class Rollout:
         """The rows of a microbatch; the columns stay, so that every (B, T) tensor keeps its index."""
         tensors = {name: getattr(self, name)[index] for name in ("prompt", "prompt_mask", "response", "mask", "finished")}
         return replace(self, **tensors, texts=[self.texts[i] for i in index])
+
+
+def step_rng(seed: int, step: int) -> random.Random:
+    """A generator for the draws of one step, and torch's seeded by it: what is drawn hangs on no earlier step.
+
+    So a run that was stopped goes on with the same draws, and no state of a generator need be kept.
+    """
+    rng = random.Random(f"step {step} of seed {seed}")
+    torch.manual_seed(rng.getrandbits(63))
+    return rng
 
 
 def encode_prompts(tokenizer, prompts: list[str], device="cpu"):
