@@ -7,6 +7,7 @@ python eval.py rm CRITIC ... --annotations TRUTH.jsonl             # of reward m
 python eval.py seeds runs/toy/ppo runs/toy-1/ppo runs/toy-2/ppo    # mean and 95% interval over runs of several seeds
 python eval.py page runs/toy/ppo runs/toy/ppo_scalar               # one page that compares runs, with bands over their seeds
 python eval.py alignment --data FILE [TOKENIZER ...]               # do quotes find the spans that people marked?
+python eval.py merge RUN --out FOLDER                              # the plain model of a run that trained LoRA adapters
 python eval.py glossary                                            # every metric that train_ppo.py logs, and its formula
 """
 
@@ -31,7 +32,7 @@ def main():
         "runs",
         nargs="*",
         help="policy: the policies to measure; rm: reward models, or with --annotations also files that another critic annotated; "
-        "seeds, page: folders of train_ppo.py; alignment: tokenizers",
+        "seeds, page, merge: folders of train_ppo.py; alignment: tokenizers",
     )
     tasks.add_flags(add)
     add("--policy", help="rm: whose responses are criticised, runs/TASK/sft if not given; with --annotations, whose tokens count")
@@ -41,7 +42,8 @@ def main():
     critics.add_flags(add)
     add("--reflect", action="store_true", help="policy: measure a second try, after the critique of the first by --critic")
     add("--eval_samples", type=cli.positive(int), default=256, help="held-out prompts; of --annotations all records if not given")
-    add("--out", help="page: the file to write, page.html if not given; rm: the same, card.html in the reward model's folder")
+    where = "page: the file to write, page.html if not given; rm: the same, card.html in the reward model's folder; merge: a folder"
+    add("--out", help=where)
     task, args = tasks.parse(parser, "eval")
     if not (args.what == "policy" and args.reflect) and (args.reflect or args.reward_model or args.base_url):
         cli.fail("--reflect is for policy, and --reward_model and --base_url are for --reflect; name what is measured behind it")
@@ -181,6 +183,19 @@ def alignment(task, args) -> dict:
     return {"quotes": found, "rules": rules, "garbled": garbled, "tokenizers": tokens}
 
 
+def merge(task, args) -> dict:
+    """Writes a policy as a plain model, its adapter merged into the weights if it has one."""
+    if len(args.runs) != 1 or not args.out:
+        cli.fail("merge needs one run, and --out, the folder to write")
+    if Path(args.out).exists():
+        cli.fail(f"{args.out} is there already; choose another --out")
+    tokenizer, model = policy.load(args.runs[0])
+    cli.make_folder(Path(args.out), "--out")
+    model.save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
+    return {"merged": args.out}
+
+
 def glossary(task, args) -> dict:
     """The Markdown table of README: every metric and its formula."""
     table = METRICS | task.METRICS
@@ -197,7 +212,8 @@ def print_table(rows, columns):
         print(f"{column:24}" + "".join(f"{cell:{width}}" if isinstance(cell, int) else f"{cell:{width}.3f}" for cell in cells))
 
 
-WHAT = {"policy": policies, "rm": reward_model, "seeds": seeds, "page": page, "alignment": alignment, "glossary": glossary}
+WHAT = {"policy": policies, "rm": reward_model, "seeds": seeds, "page": page, "alignment": alignment, "merge": merge}
+WHAT |= {"glossary": glossary}
 
 if __name__ == "__main__":
     main()

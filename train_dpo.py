@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from t2g import checkpoint, cli, critics, offline, policy, stages, supervised, tasks
+from t2g import adapters, checkpoint, cli, critics, offline, policy, stages, supervised, tasks
 from t2g.log import read_jsonl, write_json
 from t2g.notes import write_whole
 from t2g.policy import autocast, response_logits
@@ -193,7 +193,7 @@ def main():
     heldout, rows = supervised.parted(rows, args)
 
     # 3. DPO.
-    model = supervised.with_adapters(model, args)
+    model = adapters.added(model, args)
     check_start(model, rows[: args.per_device_train_batch_size], tokenizer, args)
     with checkpoint.run_folder(args) as folder:
         write_whole(folder / "pairs.jsonl", pairs)

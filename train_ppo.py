@@ -4,22 +4,25 @@
     torchrun train_ppo.py --reward scalar --output_dir runs/toy/ppo_scalar      # the same feedback, summed at the last token
     torchrun train_ppo.py --task summarize --policy HUB_ID --data posts.jsonl --critic rule --output_dir runs/posts/ppo
 
-The loop in main() is the algorithm; what is numbered there is numbered so in the README. The maths is in t2g/ppo.py.
+The loop in train() is the algorithm; what is numbered there is numbered so in the README. The maths is in t2g/ppo.py. Stopped,
+the same command goes on bit for bit. With torchrun --nproc_per_node N models are sharded over N processes: see t2g/dist.py.
 """
 
 import copy
 import itertools
-import json
+import random
 import time
 from collections import defaultdict
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from t2g import ablations, cli, critics, policy, report, stages, tasks
+from t2g import ablations, adapters, checkpoint, cli, critics, dist, plan, policy, report, stages, tasks
 from t2g.align import MATCH_KINDS, SENTENCE_OR_LINE, SPAN_WEIGHTS, resolve, span_rewards, steps, token_offsets
-from t2g.log import Logger, peak_memory_gib, write_json
+from t2g.cli import fail
+from t2g.log import Logger, peak_memory_gib
 from t2g.metrics import evaluate, mean_scores, shift, token_counts
 from t2g.policy import Policy, autocast, now, response_logits, token_stats
 from t2g.ppo import AdaptiveKL, gae, kl_penalty, masked_mean, masked_variance, policy_loss, value_loss, whiten
@@ -58,60 +61,88 @@ def parse_args():
     add("--gamma", type=cli.between(0, 1), default=1.0, help="discount")
     add("--lam", type=cli.between(0, 1), default=0.95, help="lambda of GAE")
     add("--eval_samples", type=cli.positive(int), default=64, help="held-out prompts for the measurement before and after")
+    adapters.add_flags(add)
+    dist.add_flags(add)
+    checkpoint.add_flags(add)
+    add("--plan", help="run nothing: say what each of so many processes needs, and how long a step takes: 8xH100-80, 1xcpu")
     add("--tensorboard", action="store_true", help="also write TensorBoard's files")
     task, args = tasks.parse(parser, "train_ppo")
     args.output_dir = args.output_dir or f"runs/{args.task}/ppo"
-    args.batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.num_mini_batches
+    local_batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.num_mini_batches
+    args.batch_size = local_batch_size * dist.processes()
     return task, args
 
 
 def main():
     task, args = parse_args()
+    if args.plan:
+        return plan.show(args)
+    dist.start(args.cpu_offload)
     root = Path(args.output_dir).parent
-    seconds = stages.ensure(["sft", *critics.stages_before(args)], args, root, args.policy)
+    seconds = dist.once(stages.ensure, ["sft", *critics.stages_before(args)], args, root, args.policy)
     start = time.perf_counter()
 
-    device = policy.device()
-    tokenizer, model = policy.load(args.policy or root / "sft", device)
-    actor, reference = Policy(model).to(device), copy.deepcopy(model).requires_grad_(False)
+    tokenizer, model = policy.load(args.policy or root / "sft")
+    pool, heldout = (tasks.short_enough(part, tokenizer, args.max_prompt_length) for part in task.load(args))
+    critic = critics.chosen(task, args, root, policy.device())
+    reference = None if args.lora_r else dist.frozen(copy.deepcopy(model), args)  # with LoRA: the policy, its adapter off
+    torch.manual_seed(args.seed)  # of LoRA's first weights
+    actor = Policy(adapters.added(model, args).eval())  # without dropout, for the first ratio of a step must be 1
     actor.load_value_head(args.policy or root / "sft")
-    critic = critics.chosen(task, args, root, device)
-    train, heldout = (tasks.short_enough(part, tokenizer, args.max_prompt_length) for part in task.load(args))
-    heldout = heldout[: args.eval_samples]
-    step_end = getattr(task, "STEP_END", SENTENCE_OR_LINE)
-    kl_controller = AdaptiveKL(args.kl_coef, args.kl_target, args.kl_horizon)
-    optimizer = torch.optim.AdamW(actor.parameters(), lr=args.learning_rate, weight_decay=0.0)
-    log = Logger(cli.fresh_folder(args.output_dir), args, task.METRICS, args.tensorboard)
-    pages = report.Samples(args.output_dir, args.max_steps)
-    measure = dict(response_length=args.response_length, bf16=args.bf16, seed=args.seed)
-    before, texts_before = evaluate(task, model, tokenizer, heldout, **measure, desc="before")
+    model = dist.shard(actor.model, args.bf16, args.cpu_offload, args.gradient_checkpointing)
+    dist.shard(actor.value_head, cpu_offload=args.cpu_offload)
 
-    bar = tqdm(range(1, args.max_steps + 1), desc="PPO", unit="step")
+    def measure(desc):
+        some, length = heldout[: args.eval_samples], args.response_length
+        return evaluate(task, model, tokenizer, some, length, bf16=args.bf16, seed=args.seed, desc=desc)
+
+    with cli.advice(), checkpoint.run_folder(args, args.resume) as folder, checkpoint.sigterm() as sigterm:
+        before, texts_before = measure("before")
+        pages = train(task, args, actor, reference, critic, tokenizer, pool, folder, sigterm)
+        after, texts_after = measure("after")
+        if pages:
+            pages.finish(args, before, after, seconds | {"ppo": time.perf_counter() - start}, heldout, texts_before, texts_after)
+
+
+def train(task, args, actor, reference, critic, tokenizer, pool, folder, sigterm):
+    """The algorithm: a rollout a step, each followed by one update. Returns: the samples that the page shows."""
+    model, device, step_end = actor.model, policy.device(), getattr(task, "STEP_END", SENTENCE_OR_LINE)
+    optimizer = torch.optim.AdamW([p for p in actor.parameters() if p.requires_grad], lr=args.learning_rate, weight_decay=0.0)
+    reached = checkpoint.resume(actor, optimizer, args, data=pool)
+    kl_controller = AdaptiveKL(reached.get("kl_coef", args.kl_coef), args.kl_target, args.kl_horizon)
+    first, bad_steps = dist.rank() == 0, 0
+    log = Logger(folder, args, task.METRICS, args.tensorboard, keep_until=reached["step"]) if first else None
+    pages = report.Samples(folder, args.max_steps, keep_until=reached["step"]) if first else None
+
+    bar = tqdm(range(reached["step"] + 1, args.max_steps + 1), desc="PPO", unit="step", disable=not first)
     for step in bar:
         clock = [now()]
-        optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - (step - 1) / args.max_steps)
+        optimizer.param_groups[0]["lr"] = rate = args.learning_rate * (1 - (step - 1) / args.max_steps)
 
-        # 1. Rollout: one sampled response to each prompt.
-        rng = step_rng(args.seed, step)  # not that of annotate.py: the critic must judge new prompts
-        examples = rng.choices(train, k=args.batch_size)
-        prompts = [example.prompt for example in examples]
-        rollout = sample(model, tokenizer, prompts, args.response_length, args.temperature, bf16=args.bf16)
+        # 1. Rollout: one sampled response to each prompt. Every process draws all prompts and takes its own.
+        rng = step_rng(args.seed, step, dist.rank())  # not that of annotate.py: the critic must judge new prompts
+        examples = dist.own(rng.choices(pool, k=args.batch_size))
+        with dist.whole(model):
+            rollout = sample(model, tokenizer, [e.prompt for e in examples], args.response_length, args.temperature, bf16=args.bf16)
         clock.append(now())
 
         # 2. Critique: what is wrong, and where. None where it is unreadable; such a sample is masked out of the loss.
         feedback = critic(examples, rollout.texts)
         readable = torch.tensor([f is not None for f in feedback], device=device)
-        mask = rollout.mask & readable[:, None]
         clock.append(now())
 
         # 3. Spans -> token rewards delta in {-1, 0, +1}.
-        delta, quotes = token_rewards(tokenizer, rollout, feedback, args, rng)
+        delta, quotes = token_rewards(tokenizer, rollout, feedback, args, random.Random(rng.random() + dist.rank()))
+        placed = place(delta, tokenizer, rollout, step_end, args)
 
-        # 4. KL penalty: r_t = delta_t - kl_coef KL_t, and what the policy and V were before the update.
-        old_logprobs, entropy, old_values, kl = score(actor, reference, rollout, args)
+        # 4. KL penalty: r_t = delta_t - kl_coef KL_t, and what the policy and V were before the update. From here to the update
+        # every process has the numbers of the whole batch.
+        scored = score(actor, reference, rollout, args)
+        everywhere = map(dist.gather, (rollout.mask & readable[:, None], delta, placed, *scored))
+        mask, delta, placed, old_logprobs, entropy, old_values, kl = everywhere
         if step == 1 and not kl.abs().max() <= 1e-3:
             raise RuntimeError(f"before the first update policy and reference must agree; KL is {kl.abs().max():.2g} nats")
-        rewards = place(delta, tokenizer, rollout, step_end, args) - kl_controller.value * kl
+        rewards = placed - kl_controller.value * kl
 
         # 5. Advantages by GAE, whitened over the batch.
         advantages, returns = gae(rewards, old_values, mask, args.gamma, args.lam)
@@ -121,35 +152,29 @@ def main():
         # 6. PPO: a few epochs of minibatches against the clipped losses.
         batch = dict(old_logprobs=old_logprobs, advantages=whitened, old_values=old_values, returns=returns, mask=mask)
         stats = update(actor, optimizer, rollout, batch, args) if mask.any() else {}
+        bad_steps = bad_steps + 1 if stats.get("skipped_updates") == args.num_ppo_epochs * args.num_mini_batches else 0
+        if bad_steps == 5:
+            fail(f"no finite gradient in 5 steps in a row, up to {step}: lower --learning_rate and go on with --resume CHECKPOINT")
         clock.append(now())
 
         # 7. Steer the KL coefficient, and write down what happened: first of all, whether the criticised tokens moved.
-        change = (response_logprobs(actor, rollout, args) - old_logprobs) * mask
+        change = (dist.gather(response_logprobs(actor, rollout, args)) - old_logprobs) * mask
         clock.append(now())
         stats |= shift(change, delta, mask)
-        stats |= summary(rollout, mask, delta, quotes, kl, entropy, clock)
-        stats |= token_counts(tokenizer, rollout, feedback)
+        stats |= summary(mask, delta, dist.totals(quotes), kl, entropy, clock)
         unexplained = masked_variance(returns - old_values, mask) / masked_variance(returns, mask).clamp(min=1e-8)
-        stats |= {"value_explained": 1 - unexplained.item(), "kl_coef": kl_controller.value}
-        stats |= {"learning_rate": optimizer.param_groups[0]["lr"]}
+        stats |= {"value_explained": 1 - unexplained.item(), "kl_coef": kl_controller.value, "learning_rate": rate}
+        stats |= token_counts(tokenizer, rollout, feedback) | dist.means(mean_scores(task, examples, rollout.texts))
         if mask.any():
-            kl_controller.update(stats["kl"], len(rollout))
-        log(step, stats | mean_scores(task, examples, rollout.texts))
-        at_tokens = dict(delta=delta, kl=kl, value=old_values, advantage=whitened, shift=change)
-        pages.add(step, tokenizer, examples, rollout, feedback, **at_tokens)
+            kl_controller.update(stats["kl"], len(mask))
+        if first:
+            log(step, stats)
+            numbers = dict(delta=delta, kl=kl, value=old_values, advantage=whitened, shift=change)
+            pages.add(step, tokenizer, examples, rollout, feedback, **numbers)
         line = "reward {reward:+.2f} kl {kl:.2f} | log pi: good {shift_good:+.3f} rest {shift_rest:+.3f} poor {shift_poor:+.3f}"
         bar.set_postfix_str(line.format_map(defaultdict(float, stats)))
-
-    policy.save(model, tokenizer, args.output_dir, args.max_steps, actor.value_head)
-    after, texts_after = evaluate(task, model, tokenizer, heldout, **measure, desc="after")
-    seconds["ppo"] = time.perf_counter() - start
-    result = {"before": before, "after": after, "seconds": {stage: round(s, 1) for stage, s in seconds.items()}}
-    result["page"] = str(Path(args.output_dir) / "page.html")
-    write_json(Path(args.output_dir) / "result.json", result)
-    pages.finish(heldout, texts_before, texts_after)
-    print(f"\n{'held-out prompts':24}{'before':>10}{'after':>10}")
-    print("\n".join(f"{name:24}{before[name]:10.3f}{after[name]:10.3f}" for name in before))
-    print(f"\npolicy: {args.output_dir}/checkpoint-{args.max_steps}\npage:   {result['page']}\n{json.dumps(result)}")
+        checkpoint.keep(actor, tokenizer, optimizer, step, args, sigterm, data=pool, kl_coef=kl_controller.value)
+    return pages
 
 
 def token_rewards(tokenizer, rollout, feedback, args, rng):
@@ -196,20 +221,28 @@ def full_kl(logits, ref_logits, temperature):
 @torch.no_grad()
 def score(actor, reference, rollout, args):
     """Old log-probabilities, entropies, values and KL against the reference, (B, T) each, a microbatch at a time."""
-    parts = []
-    for rows in torch.arange(len(rollout)).split(args.per_device_train_batch_size):
-        some = rollout.rows(rows)
-        with autocast(args.bf16):
-            logits, states = response_logits(actor.model, some)
-            ref_logits, _ = response_logits(reference, some)
-            values = actor.values(states, some.mask)
-        logprobs, entropy = token_stats(logits, some, args.temperature)
-        if args.kl_estimator == "full":  # a response at a time, so that no second tensor of the size of the logits lives
-            kl = torch.stack([full_kl(*pair, args.temperature) for pair in zip(logits, ref_logits)]).masked_fill(~some.mask, 0)
-        else:
-            kl = kl_penalty(logprobs, token_stats(ref_logits, some, args.temperature)[0], args.kl_estimator)
-        parts.append((logprobs, entropy, values, kl))
+    microbatches = torch.arange(len(rollout)).split(args.per_device_train_batch_size)
+    parts = [score_microbatch(actor, reference, rollout.rows(rows), args) for rows in microbatches]
     return [torch.cat(column) for column in zip(*parts)]
+
+
+def score_microbatch(actor, reference, rollout, args):
+    with autocast(args.bf16):
+        logits, states = response_logits(actor.model, rollout)
+        ref_logits = reference_logits(actor, reference, rollout)
+        values = actor.values(states, rollout.mask)
+    logprobs, entropy = token_stats(logits, rollout, args.temperature)
+    if args.kl_estimator == "full":  # a response at a time, so that no second tensor of the size of the logits lives
+        kl = torch.stack([full_kl(*pair, args.temperature) for pair in zip(logits, ref_logits)]).masked_fill(~rollout.mask, 0)
+    else:
+        kl = kl_penalty(logprobs, token_stats(ref_logits, rollout, args.temperature)[0], args.kl_estimator)
+    return logprobs, entropy, values, kl
+
+
+def reference_logits(actor, reference, rollout):
+    """Of the frozen copy; without one, of the policy with its adapter off."""
+    with nullcontext() if reference else actor.model.disable_adapter():
+        return response_logits(reference or actor.model, rollout)[0]
 
 
 @torch.no_grad()
@@ -223,42 +256,57 @@ def response_logprobs(actor, rollout, args):
 
 
 def update(actor, optimizer, rollout, batch, args):
-    """The PPO epochs over one rollout. Every loss is a sum over tokens, divided by the count of the whole minibatch."""
-    sums, optimizer_steps = defaultdict(float), args.num_ppo_epochs * args.num_mini_batches
+    """The PPO epochs over one rollout. Every loss is a sum over tokens, divided by the count of the whole minibatch, which all
+    processes share; `batch` has the rows of all of them. A minibatch whose gradient is not finite changes nothing and is counted.
+    """
+    batch = {name: dist.own(tensor)[:, : rollout.mask.shape[1]] for name, tensor in batch.items()}
+    sums, norms, first_error, optimizer_steps = defaultdict(float), [], 0.0, args.num_ppo_epochs * args.num_mini_batches
     for epoch in range(args.num_ppo_epochs):
         for number, minibatch in enumerate(torch.randperm(len(rollout)).chunk(args.num_mini_batches)):
-            token_count = batch["mask"][minibatch].sum().clamp(min=1)
+            token_count, said = dist.total(batch["mask"][minibatch].sum()).clamp(min=1), defaultdict(float)
             for rows in minibatch.split(args.per_device_train_batch_size):
                 b = {name: tensor[rows] for name, tensor in batch.items()}
-                with autocast(args.bf16):
-                    new = actor(rollout.rows(rows), args.temperature, args.entropy_coef > 0)
+                loss, stats, new_logprobs = microbatch_loss(actor, rollout.rows(rows), b, token_count, args)
                 if epoch == number == 0:
-                    sums["first_ratio_error"] = max(sums["first_ratio_error"], first_ratio_error(new.logprobs, b, args))
-                limits = b["mask"], args.cliprange, token_count
-                pg_loss, pg_stats = policy_loss(new.logprobs, b["old_logprobs"], b["advantages"], *limits)
-                limits = b["mask"], args.cliprange_value, token_count
-                vf_loss, vf_stats = value_loss(new.values, b["old_values"], b["returns"], *limits)
-                entropy = (new.entropy * b["mask"]).sum() / token_count
-                (pg_loss + args.vf_coef * vf_loss - args.entropy_coef * entropy).backward()
-                for name, value in {"policy_loss": pg_loss, "value_loss": vf_loss, **pg_stats, **vf_stats}.items():
-                    sums[name] += value.item() / optimizer_steps
-            norm = torch.nn.utils.clip_grad_norm_(actor.parameters(), args.max_grad_norm, error_if_nonfinite=True)
-            sums["grad_norm"] += norm.item() / optimizer_steps
-            optimizer.step()
+                    first_error += first_ratio_error(new_logprobs, b, args) / token_count.item()
+                loss.backward()
+                for name, value in stats.items():
+                    said[name] += value.detach()
+            norm = dist.plain(torch.nn.utils.clip_grad_norm_(actor.parameters(), args.max_grad_norm))
+            if norm.isfinite():
+                optimizer.step()
+                norms.append(norm.item())
+                for name, value in said.items():
+                    sums[name] += value.item()
             optimizer.zero_grad(set_to_none=True)
-    sums["update_tokens"] = args.num_ppo_epochs * int(rollout.prompt_mask.sum() + rollout.mask.sum())
-    return dict(sums)
+    read = args.num_ppo_epochs * int(rollout.prompt_mask.sum() + rollout.mask.sum())
+    means = {name: value / len(norms) for name, value in (sums | {"grad_norm": sum(norms) / dist.size()}).items() if norms}
+    stats = dist.totals(means | {"first_ratio_error": first_error, "update_tokens": read})
+    return stats | {"skipped_updates": optimizer_steps - len(norms)}
+
+
+def microbatch_loss(actor, rollout, b, token_count, args):
+    """A microbatch's share of the minibatch's loss, what it says of it, and log pi (B, T) of its tokens."""
+    with autocast(args.bf16):
+        new = actor(rollout, args.temperature, args.entropy_coef > 0)
+    limits = b["mask"], args.cliprange, token_count
+    pg_loss, pg_stats = policy_loss(new.logprobs, b["old_logprobs"], b["advantages"], *limits)
+    limits = b["mask"], args.cliprange_value, token_count
+    vf_loss, vf_stats = value_loss(new.values, b["old_values"], b["returns"], *limits)
+    entropy = (new.entropy * b["mask"]).sum() / token_count
+    stats = {"policy_loss": pg_loss, "value_loss": vf_loss, **pg_stats, **vf_stats}
+    return pg_loss + args.vf_coef * vf_loss - args.entropy_coef * entropy, stats, new.logprobs
 
 
 def first_ratio_error(logprobs, b, args):
-    """The largest |log rho| before any step: 0 within rounding, or log-probabilities are computed in two ways."""
+    """The sum of |log rho| before any step: 0 within rounding, or log-probabilities are computed in two ways."""
     error = (logprobs.detach() - b["old_logprobs"]).abs() * b["mask"]
     if not masked_mean(error, b["mask"]) <= (0.05 if args.bf16 else 1e-4):
         raise RuntimeError(f"the first ratio of a step must be 1 within rounding, but |log ratio| is {error.max():.2g}")
-    return error.max().item()
+    return error.sum().item()
 
 
-def summary(rollout, mask, delta, quotes, kl, entropy, clock):
+def summary(mask, delta, quotes, kl, entropy, clock):
     """What a step's rollout looked like and how long its parts took; t2g/log.py has the formulas."""
     quote_count, responses = max(sum(quotes[kind] for kind in MATCH_KINDS), 1), max(mask.any(1).sum().item(), 1)
     seconds = [end - start for start, end in itertools.pairwise(clock)]
@@ -268,7 +316,6 @@ def summary(rollout, mask, delta, quotes, kl, entropy, clock):
         "entropy": masked_mean(entropy, mask).item(),
         "tokens_good": masked_mean((delta > 0).float(), mask).item(),
         "tokens_poor": masked_mean((delta < 0).float(), mask).item(),
-        "eos_rate": rollout.finished.float().mean().item(),
         "unparsable": 1 - mask.any(1).float().mean().item(),
         **{f"quotes_{kind}": count / quote_count for kind, count in quotes.items()},
         **{f"seconds_{part}": s for part, s in zip(("rollout", "critique", "score", "update", "shift"), seconds)},

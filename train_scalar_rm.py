@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from t2g import checkpoint, cli, critics, policy, stages, supervised, tasks
+from t2g import adapters, checkpoint, cli, critics, policy, stages, supervised, tasks
 from t2g.align import resolve, span_rewards, token_offsets
 from t2g.notes import read_annotations
 from t2g.scalar_head import REWARD_UNIT, encode, scores
@@ -92,7 +92,7 @@ def main():
         cli.fail(f"all {len(targets)} annotations come to the same reward, {mean}: there is nothing to learn from them")
     rows = [(text, eos, (s - mean) / std) for (text, eos), s in zip(encode(tokenizer, asked), targets)]
     heldout, rows = supervised.parted(supervised.that_fit(rows, room), args)
-    scorer.model = supervised.with_adapters(model, args)
+    scorer.model = adapters.added(model, args)
     with checkpoint.run_folder(args) as folder:
         step = supervised.train(scorer, tokenizer, rows, heldout, args, folder, "scalar reward model", REGRESSION)
         with torch.no_grad():  # from standard deviations back to rewards

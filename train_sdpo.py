@@ -110,7 +110,7 @@ def main():
         change = (response_logprobs(actor, rollout, args) - old_logprobs) * mask
         clock.append(now())
         stats |= shift(change, delta, mask)
-        stats |= summary(rollout, mask, delta, quotes, kl, entropy, clock)
+        stats |= summary(mask, delta, quotes, kl, entropy, clock)
         stats |= token_counts(tokenizer, rollout, feedback)
         unread, left_out = feedback.count(None), (~fits).sum().item()
         stats |= {"unparsable": unread / len(feedback), "too_long": (left_out - unread) / len(feedback)}

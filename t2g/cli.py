@@ -1,10 +1,13 @@
 """What the scripts share: their command line, one clear sentence for bad input, a folder for their output."""
 
 import argparse
+import errno
 import itertools
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 import transformers
 
 
@@ -74,3 +77,22 @@ def fresh_folder(path) -> Path:
         fail(f"the folder {path} cannot be used ({error.strerror}); choose another --output_dir")
     make_folder(path, "--output_dir")
     return path
+
+
+@contextmanager
+def advice():
+    """Where memory or the disk runs out, the program ends with a sentence that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            raise
+        fail(f"No room is left to write ({error}); make some and start again. Earlier checkpoints stay")
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        fail(
+            "out of memory. Lower --per_device_train_batch_size and raise --gradient_accumulation_steps by as much, or lower "
+            "--response_length; --gradient_checkpointing, --lora_r, --bf16 and more processes save memory too. Earlier checkpoints "
+            "stay"
+        )

@@ -9,7 +9,7 @@ import asyncio
 import torch
 from tqdm import tqdm
 
-from t2g import policy, scalar_head, supervised
+from t2g import dist, policy, scalar_head, supervised
 from t2g.align import locate, token_offsets
 from t2g.cli import fail, positive
 from t2g.feedback import Feedback, FeedbackError, reward_prompt
@@ -46,7 +46,8 @@ def chosen(task, args, root, device):
         return warning(openai_critic(args.base_url, args.reward_model, args.critique_length))
     if args.critic == "scalar":
         return warning(scalar_critic(args.reward_model or root / "rm_scalar", device, args.bf16))
-    tokenizer, model = policy.load(args.reward_model or root / "rm", device)
+    tokenizer, model = policy.load(args.reward_model or root / "rm")
+    model = dist.frozen(model, args)
     return warning(reward_model_critic(model, tokenizer, args.critique_length, args.bf16))
 
 

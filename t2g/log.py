@@ -4,6 +4,7 @@ METRICS is the one glossary: a metric that does not stand in it cannot be logged
 """
 
 import json
+import os
 import resource
 import sys
 from pathlib import Path
@@ -36,7 +37,8 @@ METRICS = {
     "value_loss": "half the clipped squared error of V, mean over epochs and minibatches",
     "value_clipfrac": "share of tokens where the value clip binds, mean over epochs and minibatches",
     "value_explained": "1 - Var(returns - V) / Var(returns) over the batch's tokens, before the update",
-    "first_ratio_error": "largest absolute log rho at the first minibatch, before any step: 0 within rounding, checked at run time",
+    "first_ratio_error": "mean absolute log rho at the first minibatch, before any step: 0 within rounding, checked at run time",
+    "skipped_updates": "minibatches of the step whose gradient was not finite: they changed nothing",
     "divergence": "SDPO: D(policy, teacher that has read the critique), in nats, mean over tokens, passes and minibatches",
     "shift_good": "mean change of log pi over the update on the tokens with delta > 0, in nats; left out where there are none",
     "shift_rest": "the same on the tokens with delta = 0",
@@ -75,17 +77,16 @@ class Logger:
 
     def __init__(self, folder, args, task_metrics=(), tensorboard=False, keep_until=0):
         self.folder, self.known = Path(folder), set(METRICS) | set(task_metrics)
+        cut(self.folder / "metrics.jsonl", keep_until)  # first, for by it a folder is known as a run of ours
         write_json(self.folder / "config.json", {"argv": sys.argv, **vars(args)})
-        earlier = read_jsonl(self.folder / "metrics.jsonl") if keep_until else []
-        self.file = open(self.folder / "metrics.jsonl", "w", encoding="utf-8")
-        self.file.writelines(json.dumps(row) + "\n" for row in earlier if row["step"] <= keep_until)
+        self.file = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")
         self.board = None
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 fail("--tensorboard needs the package tensorboard: pip install tensorboard")
-            self.board = SummaryWriter(str(self.folder))
+            self.board = SummaryWriter(str(self.folder), purge_step=keep_until + 1)
 
     def __call__(self, step, metrics):
         if unknown := set(metrics) - self.known:
@@ -97,7 +98,20 @@ class Logger:
 
 
 def write_json(path, value):
-    Path(path).write_text(json.dumps(value, indent=1, default=str, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(Path(path), json.dumps(value, indent=1, default=str, ensure_ascii=False) + "\n")
+
+
+def write_text(path, text):
+    """A file that appears whole or not at all: it is written under another name and renamed."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def cut(path, step):
+    """Keeps the rows of a .jsonl file up to a step, none for 0. What a kill left behind them goes, be it half a line."""
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if step and path.is_file() else []
+    write_text(path, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
 
 
 def read_jsonl(path) -> list[dict]:

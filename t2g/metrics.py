@@ -5,6 +5,7 @@ from functools import cache
 import numpy as np
 import torch
 
+from t2g import dist
 from t2g.feedback import Feedback
 from t2g.ppo import masked_mean
 from t2g.revision import second_try
@@ -22,7 +23,7 @@ def evaluate(
 
     Returns: the means, with "eos_rate" and its greedy twin; and the sampled texts.
     """
-    generator = torch.Generator(model.device).manual_seed(seed)
+    generator = torch.Generator(dist.device()).manual_seed(seed)
     prompts, means, texts = [example.prompt for example in examples], {}, {}
     for suffix, temperature in (("", 1.0), ("_greedy", 0)):
         label = desc and f"{desc}, {'greedy' if suffix else 'sampled'}"
@@ -42,14 +43,19 @@ def mean_scores(task, examples, texts) -> dict[str, float]:
 
 
 def token_counts(tokenizer, rollout, feedback) -> dict[str, float]:
-    """Mean tokens of prompts, responses and readable critiques, all by the policy's tokenizer: what a step costs goes by them."""
+    """Mean tokens of prompts, responses and readable critiques, all by the policy's tokenizer: what a step costs goes by them. And
+    the share of responses that ended by themselves. Over all processes, so collective.
+    """
     critiques = [said.render() for said in feedback if isinstance(said, Feedback)]
-    lengths = [len(ids) for ids in tokenizer(critiques, add_special_tokens=False)["input_ids"]] if critiques else [0]
-    return {
-        "prompt_tokens": rollout.prompt_mask.sum(1).float().mean().item(),
-        "response_tokens": rollout.mask.sum(1).float().mean().item(),
-        "critique_tokens": float(np.mean(lengths)),
+    sums = {
+        "prompt_tokens": rollout.prompt_mask.sum().item(),
+        "response_tokens": rollout.mask.sum().item(),
+        "eos_rate": rollout.finished.sum().item(),
+        "critique_tokens": sum(map(len, tokenizer(critiques, add_special_tokens=False)["input_ids"])) if critiques else 0,
     }
+    sums = dist.totals(sums | {"responses": len(rollout), "critiques": len(critiques)})
+    responses, critiques = sums.pop("responses"), max(sums.pop("critiques"), 1)
+    return {name: value / (critiques if name == "critique_tokens" else responses) for name, value in sums.items()}
 
 
 def shift(change, delta, mask):

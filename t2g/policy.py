@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
+from t2g import adapters, dist
 from t2g.cli import fail
+from t2g.dist import device
 
 
 class ResponseStats(NamedTuple):
@@ -91,27 +93,42 @@ def positions(attention):
     return (attention.long().cumsum(1) - 1).clamp(min=0)
 
 
-def save(model, tokenizer, run, step, value_head=None) -> Path:
-    """Writes run/checkpoint-{step}: the plain model, as from_pretrained and vLLM load it; the value head in a folder within.
-
-    The checkpoint appears whole or not at all: it is written under another name and renamed.
-    """
+def save(model, tokenizer, run, step, value_head=None, write_more=None) -> Path:
+    """Writes run/checkpoint-{step}, whole or not at all: the plain model, or its adapter, as from_pretrained, peft and vLLM load
+    it; the value head in a folder within; and what write_more(folder) writes. Collective."""
     folder = Path(run) / f"checkpoint-{step}"
     unfinished = folder.with_suffix(".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    model.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
-    if value_head is not None:
-        (unfinished / "value_head").mkdir()
-        save_file(value_head.state_dict(), unfinished / "value_head" / "value_head.safetensors")
-    shutil.rmtree(folder, ignore_errors=True)  # of the same step, where a kill came right after
-    return unfinished.rename(folder)
+    weights = dist.whole_state(model, trained_only=hasattr(model, "peft_config"))
+    head_weights = dist.whole_state(value_head) if value_head else {}
+    try:
+        if dist.rank() == 0:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            model.save_pretrained(unfinished, state_dict=weights)
+            tokenizer.save_pretrained(unfinished)
+            if value_head:
+                (unfinished / "value_head").mkdir()
+                save_file(head_weights, unfinished / "value_head" / "value_head.safetensors")
+        dist.barrier()
+        if write_more:
+            write_more(unfinished)
+        dist.barrier()
+    except (OSError, SafetensorError) as error:
+        fail(f"{folder} cannot be written ({error}); make room or choose another --output_dir. Earlier checkpoints stay")
+    if dist.rank() == 0:
+        shutil.rmtree(folder, ignore_errors=True)  # of the same step, where a kill came right after
+        unfinished.rename(folder)
+    return folder
+
+
+def checkpoints(run) -> list[Path]:
+    """The checkpoints of a run, by step."""
+    found = [path for path in Path(run).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
 def latest_checkpoint(run) -> Path | None:
     """The checkpoint of a run with the highest step, None if there is none."""
-    found = [path for path in Path(run).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
-    return max(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
+    return next(reversed(checkpoints(run)), None)
 
 
 def load(path, device="cpu") -> tuple[PreTrainedTokenizerBase, torch.nn.Module]:
@@ -120,6 +137,9 @@ def load(path, device="cpu") -> tuple[PreTrainedTokenizerBase, torch.nn.Module]:
     Args: path, a run's folder (its latest checkpoint), a model's folder, a .gguf file or a hub id.
     """
     path = str(latest_checkpoint(path) or path)
+    if adapters.there(path):
+        tokenizer, model = load(adapters.base(path))
+        return tokenizer, adapters.merged(model, path).to(device).eval()
     source, gguf = pretrained(path)
     if gguf and not Path(path).is_file():
         fail(f"there is no file {path}")
@@ -145,6 +165,7 @@ def load(path, device="cpu") -> tuple[PreTrainedTokenizerBase, torch.nn.Module]:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
     model.generation_config = GenerationConfig(eos_token_id=eos_ids(tokenizer, model), pad_token_id=tokenizer.pad_token_id)
+    model.name_or_path = path  # where an adapter's own files say that its base lies
     return tokenizer, model.to(device).eval()
 
 
@@ -169,10 +190,6 @@ def now() -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
-
-
-def device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def autocast(bf16: bool):

@@ -12,7 +12,7 @@ from t2g import tasks
 from t2g.align import token_offsets
 from t2g.cli import fail
 from t2g.feedback import Feedback
-from t2g.log import METRICS, read_jsonl
+from t2g.log import METRICS, cut, read_jsonl, write_json, write_text
 from t2g.metrics import mean_interval
 
 SAMPLES_PER_STEP, STEPS_SHOWN, POINTS_SHOWN, HELDOUT_SHOWN, GROUPS_SHOWN = 4, 12, 400, 6, 4  # a page stays small and legible
@@ -27,8 +27,10 @@ NO_SETTING = {"argv", "seed", "output_dir", "batch_size"}  # the seed, the place
 class Samples:
     """Keeps a few responses of a dozen steps, spread evenly, with every number that stands at their tokens; and makes the page."""
 
-    def __init__(self, folder, max_steps):
+    def __init__(self, folder, max_steps, keep_until=0):
+        """A run that goes on after a stop keeps the samples up to the step from which it does."""
         self.folder, self.steps = Path(folder), spread(STEPS_SHOWN, max_steps)
+        cut(self.folder / "samples.jsonl", keep_until)
 
     def add(self, step, tokenizer, examples, rollout, feedback, **at_tokens):
         """at_tokens: (B, T) tensors by name."""
@@ -46,17 +48,23 @@ class Samples:
                 sample |= {"critique": said.critique, "good": said.good, "poor": said.poor}
             else:  # unreadable, or a learned number
                 sample |= {"critique": None if said is None else f"{said:+.2f}", "good": [], "poor": []}
-            self.write("samples.jsonl", sample)
+            with open(self.folder / "samples.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(sample, ensure_ascii=False) + "\n")
 
-    def finish(self, heldout, before, after):
-        """The run's page, once result.json is written; before and after are sampled responses to the held-out examples."""
-        for example, *responses in zip(heldout, before, after):
-            self.write("heldout.jsonl", {"prompt": example.prompt} | dict(zip(("before", "after"), responses)))
+    def finish(self, args, before, after, seconds, heldout, texts_before, texts_after):
+        """result.json, the run's page, and what both say in short; the texts are sampled responses to the held-out examples."""
+        seconds = {stage: round(number, 1) for stage, number in seconds.items()}
+        page = str(Path(args.output_dir) / "page.html")
+        result = {"before": before, "after": after, "seconds": seconds, "page": page}
+        rows = (
+            {"prompt": example.prompt, "before": old, "after": new} for example, old, new in zip(heldout, texts_before, texts_after)
+        )
+        write_text(self.folder / "heldout.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_json(self.folder / "result.json", result)
         write_page(self.folder / "page.html", [self.folder])
-
-    def write(self, name, row):
-        with open(self.folder / name, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        print(f"\n{'held-out prompts':24}{'before':>10}{'after':>10}")
+        print("\n".join(f"{name:24}{before[name]:10.3f}{after[name]:10.3f}" for name in before))
+        print(f"\npolicy: {args.output_dir}/checkpoint-{args.max_steps}\npage:   {page}\n{json.dumps(result)}")
 
 
 def write_page(path, folders) -> str:
@@ -92,7 +100,7 @@ def write_html(path, template, data):
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     html = (Path(__file__).parent / template).read_text(encoding="utf-8").replace("/*DATA*/", text)
     try:
-        Path(path).write_text(html, encoding="utf-8")
+        write_text(Path(path), html)
     except OSError as error:
         fail(f"{path} cannot be written ({error.strerror})")
 

@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 from transformers import DynamicCache
 
+from t2g import dist
 from t2g.align import response_text
 from t2g.cli import fail
 from t2g.policy import autocast, context_length, eos_ids, positions
@@ -36,13 +37,13 @@ class Rollout:
         return replace(self, **tensors, texts=[self.texts[i] for i in index])
 
 
-def step_rng(seed: int, step: int) -> random.Random:
-    """A generator for the draws of one step, and torch's seeded by it: what is drawn hangs on no earlier step.
+def step_rng(seed: int, step: int, rank=0) -> random.Random:
+    """A generator for the draws of one step, the same in all processes; and torch's seeded, in each of them another.
 
-    So a run that was stopped goes on with the same draws, and no state of a generator need be kept.
+    What is drawn hangs on no earlier step: a run that was stopped goes on with the same draws, and no state of a generator is kept.
     """
     rng = random.Random(f"step {step} of seed {seed}")
-    torch.manual_seed(rng.getrandbits(63))
+    torch.manual_seed(rng.getrandbits(62) + rank)
     return rng
 
 
@@ -104,7 +105,8 @@ def respond(model, tokenizer, prompts, response_length, batch_size=64, desc=None
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     texts, finished = [""] * len(prompts), [False] * len(prompts)
-    with tqdm(total=len(prompts), desc=desc, disable=desc is None, unit="sample", mininterval=0.5) as bar:
+    silent = desc is None or dist.rank() > 0
+    with dist.whole(model), tqdm(total=len(prompts), desc=desc, disable=silent, unit="sample", mininterval=0.5) as bar:
         for start in range(0, len(order), batch_size):
             index = order[start : start + batch_size]
             rollout = sample(model, tokenizer, [prompts[i] for i in index], response_length, **sampling)

@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from t2g import tasks
+from t2g import dist, tasks
 from t2g.policy import latest_checkpoint
 
 
@@ -40,7 +40,8 @@ def ensure(names, args, root, policy=None) -> dict[str, float]:
     for name, (title, output, command) in stages.items():
         if name not in names:
             continue
-        if output.is_file() or latest_checkpoint(output):
+        finished = latest_checkpoint(output) and (name != "ppo" or (output / "result.json").is_file())
+        if output.is_file() or finished:
             print(f"{title}: {output} (made before; move it away to make it anew)", flush=True)
         else:
             seconds[name] = run(title, command)
@@ -51,6 +52,8 @@ def run(title: str, command: list[str]) -> float:
     print(f"\n{title}: missing, made first by\n  python {shlex.join(command)}\n", flush=True)
     folder = Path(__file__).resolve().parent.parent
     ours = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    if dist.processes() > 1:
+        ours += ("OMP_NUM_THREADS",)  # torchrun's, for processes beside each other
     env = {key: value for key, value in os.environ.items() if key not in ours and not key.startswith("TORCHELASTIC")}
     start = time.perf_counter()
     done = subprocess.run([sys.executable, str(folder / command[0]), *command[1:]], env=env)

@@ -20,7 +20,7 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from t2g import checkpoint, policy
+from t2g import adapters, checkpoint, policy
 from t2g.checkpoint import BEST, STATE, run_folder
 from t2g.cli import between, fail, positive
 from t2g.log import Logger
@@ -121,7 +121,7 @@ def finetune(model, tokenizer, pairs, args, desc) -> Path:
     if not pairs:
         fail("the data set is empty: there is no pair to train on")
     heldout, rows = parted(that_fit(encode_pairs(tokenizer, pairs), longest_text(model, args)), args)
-    model = with_adapters(model, args)
+    model = adapters.added(model, args)
     with run_folder(args) as folder:
         step = train(model, tokenizer, rows, heldout, args, folder, desc)
         return save(model, tokenizer, folder, step, args)
@@ -236,16 +236,6 @@ def schedule(step, args) -> float:
     return min(step / warmup, down)
 
 
-def with_adapters(model, args):
-    """With --lora_r, LoRA on every linear layer of the blocks, by the package peft; the rest of the model is frozen."""
-    if not args.lora_r:
-        return model
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=0.05, target_modules="all-linear")
-    return get_peft_model(model, config)
-
-
 def longest_text(model, args) -> int:
     """Most tokens of a training text: --max_length, and never more than the model's context."""
     return min(args.max_length or context_length(model), context_length(model))
@@ -272,12 +262,7 @@ def add_flags(add, validation_share=0.0):
     add("--max_length", type=positive(int), help="most tokens of a training text; the model's context if not given")
     add("--optimizer", choices=("adamw", "muon"), default="adamw", help="muon is for models that start from scratch")
     add("--max_grad_norm", type=positive(float), default=1.0, help="gradients are clipped to this norm")
-    add(
-        "--lora_r",
-        type=positive(int),
-        help="train LoRA adapters of this rank, merged into the model at the end; all weights if not given",
-    )
-    add("--lora_alpha", type=positive(float), default=32.0, help="LoRA's alpha")
+    adapters.add_flags(add)
     add(
         "--validation_share", type=between(0, 0.5), default=validation_share, help="share of the pairs kept for the validation loss"
     )

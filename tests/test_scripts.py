@@ -317,7 +317,7 @@ def test_a_prompt_longer_than_the_context(refuse, toy_run, tmp_path):
 
 def test_several_processes_are_refused(refuse, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "one process" in refuse("train_ppo")
+    assert "one process" in refuse("train_sft")
 
 
 # ---- the command line and the README keep their word ---------------------------------------------------------------------

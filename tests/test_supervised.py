@@ -11,7 +11,7 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from t2g import checkpoint, supervised
+from t2g import adapters, checkpoint, supervised
 from t2g.critics import fitting_prompt
 from t2g.feedback import reward_prompt
 from t2g.log import read_jsonl
@@ -202,7 +202,7 @@ def test_a_state_that_is_broken_or_of_another_model_is_refused(fresh, tmp_path, 
     checkpoint.save(path, model, step=1)
     assert checkpoint.load(path, model) == {"step": 1}
     with pytest.raises(SystemExit):
-        checkpoint.load(path, supervised.with_adapters(model, flags("nowhere", lora_r=2)))
+        checkpoint.load(path, adapters.added(model, flags("nowhere", lora_r=2)))
     assert "belongs to another model" in capsys.readouterr().err
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(SystemExit):

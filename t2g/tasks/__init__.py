@@ -18,10 +18,10 @@ A task is a module t2g/tasks/NAME.py with
 
 import argparse
 import importlib
-import os
 from pathlib import Path
 from typing import NamedTuple
 
+from t2g import dist
 from t2g.cli import fail, positive
 from t2g.rollout import chat_text
 
@@ -84,8 +84,8 @@ def parse(parser, script: str):
     task = get(name.parse_known_args()[0].task)
     parser.set_defaults(**getattr(task, "DEFAULTS", {}).get(script, {}))
     args = parser.parse_intermixed_args()  # what stands without a flag may stand on either side of the flags
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        fail("this version works in one process; start it without --nproc_per_node")
+    if dist.processes() > 1 and script != "train_ppo":
+        fail(f"{script}.py works in one process; start it without --nproc_per_node")
     if hasattr(task, "check"):
         task.check(args, script)
     return task, args
