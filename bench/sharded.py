@@ -47,7 +47,7 @@ def main():
     seconds = {(name, part): [] for name in actors for part in ("rollout", "update")}
     for turn in range(args.turns + 1):  # the first one warms up
         for name in sorted(actors, reverse=turn % 2 == 0):
-            rollout, times = step(actors[name], optimizers[name], tokenizer, prompts, args)
+            times = step(actors[name], optimizers[name], tokenizer, prompts, args)
             for part, time in times.items() if turn else ():
                 seconds[name, part].append(time)
             print(f"turn {turn} {name:8}" + "".join(f"{part:>10} {time:.3f} s" for part, time in times.items()), flush=True)
@@ -67,7 +67,7 @@ def step(actor, optimizer, tokenizer, prompts, args):
     advantages, returns = gae(torch.ones_like(kl), values, rollout.mask, 1.0, 0.95)
     batch = dict(old_logprobs=logprobs, advantages=whiten(advantages, rollout.mask), old_values=values, returns=returns)
     update(actor, optimizer, rollout, batch | {"mask": rollout.mask}, args)
-    return rollout, {"rollout": sampled - start, "update": now() - sampled}
+    return {"rollout": sampled - start, "update": now() - sampled}
 
 
 if __name__ == "__main__":
