@@ -2,8 +2,8 @@
 
     torchrun --nproc_per_node 8 train_ppo.py ...
 
-The only file that knows torch.distributed. One process of torchrun takes the same path as many; without torchrun all of this does
-nothing. What every process must do equally often, however its own samples turn out, is marked as collective.
+The only file that knows torch.distributed. One process takes the same path as many, but has nothing to share: its model stays as
+it is. What every process must do equally often, however its own samples turn out, is marked as collective.
 """
 
 import atexit
@@ -119,7 +119,7 @@ def shard(model, bf16=False, cpu_offload=False, recompute=False):
     """
     if recompute:
         recompute_blocks(model)
-    if not distributed.is_initialized():
+    if size() == 1 and not cpu_offload:  # nothing to share: FSDP would only copy
         return model.to(device())
     options = {"offload_policy": CPUOffloadPolicy()} if cpu_offload else {}
     if bf16:  # products in bf16; the weights that the optimiser steps, and sums of gradients over processes, in fp32
@@ -137,7 +137,7 @@ def shard(model, bf16=False, cpu_offload=False, recompute=False):
 
 def frozen(model, args):
     """A model that is not trained, ready to be asked: sharded as well, or whole in each process with --replicate_frozen."""
-    if not distributed.is_initialized():
+    if not (distributed.is_initialized() and (size() > 1 or args.cpu_offload)):
         return model.to(device())  # autocast keeps bf16 copies only of weights that could have a gradient
     model.requires_grad_(False)
     if not args.replicate_frozen:

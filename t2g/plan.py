@@ -35,7 +35,7 @@ GPUS = {  # memory in GiB, bf16 and fp32 (TF32 off) peak in TFLOP/s, bandwidth i
 }  # fmt: skip
 OF_PEAK, OF_BANDWIDTH = 0.4, 0.6  # what well-fed matrix products, and reads of weights in decoding, are counted at
 USABLE = 0.92  # of the memory; the rest goes to fragments, to CUDA's context and to NCCL
-PROCESS = 0.75  # GiB that Python, PyTorch and its kernels take before any tensor
+PROCESS = {"cpu": 0.3, "gpu": 0.5}  # GiB of Python and its libraries; of CUDA's context
 
 
 class Alive(TorchDispatchMode):
@@ -90,7 +90,8 @@ def show(args):
 def estimate(args, processes, machine) -> dict:
     """Of one process: {"memory": what stays, "peak": what phases add, "gib": their highest sum, "fits", "seconds" of a step}."""
     gib, bf16_peak, fp32_peak, bandwidth = machine
-    sharded = processes > 1 or not args.plan.endswith("cpu")  # on GPUs under torchrun, which shards at one process too
+    on_cpu = args.plan.endswith("cpu")
+    sharded = processes > 1 or args.cpu_offload
     config = config_of(args.policy, "--policy")
     step = fake_step(args, config, sharded, keep_gradients=not sharded and args.gradient_accumulation_steps == 1)
     asked = args.critic in ("rm", "scalar")
@@ -102,7 +103,7 @@ def estimate(args, processes, machine) -> dict:
     length = prompt_length(args) + args.response_length
     most = max(batch, 64)  # before and after, responses are sampled for 64 prompts at a time
     stays = {
-        "process": PROCESS * GIB,
+        "process": PROCESS["cpu" if on_cpu else "gpu"] * GIB,
         "weights": 4 * step.parameters * share,
         "gradients": 4 * step.trainable * share * (not step.kept_gradients),
         "optimiser, two moments": 8 * step.trainable * share,
@@ -118,9 +119,10 @@ def estimate(args, processes, machine) -> dict:
     if args.critic == "rm":
         written = length + args.critique_length
         adds["critique: cache, prefill"] = of_rm.cache(written, 64, cell) + 64 * of_rm.prefill_peak * length / prompt_length(args)
-    if sharded:  # what FSDP gathers: all for sampling, two blocks and the rest for a pass; and fp32 sums of gradients
+    if sharded or args.bf16:  # what FSDP gathers for sampling; what autocast keeps
         adds["rollout: cache, prefill"] += cell * step.parameters
         adds["critique: cache, prefill"] += cell * of_rm.parameters if args.critic == "rm" and not args.replicate_frozen else 0
+    if sharded:  # two blocks and the rest for a pass; and fp32 sums of gradients
         adds["score: logits, activations"] += cell * (2 * step.block + step.rest * (1 if args.lora_r else 2))
         adds["update: activations, logits"] += cell * (2 * step.block + step.rest)
         adds["update: activations, logits"] += 0 if args.lora_r else (cell + 4) * (step.block + step.rest)
