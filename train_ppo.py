@@ -77,9 +77,9 @@ def main():
     task, args = parse_args()
     if args.plan:
         return plan.show(args)
-    dist.start(args.cpu_offload)
     root = Path(args.output_dir).parent
-    seconds = dist.once(stages.ensure, ["sft", *critics.stages_before(args)], args, root, args.policy)
+    before = ["sft", *critics.stages_before(args)]
+    seconds = dist.start(args.cpu_offload, first=lambda: stages.ensure(before, args, root, args.policy))
     start = time.perf_counter()
 
     tokenizer, model = policy.load(args.policy or root / "sft")

@@ -24,19 +24,31 @@ from torch.utils.checkpoint import checkpoint
 from t2g.cli import fail
 
 
-def start(cpu_offload=False):
-    """Joins the processes that torchrun started, if it did: NCCL between GPUs, gloo between CPUs. Only the first one prints."""
+def start(cpu_offload=False, first=None):
+    """Joins the processes that torchrun started, if it did: NCCL between GPUs, gloo between CPUs. Only the first one prints.
+
+    Before, the first one runs first(), and the others wait for it, for weeks if need be. Returns: what first() said, or None.
+    """
     if cpu_offload and not ("WORLD_SIZE" in os.environ and torch.cuda.is_available()):
         fail("--cpu_offload takes weights off a GPU, under torchrun; leave it out")
     if "WORLD_SIZE" not in os.environ or distributed.is_initialized():
-        return
+        return first() if first else None
+    store, number, count = next(distributed.rendezvous("env://"))
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # what processes that died had written must not be read
+    store = distributed.PrefixStore(f"start {restart}", store)
+    said = first() if first and number == 0 else None
+    if number == 0:
+        store.set("first is done", "")
+    store.wait(["first is done"], timedelta(weeks=4))
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=1))
+    backend, timeout = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timedelta(hours=1)
+    distributed.init_process_group(backend, store=store, rank=number, world_size=count, timeout=timeout)
     atexit.register(distributed.destroy_process_group)
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")  # nothing here is changed in place
-    if rank():
+    if number:
         sys.stdout = open(os.devnull, "w")
+    return said
 
 
 def processes() -> int:
@@ -50,16 +62,6 @@ def rank() -> int:
 
 def size() -> int:
     return distributed.get_world_size() if distributed.is_initialized() else 1
-
-
-def once(function, *args):
-    """function(*args) in the first process, while the others wait for it, for weeks if need be (they get None). Collective."""
-    patient = distributed.new_group(backend="gloo", timeout=timedelta(weeks=4)) if size() > 1 else None
-    value = function(*args) if rank() == 0 else None
-    if patient:
-        distributed.barrier(patient)
-        distributed.destroy_process_group(patient)
-    return value
 
 
 def barrier():
