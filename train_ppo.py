@@ -78,8 +78,8 @@ def main():
     if args.plan:
         return plan.show(args)
     root = Path(args.output_dir).parent
-    before = ["sft", *critics.stages_before(args)]
-    seconds = dist.start(args.cpu_offload, first=lambda: stages.ensure(before, args, root, args.policy))
+    needed = ["sft", *critics.stages_before(args)]
+    seconds = dist.start(args.cpu_offload, first=lambda: stages.ensure(needed, args, root, args.policy))
     start = time.perf_counter()
 
     tokenizer, model = policy.load(args.policy or root / "sft")
@@ -173,7 +173,7 @@ def train(task, args, actor, reference, critic, tokenizer, pool, folder, sigterm
             pages.add(step, tokenizer, examples, rollout, feedback, **numbers)
         line = "reward {reward:+.2f} kl {kl:.2f} | log pi: good {shift_good:+.3f} rest {shift_rest:+.3f} poor {shift_poor:+.3f}"
         bar.set_postfix_str(line.format_map(defaultdict(float, stats)))
-        checkpoint.keep(actor, tokenizer, optimizer, step, args, sigterm, data=pool, kl_coef=kl_controller.value)
+        checkpoint.keep(actor, tokenizer, optimizer, step, args, sigterm, reached["data_hash"], kl_coef=kl_controller.value)
     return pages
 
 

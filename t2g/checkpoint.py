@@ -106,11 +106,7 @@ def add_flags(add):
     add("--resume", default="auto", help=resume)
 
 
-def data_hash(examples) -> str:
-    return hashlib.sha256(json.dumps([example.prompt for example in examples]).encode()).hexdigest()
-
-
-def keep(actor, tokenizer, optimizer, step, args, sigterm, data, **rest):
+def keep(actor, tokenizer, optimizer, step, args, sigterm, data_hash, **rest):
     """At every --save_steps-th step and the last, a checkpoint with the state from which train_ppo.py goes on; older ones than the
     last --save_total_limit go. Where a process has got SIGTERM, it is written now, and all of them leave. Collective.
     """
@@ -122,7 +118,7 @@ def keep(actor, tokenizer, optimizer, step, args, sigterm, data, **rest):
         (folder / "state").mkdir(exist_ok=True)
         save_file(state_of(actor, [optimizer]), folder / "state" / state_file(dist.rank(), dist.size()))
         if dist.rank() == 0:
-            meta = {"step": step, **rest, "processes": dist.size(), "data_hash": data_hash(data), "config": vars(args)}
+            meta = {"step": step, **rest, "processes": dist.size(), "data_hash": data_hash, "config": vars(args)}
             meta |= {"argv": sys.argv, "commit": commit(), "versions": versions()}
             write_json(folder / "state" / "meta.json", meta)
 
@@ -136,13 +132,14 @@ def keep(actor, tokenizer, optimizer, step, args, sigterm, data, **rest):
 
 def resume(actor, optimizer, args, data) -> dict:
     """Puts the last checkpoint of --output_dir, if there is one, into actor and optimiser. Returns: its meta.json, or step 0."""
+    hashed = hashlib.sha256(json.dumps([example.prompt for example in data]).encode()).hexdigest()
     steps = [step_of(folder) for folder in policy.checkpoints(args.output_dir)] if dist.rank() == 0 else []
     step = int(dist.totals({"step": max(steps, default=0)})["step"])  # what one process sees in a shared folder, all take
     if not step:
-        return {"step": 0}
+        return {"step": 0, "data_hash": hashed}
     folder = Path(args.output_dir) / f"checkpoint-{step}"
     meta = read_meta(folder)
-    if meta.get("data_hash") != data_hash(data):
+    if meta.get("data_hash") != hashed:
         fail(f"{folder} was made with other data; bring those back, or begin anew with --resume none")
     files = [folder / "state" / state_file(rank, meta["processes"]) for rank in range(meta["processes"])]
     if len(files) == dist.size():

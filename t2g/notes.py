@@ -9,7 +9,7 @@ from pathlib import Path
 
 from t2g.cli import fail
 from t2g.feedback import Feedback, FeedbackError
-from t2g.log import read_jsonl
+from t2g.log import read_jsonl, write_text
 
 FIELDS = {"prompt": str, "response": str, "critique": str, "good_spans": list, "poor_spans": list}
 WRITTEN = (  # by annotators
@@ -77,11 +77,8 @@ def writing(path: Path):
 
 def write_whole(path: Path, records):
     """A .jsonl file that appears whole or not at all."""
-    unfinished = path.with_suffix(".unfinished")
     with writing(path):
-        with open(unfinished, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        os.replace(unfinished, path)
+        write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
 class Notes:

@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from t2g import dist, tasks
+from t2g import checkpoint, dist, tasks
 from t2g.policy import latest_checkpoint
 
 
@@ -40,7 +40,7 @@ def ensure(names, args, root, policy=None) -> dict[str, float]:
     for name, (title, output, command) in stages.items():
         if name not in names:
             continue
-        finished = latest_checkpoint(output) and (name != "ppo" or (output / "result.json").is_file())
+        finished = latest_checkpoint(output) and (name != "ppo" or checkpoint.finished(output))
         if output.is_file() or finished:
             print(f"{title}: {output} (made before; move it away to make it anew)", flush=True)
         else:
