@@ -107,7 +107,7 @@ def main():
 def train(task, args, actor, reference, critic, tokenizer, pool, folder, sigterm):
     """The algorithm: a rollout a step, each followed by one update. Returns: the samples that the page shows."""
     model, device, step_end = actor.model, policy.device(), getattr(task, "STEP_END", SENTENCE_OR_LINE)
-    optimizer = torch.optim.AdamW([p for p in actor.parameters() if p.requires_grad], lr=args.learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(checkpoint.trainable(actor).values(), lr=args.learning_rate, weight_decay=0.0, fused=True)
     reached = checkpoint.resume(actor, optimizer, args, data=pool)
     kl_controller = AdaptiveKL(reached.get("kl_coef", args.kl_coef), args.kl_target, args.kl_horizon)
     first, bad_steps = dist.rank() == 0, 0
@@ -119,9 +119,9 @@ def train(task, args, actor, reference, critic, tokenizer, pool, folder, sigterm
         clock = [now()]
         optimizer.param_groups[0]["lr"] = rate = args.learning_rate * (1 - (step - 1) / args.max_steps)
 
-        # 1. Rollout: one sampled response to each prompt. Every process draws all prompts and takes its own.
+        # 1. Rollout: one sampled response to each prompt. Every process draws all prompts and takes its own, the short ones first.
         rng = step_rng(args.seed, step, dist.rank())  # not that of annotate.py: the critic must judge new prompts
-        examples = dist.own(rng.choices(pool, k=args.batch_size))
+        examples = sorted(dist.own(rng.choices(pool, k=args.batch_size)), key=lambda example: len(example.prompt))
         with dist.whole(model):
             rollout = sample(model, tokenizer, [e.prompt for e in examples], args.response_length, args.temperature, bf16=args.bf16)
         clock.append(now())
@@ -248,11 +248,9 @@ def reference_logits(actor, reference, rollout):
 @torch.no_grad()
 def response_logprobs(actor, rollout, args):
     """log pi (B, T) of the response tokens under the policy as it is now, by one more forward pass."""
-    parts = []
-    for rows in torch.arange(len(rollout)).split(args.per_device_train_batch_size):
-        with autocast(args.bf16):
-            parts.append(actor(rollout.rows(rows), args.temperature).logprobs)
-    return torch.cat(parts)
+    microbatches = torch.arange(len(rollout)).split(args.per_device_train_batch_size)
+    with autocast(args.bf16):
+        return torch.cat([actor(rollout.rows(rows), args.temperature).logprobs for rows in microbatches])
 
 
 def update(actor, optimizer, rollout, batch, args):
@@ -264,7 +262,7 @@ def update(actor, optimizer, rollout, batch, args):
     for epoch in range(args.num_ppo_epochs):
         for number, minibatch in enumerate(torch.randperm(len(rollout)).chunk(args.num_mini_batches)):
             token_count, said = dist.total(batch["mask"][minibatch].sum()).clamp(min=1), defaultdict(float)
-            for rows in minibatch.split(args.per_device_train_batch_size):
+            for rows in minibatch.sort().values.split(args.per_device_train_batch_size):  # of like length: little padding
                 b = {name: tensor[rows] for name, tensor in batch.items()}
                 loss, stats, new_logprobs = microbatch_loss(actor, rollout.rows(rows), b, token_count, args)
                 if epoch == number == 0:

@@ -72,7 +72,7 @@ def main():
     teacher = model if args.teacher_update_rate == 1 else copy.deepcopy(reference)
     critic = critics.chosen(task, args, root, device)
     train = tasks.short_enough(task.load(args)[0], tokenizer, args.max_prompt_length)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
     log = Logger(cli.fresh_folder(args.output_dir), args, task.METRICS, args.tensorboard)
 
     bar = tqdm(range(1, args.max_steps + 1), desc="SDPO", unit="step")
@@ -81,7 +81,8 @@ def main():
         optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - (step - 1) / args.max_steps)
 
         # 1. Rollout: one sampled response to each prompt, the prompts of train_ppo.py.
-        examples = step_rng(args.seed, step).choices(train, k=args.batch_size)
+        drawn = step_rng(args.seed, step).choices(train, k=args.batch_size)
+        examples = sorted(drawn, key=lambda example: len(example.prompt))
         prompts = [example.prompt for example in examples]
         rollout = sample(model, tokenizer, prompts, args.response_length, args.temperature, bf16=args.bf16)
         clock.append(now())
@@ -177,7 +178,7 @@ def update(model, teacher, optimizer, rollout, hindsight, mask, args):
     for _ in range(args.num_ppo_epochs):
         for minibatch in torch.randperm(len(rollout)).chunk(args.num_mini_batches):
             token_count = mask[minibatch].sum().clamp(min=1)
-            for rows in minibatch.split(args.per_device_train_batch_size):
+            for rows in minibatch.sort().values.split(args.per_device_train_batch_size):
                 at_tokens = token_divergence(model, teacher, rollout.rows(rows), hindsight.rows(rows), args)
                 loss = at_tokens.masked_fill(~mask[rows], 0).sum() / token_count
                 loss.backward()

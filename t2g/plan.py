@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from t2g import adapters, dist, policy
+from t2g import adapters, dist, onednn, policy
 from t2g.cli import fail
 from t2g.policy import Policy
 from t2g.rollout import Rollout
@@ -262,6 +262,7 @@ def this_memory() -> float:
 def this_machine() -> tuple[float, float, float, float]:
     """A row of GPUS for this CPU, its peaks and bandwidth measured by a product and a copy."""
 
+    @torch.no_grad()
     def seconds(work):
         work()
         start = time.perf_counter()
@@ -270,7 +271,7 @@ def this_machine() -> tuple[float, float, float, float]:
 
     peaks = []
     for dtype in (torch.bfloat16, torch.float32):
-        x = torch.ones(2048, 2048, dtype=dtype)
-        peaks.append(2 * 2048**3 / seconds(lambda x=x: x @ x) / 1e12)
+        linear, x = onednn.use(nn.Linear(2048, 2048, bias=False, dtype=dtype)), torch.ones(2048, 2048, dtype=dtype)
+        peaks.append(2 * 2048**3 / seconds(lambda linear=linear, x=x: linear(x)) / 1e12)
     big = torch.ones(2**26)
     return this_memory(), *peaks, 2 * big.nbytes / seconds(big.clone) / 1e9

@@ -32,8 +32,10 @@ class Rollout:
         return len(self.texts)
 
     def rows(self, index) -> "Rollout":
-        """The rows of a microbatch; the columns stay, so that every (B, T) tensor keeps its index."""
+        """The rows of a microbatch, their prompts without columns of padding alone. (B, T) tensors keep their index t."""
         tensors = {name: getattr(self, name)[index] for name in ("prompt", "prompt_mask", "response", "mask", "finished")}
+        longest = int(tensors["prompt_mask"].sum(1).max())
+        tensors |= {name: tensors[name][:, -longest:] for name in ("prompt", "prompt_mask")}
         return replace(self, **tensors, texts=[self.texts[i] for i in index])
 
 

@@ -107,7 +107,7 @@ def make_optimizers(model, kind, learning_rate):
     weights = checkpoint.trainable(model)
     matrices = [p for name, p in weights.items() if is_matrix(name, p)]
     rest = [p for name, p in weights.items() if not is_matrix(name, p)]
-    optimizers = [torch.optim.AdamW(rest, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)] if rest else []
+    optimizers = [torch.optim.AdamW(rest, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)] if rest else []
     if matrices:  # updates are scaled to the size of AdamW's, so that one learning rate serves both
         optimizers.append(torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
     return optimizers

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from t2g import adapters, dist, policy
+from t2g import adapters, checkpoint, dist, policy
 from t2g.policy import Policy
 from t2g.ppo import gae, masked_mean, whiten
 from t2g.rollout import Rollout
@@ -23,6 +23,7 @@ PLAIN = dict(
     per_device_train_batch_size=1, num_ppo_epochs=2, num_mini_batches=1, temperature=0.9, entropy_coef=0.01, kl_estimator="full",
     cliprange=0.2, cliprange_value=0.2, vf_coef=0.1, max_grad_norm=0.5, bf16=False, cpu_offload=False, replicate_frozen=False,
     gradient_checkpointing=False, lora_r=None, lora_alpha=32.0, lengths=(7, 3, 2, 5), unreadable=(),
+    learning_rate=3e-4,  # no more, for Adam blows up the rounding of a gradient that is nearly 0
 )  # fmt: skip
 CASES = {
     "uneven_lengths": {},
@@ -34,7 +35,7 @@ CASES = {
     "lora_and_an_unreadable_process": {"lora_r": 4, "unreadable": (0, 1)},
     "gradient_checkpointing": {"gradient_checkpointing": True},
     "replicated_reference": {"replicate_frozen": True},
-    "bf16": {"bf16": True},
+    "bf16": {"bf16": True, "learning_rate": 3e-3},
 }
 
 
@@ -58,7 +59,7 @@ def one_step(model, case) -> tuple[dict, dict]:
     actor = Policy(adapters.added(copy.deepcopy(model), args).eval())
     dist.shard(actor.model, args.bf16, recompute=args.gradient_checkpointing)
     dist.shard(actor.value_head)
-    optimizer = torch.optim.AdamW([p for p in actor.parameters() if p.requires_grad], lr=3e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(checkpoint.trainable(actor).values(), lr=args.learning_rate, weight_decay=0.0, fused=True)
     rollout = rollout_of(args.lengths, model.config.vocab_size)
     readable = dist.own(torch.tensor([row not in args.unreadable for row in range(4)]))
     delta = dist.own(torch.randint(-1, 2, (4, 9), generator=torch.Generator().manual_seed(6)).float())[:, : rollout.mask.shape[1]]

@@ -223,12 +223,16 @@ def test_a_prompt_beyond_the_context_ends_with_one_sentence(model, tokenizer, ca
     assert "context" in capsys.readouterr().err
 
 
-def test_rows_take_the_same_rows_of_everything(rollout):
+def test_rows_take_the_same_rows_of_everything_and_leave_out_columns_of_padding(rollout):
     index = [5, 0, 3]
     part = rollout.rows(torch.tensor(index))
     assert len(part) == 3 and part.texts == [rollout.texts[i] for i in index]
-    for name in ("prompt", "prompt_mask", "response", "mask", "finished"):
+    for name in ("response", "mask", "finished"):
         assert torch.equal(getattr(part, name), torch.stack([getattr(rollout, name)[i] for i in index]))
+    left_out = rollout.prompt.shape[1] - part.prompt.shape[1]
+    assert left_out > 0 and not rollout.prompt_mask[index, :left_out].any() and part.prompt_mask[:, 0].any()
+    for name in ("prompt", "prompt_mask"):
+        assert torch.equal(getattr(part, name), getattr(rollout, name)[index, left_out:])
 
 
 # ---- gradients -------------------------------------------------------------------------------------------------------------
@@ -301,10 +305,11 @@ def test_a_checkpoint_comes_back_as_it_was(policy, tokenizer, rollout, tmp_path)
     folder = save(policy.model, tokenizer, tmp_path, 3, policy.value_head)
     assert folder == tmp_path / "checkpoint-3" == latest_checkpoint(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
-    expected = policy(rollout)
+    expected, weights = policy(rollout), policy.model.state_dict()
     for path in (tmp_path, folder, str(folder)):
         loaded_tokenizer, loaded = load(path)
-        assert torch.equal(Policy(loaded)(rollout).logprobs, expected.logprobs)
+        assert all(torch.equal(tensor, weights[name]) for name, tensor in loaded.state_dict().items())
+        assert_close(Policy(loaded)(rollout).logprobs, expected.logprobs, atol=1e-5, rtol=1e-5)
         assert encode_prompts(loaded_tokenizer, PROMPTS)[0].equal(encode_prompts(tokenizer, PROMPTS)[0])
         assert eos_ids(loaded_tokenizer, loaded) == eos_ids(tokenizer, policy.model)
         assert not loaded.training

@@ -1,0 +1,47 @@
+"""fp32 matrix products on CPUs through oneDNN: it uses AVX-512 wherever a CPU has it, torch's own products do so on Intel alone.
+
+On an AMD CPU products are done in half the time (docs/RESULTS.md). Left out: bf16, where torch takes oneDNN by itself.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+product = torch.ops.mkldnn._linear_pointwise  # what torch.compile calls for a linear layer on a CPU
+
+
+def use(model):
+    """The same model; where it pays, its linear layers take products from oneDNN."""
+    for module in model.modules() if pays() else ():
+        if type(module) is nn.Linear:
+            module.__class__ = Linear
+    return model
+
+
+def pays() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+class Linear(nn.Linear):
+    def forward(self, x):
+        elsewhere = x.dtype != torch.float32 or x.device.type != "cpu" or torch.is_autocast_enabled("cpu")
+        if elsewhere or not x.numel():  # oneDNN knows no product of no rows, such as those of an expert that got no token
+            return F.linear(x, self.weight, self.bias)
+        return Product.apply(x, self.weight, self.bias)
+
+
+class Product(torch.autograd.Function):
+    """y = x W^T + b, for x (..., K), W (N, K), b (N,) or None."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return product(x, weight, bias, "none", [], "")
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        rows, inputs = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        of_x = product(grad, weight.t(), None, "none", [], "") if ctx.needs_input_grad[0] else None
+        of_weight = product(rows.t(), inputs.t(), None, "none", [], "") if ctx.needs_input_grad[1] else None
+        return of_x, of_weight, rows.sum(0) if ctx.needs_input_grad[2] else None
