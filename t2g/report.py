@@ -1,17 +1,20 @@
 """The page of a run, or of several runs side by side: one HTML file without network, made from the runs' folders alone.
 
-The tokens of sampled responses coloured by delta, the critique beside them, every number of a token under the pointer, the curves,
-and first among them whether the criticised tokens moved. Texts of models go into the page as JSON and reach the screen as text,
-never as markup.
+Step by step, the tokens of sampled responses coloured by delta or another of their numbers, and the critique, whose quotes are
+tied to the tokens that they mark; whether the criticised tokens moved; held-out prompts before and after; the curves. Texts of
+models go into the page as JSON and reach the screen as text, never as markup.
 """
 
 import json
+import re
+from difflib import SequenceMatcher
+from itertools import accumulate
 from pathlib import Path
 
 from t2g import tasks
-from t2g.align import token_offsets
+from t2g.align import resolve, token_offsets
 from t2g.cli import fail
-from t2g.feedback import Feedback
+from t2g.feedback import Feedback, quoted
 from t2g.log import METRICS, cut, read_jsonl, write_json, write_text
 from t2g.metrics import mean_interval
 
@@ -86,6 +89,7 @@ def write_page(path, folders) -> str:
     names = list(dict.fromkeys((*SHIFTS, *task_metrics, *CURVES)))
     values = {name: [row[name] for run in runs for row in run["metrics"] if name in row] for name in names}
     data = {
+        "task": task_names[0],
         "title": f"{task_names[0]}: {' against '.join(groups)}",
         "groups": [{"label": label, **group_data(members, names)} for label, members in groups.items()],
         "limits": {name: [min(seen), max(seen)] for name, seen in values.items() if seen},  # of the runs, not of the intervals
@@ -135,6 +139,7 @@ def grouped(runs) -> dict[str, list]:
         members.append(run)
     settings = [json.loads(key) for key in groups]
     names = [name for name in sorted(set().union(*settings)) if any(s.get(name) != settings[0].get(name) for s in settings)]
+    names.sort(key=lambda name: name != "reward")  # what most pages compare comes first
     labels = [", ".join(in_words(name, s.get(name)) for name in names or ("reward", "critic")) for s in settings]
     return dict(zip(labels, groups.values()))
 
@@ -168,8 +173,39 @@ def group_data(runs, names) -> dict:
         "result": result,
         "curves": curves,
         "means": means,
-        "samples": runs[0]["samples"],
-        "heldout": runs[0]["heldout"][:HELDOUT_SHOWN],
+        "samples": [sample | quotes_with_tokens(sample) for sample in runs[0]["samples"]],
+        "heldout": [row | changed_words(row["before"], row["after"]) for row in runs[0]["heldout"][:HELDOUT_SHOWN]],
+    }
+
+
+def quotes_with_tokens(sample) -> dict[str, list]:
+    """The good and the poor quotes of a sample, each with the numbers of the tokens that it marks; none if it stands nowhere."""
+    words = [token["text"] for token in sample["tokens"]]
+    if words and not sample["tokens"][-1]["delta"]:
+        words[-1] = ""  # EOS, as a rule: its name is no part of the text
+    text, ends, found = "".join(words), list(accumulate(map(len, words))), {"good": [], "poor": []}
+    for kind in found:
+        given = [quoted(quote)[0] for quote in sample.get(kind, ())]
+        for quote, plain in zip(sample.get(kind, ()), given):
+            alone = {"good": [], "poor": [], kind: [plain] * given.count(plain)}  # a quote that is given k times marks k places
+            spans, _ = resolve(text, Feedback("", **alone))
+            tokens = [i for i, end in enumerate(ends) if any(s.start < end and end - len(words[i]) < s.end for s in spans)]
+            found[kind].append((quote if isinstance(quote, dict) else {"text": quote}) | {"tokens": tokens})
+    return found
+
+
+def changed_words(before, after) -> dict[str, list]:
+    """Both texts in pieces [text, changed]: 1 for words that the other text does not have there.
+
+    >>> changed_words("Ana is 27, in Porto.", "Ana is 41, in Porto.")["after"]
+    [['Ana is', 0], [' 41', 1], [', in Porto.', 0]]
+    """
+    old, new = (re.findall(r"\s*(?:\w+|[^\w\s])", text) for text in (before, after))
+    plain = ([word.strip() for word in words] for words in (old, new))
+    changes = SequenceMatcher(None, *plain, autojunk=False).get_opcodes()
+    return {
+        "before": [["".join(old[i:j]), int(change != "equal")] for change, i, j, _, _ in changes if i < j],
+        "after": [["".join(new[i:j]), int(change != "equal")] for change, _, _, i, j in changes if i < j],
     }
 
 

@@ -1,5 +1,6 @@
 """The page of runs: what stands in the file, which runs stand together, and what a browser makes of it."""
 
+import base64
 import json
 import random
 import re
@@ -10,17 +11,42 @@ import pytest
 
 from bench import paired
 from t2g.log import write_json
-from t2g.report import AGAINST, CURVES, HELDOUT_SHOWN, SHIFTS, write_page
+from t2g.report import AGAINST, CURVES, HELDOUT_SHOWN, SHIFTS, changed_words, quotes_with_tokens, write_page
 from t2g.tasks import toy
 
 EVIL = "<script>alert(1)</script>"
 STEPS, PER_STEP = (1, 2, 4), 2
 METRICS = (*SHIFTS, *AGAINST, "shift_rank", *toy.METRICS, *CURVES)
-# Every setting of the slider and of the colours, and a pointer over a token.
-USE = """for (const option of $("which").options) for (let i = 0; i <= $("slider").max; i++) {
-  [$("which").value, $("slider").value] = [option.value, i];
-  show();
-  document.querySelector(".text span").dispatchEvent(new PointerEvent("pointerenter"));
+TOKENS = {EVIL: -1.0, " &amp; 東京": 1.0, " is": 0.0, " 27": -1.0, " years": -1.0, "\u2028": 0.0, "<end>": 0.0}  # with their delta
+# What a reader does, in the first response that is shown; and what is seen then, as one line on the console.
+USE = """{
+const seen = { steps: [], colours: {} }, texts = nodes => [...nodes].map(node => node.textContent), one = (kind, word) =>
+  [...document.querySelectorAll("#samples .columns > div:first-child " + kind)].find(node => node.textContent.includes(word));
+const lit = () => texts(document.querySelectorAll(".lit")), said = () => $("tip").textContent;
+const point = node => { node.dispatchEvent(new PointerEvent("pointerover", { bubbles: true })); return [lit(), said()]; };
+seen.quote = point(one(".quote", "27 years"));
+seen.token = point(one(".token", "years"));
+seen.plain = point(one(".token", "is"));
+seen.lost = point(one(".quote", "severe"));
+seen.metric = point(document.querySelector("#curves [data-says]"));
+seen.away = point(document.body);
+one(".quote", "27 years").focus();
+seen.focus = lit();
+one(".token", "is").focus();
+document.activeElement.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight", bubbles: true }));
+seen.arrow = document.activeElement.textContent;
+for (const input of $("look").elements.which) {
+  input.click();
+  seen.colours[input.value] = [...document.querySelector(".text").children].map(node => node.style.getPropertyValue("--shade"));
+}
+for (let i = $("slider").max; i >= 0; i--) {
+  $("slider").value = i;
+  $("slider").dispatchEvent(new Event("input"));
+  seen.steps.push([$("step").textContent, document.querySelector(".text").textContent.match(/step\\d/)[0]]);
+}
+seen.overflow = [innerWidth, document.documentElement.scrollWidth - document.documentElement.clientWidth];
+seen.back = getComputedStyle(document.body).backgroundColor;
+console.log("SEEN", btoa(unescape(encodeURIComponent(JSON.stringify(seen)))));
 }"""
 
 
@@ -38,9 +64,14 @@ def make_run(folder, **settings):
     metrics = [{"step": step, **{name: rng.gauss(0, 1) for name in METRICS}} for step in range(1, 5)]
     del metrics[2]["clipfrac"], metrics[1]["shift_poor_above"]
     write("metrics.jsonl", metrics)
-    tokens = [{"text": text, "delta": -1.0, "kl": 0.0, "shift": -0.5} for text in (EVIL, " &amp; 東京", "\u2028")]
-    marks = {"critique": EVIL, "good": [EVIL], "poor": [{"text": "severe " + EVIL, "severity": -0.25}]}
-    samples = [{"step": step, "prompt": EVIL, "tokens": tokens} | marks for step in STEPS for _ in range(PER_STEP)]
+    poor = ["27 years", {"text": EVIL, "severity": -0.25}, "severe " + EVIL, "end"]
+    marks = {"prompt": EVIL, "critique": EVIL, "good": ["&amp; 東京"], "poor": poor}
+
+    def tokens(step):
+        pairs = {f"step{step}": 0.0, **TOKENS}.items()
+        return [{"text": text, "delta": delta, "kl": 0.0, "shift": len(text) / 9} for text, delta in pairs]
+
+    samples = [{"step": step, "tokens": tokens(step)} | marks for step in STEPS for _ in range(PER_STEP)]
     write("samples.jsonl", [*samples[:-1], {"step": 4, "prompt": "", "tokens": [], "critique": None}])
     write("heldout.jsonl", [{"prompt": f"{i} {EVIL}", "before": EVIL, "after": "fine"} for i in range(9)])
     return folder
@@ -79,6 +110,29 @@ def test_runs_that_differ_in_seed_and_place_alone_form_a_group(runs, tmp_path):
             assert low < mean < high
         assert group["result"]["perfect_greedy"] == [[1, 1, 1]] * 2
         assert len(group["samples"]) == len(STEPS) * PER_STEP and len(group["heldout"]) == HELDOUT_SHOWN
+
+
+def test_a_quote_knows_the_tokens_that_it_marks(runs, tmp_path):
+    sample = data_of(runs[:1], tmp_path / "page.html")["groups"][0]["samples"][0]
+    assert sample["good"] == [{"text": "&amp; 東京", "tokens": [2]}]
+    years, evil, severe, end = sample["poor"]
+    assert years == {"text": "27 years", "tokens": [4, 5]}
+    assert evil == {"text": EVIL, "severity": -0.25, "tokens": [1]}
+    assert severe["tokens"] == [], "it stands nowhere"
+    assert end["tokens"] == [], "it stands in the name of EOS alone"
+
+
+def test_a_quote_given_twice_marks_two_places_and_one_poor_quote_the_last():
+    tokens = [{"text": text, "delta": -1.0} for text in ("no", " and", " no", " and", " no")]
+    poor = quotes_with_tokens({"tokens": tokens, "poor": ["no", "no", "and"]})["poor"]
+    assert [quote["tokens"] for quote in poor] == [[2, 4], [2, 4], [3]]
+
+
+def test_of_held_out_texts_the_words_that_changed_are_marked():
+    pieces = changed_words("Leo is grown up, works as a nurse.", "Leo is 26, works as a nurse, misses Ana.\n")
+    assert pieces["before"] == [["Leo is", 0], [" grown up", 1], [", works as a nurse", 0], [".", 0]]
+    assert pieces["after"] == [["Leo is", 0], [" 26", 1], [", works as a nurse", 0], [", misses Ana", 1], [".", 0]]
+    assert changed_words("", "Yes") == {"before": [], "after": [["Yes", 1]]}
 
 
 def test_one_run_has_means_without_intervals_under_its_main_settings(runs, tmp_path):
@@ -157,20 +211,64 @@ def test_runs_are_compared_seed_by_seed(runs, monkeypatch, capsys):
     assert result["shift_poor"]["runs"]["mean"] == pytest.approx(sum(map(sum, steps)) / 6)
 
 
-@pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium on PATH to look at the page with")
+needs_browser = pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium on PATH to look at the page with")
+
+
+def look_at(page, picture, *flags):
+    """What a browser has seen after USE, and the page's elements; a picture goes into a file. The console says nothing else."""
+    command = ["chromium", *"--headless --no-sandbox --disable-gpu --enable-logging=stderr --v=0 --dump-dom".split(), *flags]
+    command += [f"--user-data-dir={picture.parent}/profile", f"--screenshot={picture}", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    seen = re.findall(r'"SEEN (\S+)", source', done.stderr)
+    assert len(seen) == len(re.findall("CONSOLE|Uncaught", done.stderr)) == 1, done.stderr
+    return json.loads(base64.b64decode(seen[0])), done.stdout.split('<script type="application/json"')[0]
+
+
+def used(page, folders):
+    """A page, with what a reader does to it."""
+    write_page(page, folders)
+    page.write_text(page.read_text().replace("</html>", f"<script>{USE}</script></html>"))
+    return page
+
+
+@needs_browser
 @pytest.mark.parametrize("count", [1, 6])
 def test_a_browser_shows_it_without_an_error(runs, count, tmp_path):
-    page, picture = tmp_path / "page.html", tmp_path / "page.png"
-    write_page(page, runs[:count])
-    page.write_text(page.read_text().replace("</html>", f"<script>{USE}</script></html>"))
-    flags = "--headless --no-sandbox --disable-gpu --window-size=1280,2400 --enable-logging=stderr --v=0 --dump-dom".split()
-    command = ["chromium", *flags, f"--user-data-dir={tmp_path}/profile", f"--screenshot={picture}", page.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    assert not re.search("CONSOLE|Uncaught", done.stderr), done.stderr
+    picture = tmp_path / "page.png"
+    seen, body = look_at(used(tmp_path / "page.html", runs[:count]), picture, "--window-size=1280,2400")
     groups, lines = (1 if count == 1 else 2), len(SHIFTS) + len(toy.METRICS) + len(CURVES)
-    body = done.stdout.split('<script type="application/json"')[0]
     assert body.count('class="panel"') == groups
     assert body.count("<polyline") == groups * lines
     assert body.count("<polygon") == (0 if count == 1 else groups * lines), "a band for each line, where there are several seeds"
     assert EVIL not in body and "&lt;script&gt;alert(1)" in body and "severe &lt;script" in body
     assert picture.stat().st_size > 60_000, "an empty page of this size makes a picture of 14 kB"
+    assert seen["overflow"] == [1280, 0]
+
+    phrase = ["27", " years", "27 years"]
+    assert seen["quote"] == [phrase, ""] and seen["focus"] == phrase, "its tokens and itself, and nothing else"
+    assert seen["token"][0] == [" years", "27 years"], "itself and its quote"
+    assert seen["token"][1].startswith("reward δ\u00a0\u22121 ") and "change of log π\u00a00.67" in seen["token"][1]
+    assert seen["plain"][0] == [] and seen["plain"][1].startswith("reward δ\u00a00 ")
+    assert seen["lost"] == [[], "This stands nowhere in the response: it rewards nothing."]
+    assert seen["metric"] == [[], toy.METRICS["coverage"]] and seen["away"] == [[], ""]
+    assert seen["arrow"] == "27", "the token behind it has the focus"
+
+    good, poor = (f"rgba(var(--{sign}), calc(var(--full) * 1.000))" for sign in ("good", "poor"))
+    assert seen["colours"]["delta"] == ["none", poor, good, "none", poor, poor, "none", "none"]
+    assert set(seen["colours"]["kl"]) == {"none"}
+    assert seen["colours"]["shift"][1] == good and len(set(seen["colours"]["shift"])) > 4
+    assert seen["steps"] == [["4 of 4", "step4"], ["2 of 4", "step2"], ["1 of 4", "step1"]]
+
+
+@needs_browser
+def test_it_fits_a_phone_and_is_dark_where_the_reader_is(runs, tmp_path):
+    used(tmp_path / "page.html", runs)
+    phone = tmp_path / "phone.html"  # a window has 500 pixels at least, a frame has not
+    phone.write_text('<iframe src="page.html" style="width: 360px; height: 2000px; border: 0"></iframe>')
+    light, _ = look_at(phone, tmp_path / "light.png", "--window-size=500,2000")
+    dark, _ = look_at(phone, tmp_path / "dark.png", "--window-size=500,2000", "--blink-settings=preferredColorScheme=0")
+    assert light["overflow"] == dark["overflow"] == [360, 0]
+    assert (light["back"], dark["back"]) == ("rgb(251, 251, 249)", "rgb(21, 24, 28)")
+    assert light["quote"] == [["27", " years", "27 years"], ""]
+    for picture in ("light.png", "dark.png"):
+        assert (tmp_path / picture).stat().st_size > 40_000
