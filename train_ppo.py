@@ -4,8 +4,8 @@
     torchrun train_ppo.py --reward scalar --output_dir runs/toy/ppo_scalar      # the same feedback, summed at the last token
     torchrun train_ppo.py --task summarize --policy HUB_ID --data posts.jsonl --critic rule --output_dir runs/posts/ppo
 
-The loop in train() is the algorithm; what is numbered there is numbered so in the README. The maths is in t2g/ppo.py. Stopped,
-the same command goes on bit for bit. With torchrun --nproc_per_node N models are sharded over N processes: see t2g/dist.py.
+The loop in train() is the algorithm; what is numbered there is numbered so in README and docs/GUIDE.md. The maths is in t2g/ppo.py.
+Stopped, the same command goes on bit for bit. With torchrun --nproc_per_node N models are sharded over N processes: t2g/dist.py.
 """
 
 import copy
@@ -135,7 +135,7 @@ def train(task, args, actor, reference, critic, tokenizer, pool, folder, sigterm
         delta, quotes = token_rewards(tokenizer, rollout, feedback, args, random.Random(rng.random() + dist.rank()))
         placed = place(delta, tokenizer, rollout, step_end, args)
 
-        # 4. KL penalty: r_t = delta_t - kl_coef KL_t, and what the policy and V were before the update. From here to the update
+        # 4. KL penalty: r_t = placed_t - kl_coef KL_t, and what the policy and V were before the update. From here to the update
         # every process has the numbers of the whole batch.
         scored = score(actor, reference, rollout, args)
         everywhere = map(dist.gather, (rollout.mask & readable[:, None], delta, placed, *scored))
@@ -199,17 +199,17 @@ def place(delta, tokenizer, rollout, step_end, args):
 
     A step is a token (span), a sentence or what else ends with step_end (prm), or the whole response (scalar).
     """
-    step, last = torch.zeros_like(rollout.response), rollout.mask.sum(1, keepdim=True) - 1
+    segment, last = torch.zeros_like(rollout.response), rollout.mask.sum(1, keepdim=True) - 1
     if args.reward == "span":
-        step += torch.arange(step.shape[1], device=step.device)
+        segment += torch.arange(segment.shape[1], device=segment.device)
     elif args.reward == "prm":
         for row, text in enumerate(rollout.texts):
             ids = rollout.response[row][rollout.mask[row]].tolist()
-            step[row, : len(ids)] = torch.tensor(steps(token_offsets(tokenizer, ids), text, step_end))
-    following = torch.cat([step[:, 1:], torch.full_like(last, -1)], dim=1).scatter(1, last, -1)
-    sums = torch.zeros_like(delta).scatter_add(1, step, delta).gather(1, step)
+            segment[row, : len(ids)] = torch.tensor(steps(token_offsets(tokenizer, ids), text, step_end))
+    following = torch.cat([segment[:, 1:], torch.full_like(last, -1)], dim=1).scatter(1, last, -1)
+    sums = torch.zeros_like(delta).scatter_add(1, segment, delta).gather(1, segment)
     penalty = args.missing_eos_penalty * (~rollout.finished).float()
-    return sums.where(rollout.mask & (step != following), 0.0).scatter_add(1, last, -penalty[:, None])
+    return sums.where(rollout.mask & (segment != following), 0.0).scatter_add(1, last, -penalty[:, None])
 
 
 def full_kl(logits, ref_logits, temperature):

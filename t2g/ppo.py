@@ -18,7 +18,7 @@ import torch
 
 def masked_mean(x, mask):
     """The mean of x where mask is True; 0 if it is nowhere True."""
-    return (x * mask).sum() / mask.sum().clamp(min=1)
+    return torch.where(mask, x, 0.0).sum() / mask.sum().clamp(min=1)
 
 
 def masked_variance(x, mask):
