@@ -33,7 +33,7 @@ class Example(NamedTuple):
 
 
 def names() -> list[str]:
-    return sorted(p.stem for p in Path(__file__).parent.glob("*.py") if not p.stem.startswith("_"))
+    return sorted(p.stem for folder in __path__ for p in Path(folder).glob("*.py") if not p.stem.startswith("_"))
 
 
 def get(name: str):

@@ -1,0 +1,84 @@
+"""README and docs keep their word: its example, its glossary, its flags, its links, and the task that it shows."""
+
+import doctest
+import json
+import re
+from pathlib import Path
+
+import pytest
+from test_scripts import run
+
+from t2g import tasks
+from t2g.log import METRICS, read_jsonl
+from t2g.tasks import toy
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+PAGES = sorted(str(path.relative_to(ROOT)) for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+
+
+def section(title):
+    return re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", README, re.DOTALL | re.MULTILINE)[1]
+
+
+def test_every_metric_stands_there_as_the_glossary_explains_it_and_no_other():
+    glossary = {**METRICS, **toy.METRICS}
+    for name, meaning in glossary.items():
+        assert f"| `{name}` | {meaning} |" in README, f"make README's table anew: python eval.py glossary (missing: {name})"
+    assert set(re.findall(r"^\| `(\w+)` \|", section("Metrics"), re.MULTILINE)) == set(glossary)
+
+
+def test_the_example_gives_what_it_says():
+    assert doctest.testfile(str(ROOT / "README.md"), module_relative=False).failed == 0
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    text = re.sub(r"```.*?```", "", (ROOT / page).read_text(), flags=re.DOTALL)
+    for link in re.findall(r"\]\((?!http)([^)#]+)(?:#[^)]*)?\)", text):
+        assert ((ROOT / page).parent / link).exists(), link
+
+
+def test_every_file_of_the_package_has_its_place_in_the_reading_order():
+    named = section("Reading order")
+    for path in [*ROOT.glob("*.py"), *(ROOT / "t2g").glob("*.py")]:
+        assert path.name == "__init__.py" or f"({path.relative_to(ROOT)})" in named, f"README does not say what {path.name} is for"
+
+
+def test_flags_that_are_named_exist():
+    defined = set(re.findall(r'(?:add|add_argument)\(\s*"--(\w+)"', "".join(path.read_text() for path in ROOT.rglob("*.py"))))
+    of_others = "nproc_per_node nnodes max_restarts shutdown_timeout rdzv_id rdzv_backend rdzv_endpoint"  # torchrun
+    of_others += " nodes ntasks gpus signal port enable gpu_memory_utilization index no"  # Slurm, vLLM, pip
+    for page in PAGES:
+        unknown = set(re.findall(r"(?<![\w-])--([a-z]\w*)", (ROOT / page).read_text())) - defined - set(of_others.split())
+        assert not unknown, f"{page} names flags that no script has: {unknown}"
+    same = re.search(r"same name here: (.*?)\. The others", section("Coming from TRL"), re.DOTALL)[1]
+    assert set(re.findall(r"`(\w+)`", same)) <= defined
+
+
+def test_the_metrics_that_stand_for_those_of_trl_exist():
+    rows = [row.split("|") for row in section("Coming from TRL").splitlines() if "val/" in row]
+    assert len(rows) == 2
+    assert {name for row in rows for name in re.findall(r"`(\w+)`", row[2])} <= set(METRICS)
+
+
+def test_the_task_that_it_shows_is_trained_on(tmp_path, monkeypatch):
+    (source,) = re.findall(r"```python\n(\"\"\"t2g/tasks/products.py.*?)```", README, re.DOTALL)
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "products.py").write_text(source)
+    monkeypatch.setattr(tasks, "__path__", [*tasks.__path__, str(tmp_path / "tasks")])
+    line = json.loads(re.search(r"`(\{\"name\": .*?\})`", section("Bring your own task"))[1])
+    rows = [line | {"name": f"{line['name']} {n}"} for n in range(20)]
+    (tmp_path / "products.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer, model = toy.new_model(0)
+    tokenizer.save_pretrained(tmp_path / "model")
+    model.save_pretrained(tmp_path / "model")
+    flags = ("--task", "products", "--data", tmp_path / "products.jsonl", "--policy", tmp_path / "model", "--critic", "rule")
+    short = ("--max_steps", 1, "--per_device_train_batch_size", 2, "--response_length", 8, "--eval_samples", 2)
+    result = json.loads(run("train_ppo", *flags, *short, "--output_dir", tmp_path / "ppo").splitlines()[-1])
+    assert {"named", "boasts"} <= set(result["after"]) and {"named", "boasts"} <= set(
+        read_jsonl(tmp_path / "ppo" / "metrics.jsonl")[0]
+    )
+    example = tasks.get("products").load(type("Args", (), {"data": str(tmp_path / "products.jsonl"), "heldout_data": None}))[0][0]
+    said = tasks.get("products").critique(example, "The best bicycle: steel frame.")
+    assert (said.good, said.poor) == (["steel frame"], ["best"])
