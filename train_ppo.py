@@ -98,13 +98,13 @@ def main():
 
     with cli.advice(), checkpoint.run_folder(args, args.resume) as folder, checkpoint.sigterm() as sigterm:
         before, texts_before = measure("before")
-        pages = train(task, args, actor, reference, critic, tokenizer, pool, folder, sigterm)
+        pages = train(task, args, actor, reference, critic, tokenizer, pool, heldout, folder, sigterm)
         after, texts_after = measure("after")
-        if pages:
+        if dist.rank() == 0:
             pages.finish(args, before, after, seconds | {"ppo": time.perf_counter() - start}, heldout, texts_before, texts_after)
 
 
-def train(task, args, actor, reference, critic, tokenizer, pool, folder, sigterm):
+def train(task, args, actor, reference, critic, tokenizer, pool, heldout, folder, sigterm):
     """The algorithm: a rollout a step, each followed by one update. Returns: the samples that the page shows."""
     model, device, step_end = actor.model, policy.device(), getattr(task, "STEP_END", SENTENCE_OR_LINE)
     optimizer = torch.optim.AdamW(checkpoint.trainable(actor).values(), lr=args.learning_rate, weight_decay=0.0, fused=True)
@@ -112,7 +112,7 @@ def train(task, args, actor, reference, critic, tokenizer, pool, folder, sigterm
     kl_controller = AdaptiveKL(reached.get("kl_coef", args.kl_coef), args.kl_target, args.kl_horizon)
     first, bad_steps = dist.rank() == 0, 0
     log = Logger(folder, args, task.METRICS, args.tensorboard, keep_until=reached["step"]) if first else None
-    pages = report.Samples(folder, args.max_steps, keep_until=reached["step"]) if first else None
+    pages = report.Samples(folder, args.max_steps, keep_until=reached["step"])
 
     bar = tqdm(range(reached["step"] + 1, args.max_steps + 1), desc="PPO", unit="step", disable=not first)
     for step in bar:
@@ -171,6 +171,7 @@ def train(task, args, actor, reference, critic, tokenizer, pool, folder, sigterm
             log(step, stats)
             numbers = dict(delta=delta, kl=kl, value=old_values, advantage=whitened, shift=change)
             pages.add(step, tokenizer, examples, rollout, feedback, **numbers)
+        pages.watch(step, model, tokenizer, heldout, critic, args)
         line = "reward {reward:+.2f} kl {kl:.2f} | log pi: good {shift_good:+.3f} rest {shift_rest:+.3f} poor {shift_poor:+.3f}"
         bar.set_postfix_str(line.format_map(defaultdict(float, stats)))
         checkpoint.keep(actor, tokenizer, optimizer, step, args, sigterm, reached["data_hash"], kl_coef=kl_controller.value)

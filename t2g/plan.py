@@ -101,7 +101,7 @@ def estimate(args, processes, machine) -> dict:
     asleep = cell if sharded and args.replicate_frozen else 4 * share
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.num_mini_batches
     length = prompt_length(args) + args.response_length
-    most = max(batch, 64)  # before and after, responses are sampled for 64 prompts at a time
+    most = max(batch, min(args.eval_samples, 64))  # before and after, responses are sampled for 64 prompts at a time
     stays = {
         "process": PROCESS["cpu" if on_cpu else "gpu"] * GIB,
         "weights": 4 * step.parameters * share,

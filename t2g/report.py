@@ -11,12 +11,15 @@ from difflib import SequenceMatcher
 from itertools import accumulate
 from pathlib import Path
 
-from t2g import tasks
-from t2g.align import resolve, token_offsets
+import torch
+
+from t2g import dist, tasks
+from t2g.align import resolve, span_rewards, token_offsets
 from t2g.cli import fail
 from t2g.feedback import Feedback, quoted
 from t2g.log import METRICS, cut, read_jsonl, write_json, write_text
 from t2g.metrics import mean_interval
+from t2g.rollout import sample
 
 SAMPLES_PER_STEP, STEPS_SHOWN, POINTS_SHOWN, HELDOUT_SHOWN, GROUPS_SHOWN = 4, 12, 400, 6, 4  # a page stays small and legible
 SHIFTS = ("shift_good", "shift_rest", "shift_poor")
@@ -28,16 +31,35 @@ NO_SETTING = {"argv", "seed", "output_dir", "batch_size"}  # the seed, the place
 
 
 class Samples:
-    """Keeps a few responses of a dozen steps, spread evenly, with every number that stands at their tokens; and makes the page."""
+    """Keeps a few responses of a dozen steps, spread evenly, sampled in training with every number that stands at their tokens, and
+    to the same held-out prompts each time; and makes the page. The first process writes."""
 
     def __init__(self, folder, max_steps, keep_until=0):
         """A run that goes on after a stop keeps the samples up to the step from which it does."""
         self.folder, self.steps = Path(folder), spread(STEPS_SHOWN, max_steps)
-        cut(self.folder / "samples.jsonl", keep_until)
+        if dist.rank() == 0:
+            cut(self.folder / "samples.jsonl", keep_until)
 
-    def add(self, step, tokenizer, examples, rollout, feedback, **at_tokens):
+    def watch(self, step, model, tokenizer, heldout, critic, args):
+        """The likeliest responses to the first held-out prompts, and what the critic says of them. Collective."""
+        if step not in self.steps:
+            return
+        examples = heldout[:SAMPLES_PER_STEP]
+        with dist.whole(model):
+            prompts = [example.prompt for example in examples]
+            rollout = sample(model, tokenizer, prompts, args.response_length, temperature=0, bf16=args.bf16)
+        feedback = critic(examples, rollout.texts)
+        delta = torch.zeros(rollout.mask.shape)
+        for row, (text, said) in enumerate(zip(rollout.texts, feedback)):
+            if isinstance(said, Feedback):
+                offsets = token_offsets(tokenizer, rollout.response[row][rollout.mask[row]].tolist())
+                delta[row, : len(offsets)] = span_rewards(offsets, resolve(text, said)[0], args.span_weights)
+        if dist.rank() == 0:
+            self.add(step, tokenizer, examples, rollout, feedback, heldout=True, delta=delta)
+
+    def add(self, step, tokenizer, examples, rollout, feedback, heldout=False, **at_tokens):
         """at_tokens: (B, T) tensors by name."""
-        for row in range(min(SAMPLES_PER_STEP, len(rollout)) if step in self.steps else 0):
+        for row in (i - 1 for i in spread(SAMPLES_PER_STEP, len(rollout) if step in self.steps else 0)):
             ids = rollout.response[row][rollout.mask[row]].tolist()
             text, said = rollout.texts[row], feedback[row]
             tokens, written = [], 0
@@ -46,13 +68,13 @@ class Samples:
                 shown = text[max(start, written) : end]  # a character of several tokens is shown once
                 written = max(written, end)
                 tokens.append({"text": shown if start < end else tokenizer.decode([token]), **numbers})
-            sample = {"step": step, "prompt": examples[row].prompt, "tokens": tokens}
+            line = {"step": step, "heldout": heldout, "prompt": examples[row].prompt, "tokens": tokens}
             if isinstance(said, Feedback):
-                sample |= {"critique": said.critique, "good": said.good, "poor": said.poor}
+                line |= {"critique": said.critique, "good": said.good, "poor": said.poor}
             else:  # unreadable, or a learned number
-                sample |= {"critique": None if said is None else f"{said:+.2f}", "good": [], "poor": []}
+                line |= {"critique": None if said is None else f"{said:+.2f}", "good": [], "poor": []}
             with open(self.folder / "samples.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(sample, ensure_ascii=False) + "\n")
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def finish(self, args, before, after, seconds, heldout, texts_before, texts_after):
         """result.json, the run's page, and what both say in short; the texts are sampled responses to the held-out examples."""

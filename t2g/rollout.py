@@ -107,8 +107,7 @@ def respond(model, tokenizer, prompts, response_length, batch_size=64, desc=None
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     texts, finished = [""] * len(prompts), [False] * len(prompts)
-    silent = desc is None or dist.rank() > 0
-    with dist.whole(model), tqdm(total=len(prompts), desc=desc, disable=silent, unit="sample", mininterval=0.5) as bar:
+    with dist.whole(model), tqdm(total=len(prompts), desc=desc, disable=desc is None or dist.rank() > 0, unit="sample") as bar:
         for start in range(0, len(order), batch_size):
             index = order[start : start + batch_size]
             rollout = sample(model, tokenizer, [prompts[i] for i in index], response_length, **sampling)

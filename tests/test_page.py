@@ -44,6 +44,9 @@ for (let i = $("slider").max; i >= 0; i--) {
   $("slider").dispatchEvent(new Event("input"));
   seen.steps.push([$("step").textContent, document.querySelector(".text").textContent.match(/step\\d/)[0]]);
 }
+$("look").elements.of[1].click();
+seen.heldout = [texts(document.querySelectorAll(".text")).map(text => text.match(/held\\d/)[0]),
+  one(".token", "years").dataset.says, [...$("look").elements.which].map(input => input.disabled)];
 seen.overflow = [innerWidth, document.documentElement.scrollWidth - document.documentElement.clientWidth];
 seen.back = getComputedStyle(document.body).backgroundColor;
 console.log("SEEN", btoa(unescape(encodeURIComponent(JSON.stringify(seen)))));
@@ -67,12 +70,20 @@ def make_run(folder, **settings):
     poor = ["27 years", {"text": EVIL, "severity": -0.25}, "severe " + EVIL, "end"]
     marks = {"prompt": EVIL, "critique": EVIL, "good": ["&amp; 東京"], "poor": poor}
 
-    def tokens(step):
-        pairs = {f"step{step}": 0.0, **TOKENS}.items()
+    def tokens(name):
+        pairs = {name: 0.0, **TOKENS}.items()
         return [{"text": text, "delta": delta, "kl": 0.0, "shift": len(text) / 9} for text, delta in pairs]
 
-    samples = [{"step": step, "tokens": tokens(step)} | marks for step in STEPS for _ in range(PER_STEP)]
-    write("samples.jsonl", [*samples[:-1], {"step": 4, "prompt": "", "tokens": [], "critique": None}])
+    samples = [{"step": step, "tokens": tokens(f"step{step}")} | marks for step in STEPS for _ in range(PER_STEP)]
+    watched = [{"text": token["text"], "delta": token["delta"]} for token in tokens("held1")]
+    write(
+        "samples.jsonl",
+        [
+            *samples[:-1],
+            {"step": 4, "prompt": "", "tokens": [], "critique": None},
+            {"step": 1, "heldout": True, "tokens": watched} | marks,
+        ],
+    )
     write("heldout.jsonl", [{"prompt": f"{i} {EVIL}", "before": EVIL, "after": "fine"} for i in range(9)])
     return folder
 
@@ -109,7 +120,7 @@ def test_runs_that_differ_in_seed_and_place_alone_form_a_group(runs, tmp_path):
         for mean, low, high in [*group["result"]["perfect"], group["means"]["shift_rank"]]:
             assert low < mean < high
         assert group["result"]["perfect_greedy"] == [[1, 1, 1]] * 2
-        assert len(group["samples"]) == len(STEPS) * PER_STEP and len(group["heldout"]) == HELDOUT_SHOWN
+        assert len(group["samples"]) == len(STEPS) * PER_STEP + 1 and len(group["heldout"]) == HELDOUT_SHOWN
 
 
 def test_a_quote_knows_the_tokens_that_it_marks(runs, tmp_path):
@@ -257,6 +268,7 @@ def test_a_browser_shows_it_without_an_error(runs, count, tmp_path):
     assert seen["colours"]["delta"] == ["none", poor, good, "none", poor, poor, "none", "none"]
     assert set(seen["colours"]["kl"]) == {"none"}
     assert seen["colours"]["shift"][1] == good and len(set(seen["colours"]["shift"])) > 4
+    assert seen["heldout"] == [["held1"] * groups, "reward δ\u00a0\u22121", [False, True, True]], "it has no other number"
     assert seen["steps"] == [["4 of 4", "step4"], ["2 of 4", "step2"], ["1 of 4", "step1"]]
 
 
