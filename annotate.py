@@ -27,7 +27,7 @@ from t2g import annotator, cli, human_feedback, policy, server, stages, tasks, u
 from t2g.feedback import FeedbackError
 from t2g.log import read_jsonl
 from t2g.notes import WRITTEN, Notes, check_kinds, read_responses, write_whole, writing
-from t2g.rollout import respond
+from t2g.respond import respond
 
 
 def parse_args():

@@ -21,7 +21,7 @@ from t2g import annotator, card, cli, critics, families, human_spans, policy, re
 from t2g.align import MATCH_KINDS
 from t2g.log import METRICS, read_jsonl
 from t2g.metrics import evaluate, interval
-from t2g.rollout import respond
+from t2g.respond import respond
 
 
 def main():

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 import train_ppo
+from t2g import rollout as sampling
 from t2g.metrics import interval
 
 METRICS = ("perfect", "coverage", "poor", "perfect_greedy")
@@ -83,19 +84,20 @@ def encoded_again():
 
 def narrow_sampling():
     """Temperature 0.6 and top-p 0.9 while sampling, with log-probabilities at temperature 1."""
-    ours, multinomial = train_ppo.sample, torch.multinomial
+    ours, draw = train_ppo.sample, sampling.draw
 
-    def nucleus(probabilities, count, generator=None):
-        ordered, index = probabilities.sort(descending=True)
-        ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered > 0.9, 0)
-        return index.gather(-1, multinomial(ordered, count, generator=generator))
+    def nucleus(logits, temperature, uniform):
+        ordered, index = (logits / temperature).sort(descending=True)
+        likely = ordered.softmax(-1)
+        kept = ordered.masked_fill(likely.cumsum(-1) - likely > 0.9, -torch.inf)
+        return index.gather(-1, draw(kept, 1.0, uniform)[:, None])[:, 0]
 
     def sample(model, tokenizer, prompts, response_length, temperature, **kwargs):
-        torch.multinomial = nucleus
+        sampling.draw = nucleus
         try:
             return ours(model, tokenizer, prompts, response_length, 0.6, **kwargs)
         finally:
-            torch.multinomial = multinomial
+            sampling.draw = draw
 
     train_ppo.sample = sample
 

@@ -13,7 +13,8 @@ from t2g import dist, policy, scalar_head, supervised
 from t2g.align import locate, token_offsets
 from t2g.cli import fail, positive
 from t2g.feedback import Feedback, FeedbackError, reward_prompt
-from t2g.rollout import chat_text, respond
+from t2g.respond import respond
+from t2g.rollout import chat_text
 
 
 def add_flags(add):

@@ -8,8 +8,8 @@ import torch
 from t2g import dist
 from t2g.feedback import Feedback
 from t2g.ppo import masked_mean
+from t2g.respond import respond
 from t2g.revision import second_try
-from t2g.rollout import respond
 
 
 def evaluate(

@@ -5,7 +5,7 @@ from functools import partial
 from t2g.critics import fitting_prompt
 from t2g.feedback import Feedback
 from t2g.policy import context_length
-from t2g.rollout import respond
+from t2g.respond import respond
 
 REVISION_PROMPT = "{prompt}\n\n### Response\n{response}\n\n### Critique\n{critique}\n\n### Better response"
 

@@ -1,6 +1,6 @@
 """Sampling: prompts in, responses out, batched, with a key-value cache. The ids that come out are never re-tokenised.
 
-`sample` is the plain loop: temperature, multinomial, stop at EOS; no top-k, no top-p, no beams, no repetition penalty, for PPO's
+`sample` draws at a temperature and stops at EOS; no top-k, no top-p, no beams, no repetition penalty, for PPO's
 ratio is only right for tokens drawn from the very distribution whose log-probabilities it compares.
 """
 
@@ -8,10 +8,8 @@ import random
 from dataclasses import dataclass, replace
 
 import torch
-from tqdm import tqdm
-from transformers import DynamicCache
 
-from t2g import dist
+from t2g import cache
 from t2g.align import response_text
 from t2g.cli import fail
 from t2g.policy import autocast, context_length, eos_ids, positions
@@ -72,46 +70,38 @@ def sample(model, tokenizer, prompts: list[str], response_length: int, temperatu
             "(--response_length for responses, --critique_length for critiques)"
         )
     eos = torch.tensor(eos_ids(tokenizer, model), device=model.device)
-    cache, attention, ids = DynamicCache(config=model.config), prompt_mask, prompt
-    finished = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
-    tokens, masks = [], []
+    response = prompt.new_full((len(prompts), response_length), tokenizer.pad_token_id)
+    mask, finished = torch.zeros_like(response, dtype=torch.bool), torch.zeros_like(response[:, 0], dtype=torch.bool)
+    past, attention, ids = cache.roomy(model.config, prompt.shape[1] + response_length), prompt_mask, prompt
+    going = torch.arange(len(prompts), device=model.device)  # rows without EOS so far; the others are not computed any more
     with autocast(bf16):  # one context for the whole loop: it keeps the bf16 copy of the weights
-        while len(tokens) < response_length and not finished.all():
+        for t in range(response_length):
             out = model(
                 input_ids=ids,
                 attention_mask=attention.long(),
                 position_ids=positions(attention)[:, -ids.shape[1] :],
-                past_key_values=cache,
+                past_key_values=past,
                 use_cache=True,
                 logits_to_keep=1,
             )
-            logits = out.logits[:, -1].float()
-            if temperature == 0:
-                token = logits.argmax(-1)
-            else:
-                token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
-            masks.append(~finished)
-            tokens.append(token.masked_fill(finished, tokenizer.pad_token_id))
-            finished = finished | torch.isin(token, eos)
-            attention = torch.cat([attention, masks[-1][:, None]], dim=1)
-            ids = tokens[-1][:, None]
-    response, mask = torch.stack(tokens, dim=1), torch.stack(masks, dim=1)
+            uniform = torch.rand(len(prompts), device=model.device, generator=generator)[going]
+            token = draw(out.logits[:, -1].float(), temperature, uniform)
+            response[going, t], mask[going, t], ended = token, True, torch.isin(token, eos)
+            if ended.any():
+                finished[going[ended]] = True
+                going, token, attention = going[~ended], token[~ended], attention[~ended]
+                past.batch_select_indices((~ended).nonzero()[:, 0])
+            if not len(going):
+                break
+            ids, attention = token[:, None], torch.cat([attention, torch.ones_like(attention[:, :1])], dim=1)
+    response, mask = response[:, : t + 1], mask[:, : t + 1]
     texts = [response_text(tokenizer, row[m].tolist()) for row, m in zip(response, mask)]
     return Rollout(prompt, prompt_mask, response, mask, finished, texts)
 
 
-def respond(model, tokenizer, prompts, response_length, batch_size=64, desc=None, **sampling) -> tuple[list[str], list[bool]]:
-    """The responses' texts, and whether each one ended by itself: for critics and for measuring.
-
-    Prompts go through in order of their length, so that batches hold little padding. desc shows a progress line.
-    """
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    texts, finished = [""] * len(prompts), [False] * len(prompts)
-    with dist.whole(model), tqdm(total=len(prompts), desc=desc, disable=desc is None or dist.rank() > 0, unit="sample") as bar:
-        for start in range(0, len(order), batch_size):
-            index = order[start : start + batch_size]
-            rollout = sample(model, tokenizer, [prompts[i] for i in index], response_length, **sampling)
-            for i, text, ended in zip(index, rollout.texts, rollout.finished.tolist()):
-                texts[i], finished[i] = text, ended
-            bar.update(len(index))
-    return texts, finished
+def draw(logits, temperature, uniform):
+    """Tokens (B,) from logits (B, V): where the cumulative distribution passes uniform (B,); at temperature 0 the likeliest."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    cumulative = (logits / temperature).softmax(-1).cumsum(-1)
+    return torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[:, 0].clamp(max=logits.shape[1] - 1)

@@ -348,7 +348,7 @@ def test_the_second_turn_is_asked_with_the_first_before_it():
 
 
 def test_an_answer_is_the_greedy_one_whatever_stands_beside_it_in_the_batch(model):
-    from t2g.rollout import respond
+    from t2g.respond import respond
 
     tokenizer, loaded = policy.load(model)
     prompts = ["Go.", "I live in Porto and miss my sister.", "My name is Ana."]

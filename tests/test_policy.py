@@ -1,6 +1,7 @@
 """The policy and its sampling, against naive forwards of a tiny random Llama: one row, no padding, no cache."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -8,9 +9,10 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from t2g.align import response_text, span_rewards, token_offsets
-from t2g.policy import Policy, eos_ids, latest_checkpoint, load, save
+from t2g.policy import Policy, eos_ids, latest_checkpoint, load, positions, response_logits, save, token_stats
 from t2g.ppo import gae, policy_loss, value_loss
-from t2g.rollout import Rollout, chat_text, encode_prompts, respond, sample
+from t2g.respond import respond
+from t2g.rollout import Rollout, chat_text, draw, encode_prompts, sample
 
 PROMPTS = ["Hi.", "I am 27 years old.", "My name is Ana. I plan to learn chess. My friend Ben has a dog.", "I live in Porto."]
 T = 12
@@ -200,6 +202,36 @@ def test_tokens_are_drawn_from_the_distribution_whose_logprobs_are_computed(poli
     assert abs(surprise.mean() - stats.entropy[0, 0]) < 5 * surprise.std() / 2000**0.5
     other = policy(drawn, temperature=1.6 - temperature)
     assert abs(-other.logprobs.mean() - other.entropy[0, 0]) > 5 * other.logprobs.std() / 2000**0.5
+
+
+@pytest.mark.parametrize("seed", range(4))
+@torch.no_grad()
+def test_without_cache_and_with_every_row_to_the_end_the_tokens_are_the_same(model, tokenizer, seed):
+    """And the log-probabilities that they were drawn from are those of one forward over all of them, to 1e-4."""
+    ours = sample(model, tokenizer, PROMPTS * 2, T, 0.8, torch.Generator().manual_seed(seed))
+    generator, ends = torch.Generator().manual_seed(seed), torch.tensor(eos_ids(tokenizer, model))
+    ids, attention = encode_prompts(tokenizer, PROMPTS * 2)
+    logprobs = token_stats(response_logits(model, ours)[0], ours, 0.8)[0]
+    going = torch.ones(len(ids), dtype=torch.bool)
+    for t in range(ours.response.shape[1]):
+        logits = model(input_ids=ids, attention_mask=attention.long(), position_ids=positions(attention)).logits[:, -1]
+        token = draw(logits, 0.8, torch.rand(len(ids), generator=generator))
+        assert torch.equal(ours.mask[:, t], going) and torch.equal(ours.response[going, t], token[going])
+        drawn_from = (logits / 0.8).log_softmax(-1).gather(1, token[:, None])[:, 0]
+        assert_close(drawn_from[going], logprobs[going, t], atol=1e-4, rtol=0)
+        going = going & ~torch.isin(token, ends)
+        ids, attention = torch.cat([ids, token[:, None]], 1), torch.cat([attention, torch.ones_like(attention[:, :1])], 1)
+    assert torch.equal(ours.finished, ~going)
+
+
+def test_a_token_is_drawn_as_often_as_it_is_likely_and_one_that_cannot_be_never():
+    """Evenly spread numbers pick each token for a share of them that is its probability."""
+    logits = torch.tensor([-math.inf, 1.0, 0.0, -math.inf, 2.0, -1.0, -math.inf])
+    uniform = torch.arange(10_000) / 10_000
+    counts = draw(logits.expand(10_000, -1), 0.7, uniform).bincount(minlength=7) / 10_000
+    assert_close(counts, (logits / 0.7).softmax(-1), atol=2e-4, rtol=0)
+    assert not counts[[0, 3, 6]].any()
+    assert draw(logits[None], 1.0, torch.tensor([1 - 2**-24])).item() == 5
 
 
 def test_prompts_are_padded_on_the_left_and_end_with_the_generation_prompt(tokenizer):

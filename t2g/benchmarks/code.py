@@ -37,7 +37,7 @@ from tqdm import tqdm
 from t2g import answers, cli, data, policy, unit_tests
 from t2g.benchmarks import print_table
 from t2g.metrics import bootstrapped, mean_bootstrap, resamples
-from t2g.rollout import respond
+from t2g.respond import respond
 from t2g.tasks import code
 
 MBPP_TEST = range(11, 511)  # ids of the test split

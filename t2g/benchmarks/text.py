@@ -22,7 +22,7 @@ from t2g import cli, policy, tasks
 from t2g.data import needed
 from t2g.log import read_jsonl
 from t2g.metrics import bootstrapped, mean_bootstrap, resamples, rouge
-from t2g.rollout import respond
+from t2g.respond import respond
 from t2g.supervised import as_rollout, encode_pairs, token_loss
 
 ROUGE = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}

@@ -30,7 +30,7 @@ import torch
 from t2g import cli, judge, policy, tasks
 from t2g.log import read_jsonl
 from t2g.metrics import bootstrapped, mean_bootstrap, resamples
-from t2g.rollout import respond
+from t2g.respond import respond
 
 QUESTION = """\
 Two responses to the same prompt follow. Say which of them serves the one who asked better.
