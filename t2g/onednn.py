@@ -35,13 +35,14 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
+        of_x, of_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
         return product(x, weight, bias, "none", [], "")
 
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        rows, inputs = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-        of_x = product(grad, weight.t(), None, "none", [], "") if ctx.needs_input_grad[0] else None
-        of_weight = product(rows.t(), inputs.t(), None, "none", [], "") if ctx.needs_input_grad[1] else None
-        return of_x, of_weight, rows.sum(0) if ctx.needs_input_grad[2] else None
+        rows, of_bias = grad.reshape(-1, grad.shape[-1]), ctx.needs_input_grad[2]
+        of_x = None if weight is None else product(grad, weight.t(), None, "none", [], "")
+        of_weight = None if x is None else product(rows.t(), x.reshape(-1, x.shape[-1]).t(), None, "none", [], "")
+        return of_x, of_weight, rows.sum(0) if of_bias else None

@@ -1,8 +1,11 @@
 """README and docs keep their word: its example, its glossary, its flags, its links, and the task that it shows."""
 
+import argparse
 import doctest
+import importlib
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -54,6 +57,45 @@ def test_flags_that_are_named_exist():
         assert not unknown, f"{page} names flags that no script has: {unknown}"
     same = re.search(r"same name here: (.*?)\. The others", section("Coming from TRL"), re.DOTALL)[1]
     assert set(re.findall(r"`(\w+)`", same)) <= defined
+
+
+def commands(text):
+    """The commands of our own scripts, in lines of four spaces (a backslash goes on) and in backticks."""
+    text = re.sub(r"\\\n\s*", "", text)
+    lines = re.findall(r"^    ((?:python|torchrun) .*)", text, re.MULTILINE) + re.findall(r"`((?:python|torchrun) [^`]*)`", text)
+    for line in lines:
+        words = shlex.split(line.replace("&&", "#"), comments=True)
+        if "-c" not in words:
+            yield [word for word in words if word != "..."]
+
+
+class Understood(Exception):
+    pass
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_are_understood(page, monkeypatch):
+    """Each one gets through the parser of its script: flags, choices and numbers."""
+    seen = 0
+    for method in ("parse_args", "parse_intermixed_args"):
+        parse = getattr(argparse.ArgumentParser, method)
+
+        def parse_only(parser, *args, parse=parse):
+            parse(parser, *args)
+            raise Understood
+
+        monkeypatch.setattr(argparse.ArgumentParser, method, parse_only)
+    monkeypatch.chdir(ROOT)
+    for words in commands((ROOT / page).read_text()):
+        place = next((i for i, word in enumerate(words) if word.endswith(".py") or word.startswith("bench.")), None)
+        if place is None or words[place].startswith(("tests/", "examples/")):
+            continue
+        name = words[place].removesuffix(".py").replace("/", ".")
+        monkeypatch.setattr("sys.argv", words[place:])
+        with pytest.raises(Understood):
+            importlib.import_module(name).main()
+        seen += 1
+    assert seen > 2 or page in ("docs/GUIDE.md", "docs/DEVIATIONS.md")
 
 
 def test_the_metrics_that_stand_for_those_of_trl_exist():
