@@ -66,7 +66,8 @@ def main():
         print(f"# {recipe['title']}")
         for job in jobs_of(recipe, rows, seeds[0], root, kind):
             paper = ", ".join(f"{metric} {value}" for metric, value in rows.get(job.name, {}).get("paper", {}).items())
-            print(f"# {job}{paper and f'; the paper has {paper}'}", *job.commands, sep="\n")
+            commands = [line if line.startswith("torchrun") else f"python {line}" for line in job.commands]
+            print(f"# {job}{paper and f'; the paper has {paper}'}", *commands, sep="\n")
         return
     make_folder(root, "--output_dir")
     jobs = [job for seed in seeds for job in jobs_of(recipe, rows, seed, root, kind)]

@@ -70,6 +70,7 @@ def parse_args():
     args.output_dir = args.output_dir or f"runs/{args.task}/ppo"
     local_batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.num_mini_batches
     args.batch_size = local_batch_size * dist.processes()
+    args.save_steps = args.save_steps or max(1, min(20, args.max_steps // 10))
     return task, args
 
 

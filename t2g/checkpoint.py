@@ -26,7 +26,9 @@ from t2g.cli import fail, fresh_folder, positive
 from t2g.log import write_json
 
 STATE, BEST = "state.safetensors", "best.safetensors"  # of a supervised run that is not done: where it stands, its best weights
-UNLIKE = {"argv", "resume", "batch_size"}  # what may differ between a run and the one that goes on with it
+UNLIKE = {"argv", "resume", "output_dir", "save_steps", "save_total_limit", "tensorboard", "eval_samples", "gradient_checkpointing",
+          "cpu_offload", "replicate_frozen"}  # fmt: skip  # what may differ between a run and the one that goes on with it
+FACTORS = {"per_device_train_batch_size", "gradient_accumulation_steps"}  # so may these, if the batch stays
 
 
 def save(path, model, optimizers=(), **rest):
@@ -100,7 +102,7 @@ def trainable(model) -> dict:
 
 
 def add_flags(add):
-    add("--save_steps", type=positive(int), default=20, help="steps between two checkpoints")
+    add("--save_steps", type=positive(int), help="steps between two checkpoints; a tenth of --max_steps, at most 20, if not given")
     add("--save_total_limit", type=positive(int), default=2, help="checkpoints that are kept, the last ones")
     resume = "auto: go on with a run of the same flags that did not finish; none: begin anew; or a checkpoint of --output_dir"
     add("--resume", default="auto", help=resume)
@@ -147,6 +149,8 @@ def resume(actor, optimizer, args, data) -> dict:
     else:
         tensors = rows_of_all(files)
     put(tensors, folder, actor, [optimizer])
+    if meta["config"]["kl_coef"] != args.kl_coef:  # another one is wanted now than the one that was steered
+        del meta["kl_coef"]
     print(f"goes on after step {meta['step']} of {args.output_dir}", flush=True)
     return meta
 
@@ -203,20 +207,34 @@ def run_folder(args, resume="auto"):
                 raise SystemExit(0)
             if resume not in ("auto", "none"):
                 only_until(folder, Path(resume).resolve())
-            elif resume == "none" or not unfinished(folder, args):
+            elif resume == "none" or (other := other_flags(folder, args)) is None:
+                stack.enter_context(held(fresh_folder(folder)))
+            elif other:
+                names = ", ".join(sorted(other))
+                print(f"the run in {folder} did not finish, and had another {names}; moved back, that or --resume continues it")
                 stack.enter_context(held(fresh_folder(folder)))
         dist.barrier()
         yield folder
 
 
-def unfinished(folder, args) -> bool:
-    """Whether the run in a folder has the same flags, was stopped, and left a state."""
+def other_flags(folder, args) -> set | None:
+    """The flags in which the run that was stopped in a folder differs from this one; None if there is nothing to go on from."""
     latest, config = policy.latest_checkpoint(folder), folder / "config.json"
     stands = (folder / STATE).is_file() or (latest and (latest / "state").is_dir() and not finished(folder))
     if not (stands and config.is_file()):
-        return False
-    flags, before = json.loads(json.dumps(vars(args), default=str)), json.loads(config.read_text(encoding="utf-8"))
-    return {k: v for k, v in flags.items() if k not in UNLIKE} == {k: v for k, v in before.items() if k not in UNLIKE}
+        return None
+    try:
+        before = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        fail(f"{config} is damaged ({error}); mend it, move {folder} away, or begin anew with --resume none")
+    flags = json.loads(json.dumps(vars(args), default=str))
+    free = UNLIKE | (FACTORS if "batch_size" in flags else set())
+    return {name for name in (flags.keys() | before.keys()) - free if same_place(flags.get(name)) != same_place(before.get(name))}
+
+
+def same_place(value):
+    """A flag's value; if it is a path of something that is there, in one spelling."""
+    return os.path.realpath(value) if isinstance(value, str) and value and os.path.exists(value) else value
 
 
 def finished(folder) -> bool:
@@ -229,10 +247,10 @@ def only_until(folder, chosen):
     if chosen not in policy.checkpoints(folder):
         fail(f"--resume {chosen}: no checkpoint of --output_dir {folder}; name one of its folders checkpoint-STEP")
     later = [path for path in policy.checkpoints(folder) if step_of(path) > step_of(chosen)]
-    told = [folder / name for name in ("metrics.jsonl", "samples.jsonl", "heldout.jsonl", "result.json", "page.html")]
+    told = "config.json", "metrics.jsonl", "samples.jsonl", "heldout.jsonl", "result.json", "page.html"
     left = next(path for n in itertools.count(1) if not (path := folder / f"left-{n}").exists())
     left.mkdir()
-    for path in filter(Path.is_file, told):
+    for path in filter(Path.is_file, map(folder.joinpath, told)):
         shutil.copy(path, left)
     (folder / "result.json").unlink(missing_ok=True)
     for path in later:

@@ -81,9 +81,12 @@ def fresh_folder(path) -> Path:
 
 @contextmanager
 def advice():
-    """Where memory or the disk runs out, the program ends with a sentence that says what to do."""
+    """Where memory or the disk runs out, or somebody presses Ctrl-C, the program ends with a sentence that says what to do."""
     try:
         yield
+    except KeyboardInterrupt:
+        print("\nInterrupted; the same command goes on from the last checkpoint, if there is one", file=sys.stderr, flush=True)
+        raise SystemExit(130) from None
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
             raise
@@ -94,5 +97,5 @@ def advice():
         fail(
             "out of memory. Lower --per_device_train_batch_size and raise --gradient_accumulation_steps by as much, or lower "
             "--response_length; --gradient_checkpointing, --lora_r, --bf16 and more processes save memory too. Earlier checkpoints "
-            "stay"
+            "stay, and the same command with another batch split or --gradient_checkpointing goes on from them"
         )

@@ -105,13 +105,26 @@ def write_text(path, text):
     """A file that appears whole or not at all: it is written under another name and renamed."""
     unfinished = path.with_name(path.name + ".unfinished")
     unfinished.write_text(text, encoding="utf-8")
+    sync(unfinished)
     os.replace(unfinished, path)
+
+
+def sync(path):
+    """Goes on when a file, or a folder with all that is in it, is on the disk, where a machine that dies does not lose it."""
+    for place in [*path.rglob("*"), path] if path.is_dir() else [path]:
+        handle = os.open(place, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
 
 
 def cut(path, step):
     """Keeps the rows of a .jsonl file up to a step, none for 0. What a kill left behind them goes, be it half a line."""
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if step and path.is_file() else []
-    write_text(path, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
+    try:
+        kept = [line + "\n" for line in lines if json.loads(line)["step"] <= step]
+    except (ValueError, KeyError) as error:
+        fail(f"{path} is damaged ({error}); mend that line, or begin anew with --resume none")
+    write_text(path, "".join(kept))
 
 
 def read_jsonl(path) -> list[dict]:

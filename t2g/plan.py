@@ -13,6 +13,7 @@ import os
 import re
 import time
 import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -72,6 +73,7 @@ def show(args):
         fail(f"--plan {args.plan}: give a number of processes and what each has, such as 8xH100-80; known: {', '.join(GPUS)}, cpu")
     processes = int(found[1])
     machine = tuple(part / processes for part in this_machine()) if found[2] == "cpu" else GPUS[found[2]]
+    print("the passes of a microbatch on fake tensors; up to a minute, and again for each flag that is tried ...", flush=True)
     plan = estimate(args, processes, machine)
     print(f"\n{args.plan}: prompts of {prompt_length(args)} tokens, responses of {args.response_length}, per process\n")
     for name, unit in (("memory", "GiB"), ("peak", "GiB"), ("seconds", "s")):
@@ -83,7 +85,9 @@ def show(args):
     elif plan["fits_with"]:
         print(f"{plan['gib']:.1f} GiB of {limit}: it does not fit; it does with {' '.join(plan['fits_with'])}")
     else:
-        print(f"{plan['gib']:.1f} GiB of {limit}: it does not fit, whatever the flags; take more or larger GPUs")
+        larger = "a machine with more memory" if found[2] == "cpu" else "more or larger GPUs"
+        print(f"{plan['gib']:.1f} GiB of {limit}: it does not fit, whatever the flags; take {larger}")
+    print("seconds are a lower bound: without communication, launches of kernels, and programs or servers as critics")
     print(json.dumps(plan))
 
 
@@ -92,7 +96,8 @@ def estimate(args, processes, machine) -> dict:
     gib, bf16_peak, fp32_peak, bandwidth = machine
     on_cpu = args.plan.endswith("cpu")
     sharded = processes > 1 or args.cpu_offload
-    config = config_of(args.policy, "--policy")
+    beside = Path(args.output_dir).parent / "sft"
+    config = config_of(args.policy or (str(beside) if beside.exists() else None), "--policy")
     step = fake_step(args, config, sharded, keep_gradients=not sharded and args.gradient_accumulation_steps == 1)
     asked = args.critic in ("rm", "scalar")
     of_rm = fake_step(args, config_of(args.reward_model or args.policy, "--reward_model"), sharded) if asked else None

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from t2g import adapters, dist, onednn
 from t2g.cli import fail
 from t2g.dist import device
+from t2g.log import sync
 
 
 class ResponseStats(NamedTuple):
@@ -115,6 +116,7 @@ def save(model, tokenizer, run, step, value_head=None, write_more=None) -> Path:
     except (OSError, SafetensorError) as error:
         fail(f"{folder} cannot be written ({error}); make room or choose another --output_dir. Earlier checkpoints stay")
     if dist.rank() == 0:
+        sync(unfinished)
         shutil.rmtree(folder, ignore_errors=True)  # of the same step, where a kill came right after
         unfinished.rename(folder)
     return folder

@@ -15,6 +15,7 @@ import torch
 
 from t2g import dist, tasks
 from t2g.align import resolve, span_rewards, token_offsets
+from t2g.checkpoint import UNLIKE
 from t2g.cli import fail
 from t2g.feedback import Feedback, quoted
 from t2g.log import METRICS, cut, read_jsonl, write_json, write_text
@@ -27,7 +28,7 @@ AGAINST = ("shift_poor_above", "shift_good_below")
 CURVES = ("reward", "kl", "entropy", "tokens_good", "tokens_poor", "response_tokens", "eos_rate", "approx_kl", "clipfrac",
           "value_explained", "unparsable", "quotes_lost")  # fmt: skip
 FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "heldout.jsonl", "result.json")
-NO_SETTING = {"argv", "seed", "output_dir", "batch_size"}  # the seed, the place, and what follows from others
+NO_SETTING = UNLIKE | {"seed", "batch_size"}  # the seed, the place, how it was run, and what follows from others
 
 
 class Samples:

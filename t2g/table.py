@@ -1,19 +1,22 @@
 """The table that reproduce.py makes of its runs: scores with intervals, paired differences, steps, the ledger of costs, and curves.
 
-The ledger counts a model of N parameters as 2 N FLOPs a token read or written and 6 N a token trained on; attention's own products,
-validation and measuring are left out. What a rule or a server does costs no FLOPs here.
+The ledger counts a model of N parameters as 2 N FLOPs a token read or written and 6 N a token trained on, 4 N with LoRA. The own
+products of attention, validation and measuring are left out. What a rule or a server does costs no FLOPs here.
 """
 
 import json
 from pathlib import Path
 
 import numpy as np
+import torch
 from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from t2g import adapters
 from t2g.cli import fail
 from t2g.log import read_jsonl
 from t2g.metrics import interval, mean_interval
-from t2g.policy import latest_checkpoint
+from t2g.policy import latest_checkpoint, pretrained
 
 SMOOTH = 5  # steps over which a learning curve is averaged
 PARTS = ("rollout", "critique", "update")
@@ -69,7 +72,7 @@ def ledger(run, steps) -> dict[str, dict[str, float]]:
     for row in steps:
         if "update_tokens" in row:
             teacher = row.get("teacher_tokens", 0)
-            flops = (6 * row["update_tokens"] + 2 * teacher) * size
+            flops = ((4 if config.get("lora_r") else 6) * row["update_tokens"] + 2 * teacher) * size
             add("update", row["seconds_update"], row["update_tokens"] + teacher, flops)
     return parts
 
@@ -81,12 +84,25 @@ def critic_of(run, config):
 
 
 def parameters(run) -> int:
-    """The number of a checkpoint's weights; 0 without a run, or where it is no folder."""
-    total = 0
-    for file in (latest_checkpoint(run) or Path(run)).glob("*.safetensors") if run else ():
+    """The number of a checkpoint's weights, those under an adapter too; 0 without a run, or where it is no folder."""
+    if not run:
+        return 0
+    folder = latest_checkpoint(run) or Path(run)
+    total = parameters_under(adapters.base(folder)) if adapters.there(folder) else 0
+    for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as weights:
             total += sum(int(np.prod(weights.get_slice(name).get_shape())) for name in weights.keys())  # noqa: SIM118
     return total
+
+
+def parameters_under(base) -> int:
+    """The number of weights of the model that an adapter was trained on: a folder, or what else transformers knows it by."""
+    if Path(base).is_dir():
+        return parameters(base)
+    source, gguf = pretrained(base)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source, **gguf))
+    return sum(weights.numel() for weights in model.parameters())
 
 
 # ---- the table ---------------------------------------------------------------------------------------------------------

@@ -329,6 +329,7 @@ def test_ctrl_c_stops_and_the_same_command_goes_on(serve, tmp_path, call):
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background of a shell is born deaf to it
     threading.Thread(target=interrupt, daemon=True).start()
     code, printed = call(*arguments)
     assert code == 130 and "the same command goes on" in printed

@@ -66,7 +66,7 @@ def commands(text):
     for line in lines:
         words = shlex.split(line.replace("&&", "#"), comments=True)
         if "-c" not in words:
-            yield [word for word in words if word != "..."]
+            yield ["toy" if word == "products" else word for word in words if word != "..."]
 
 
 class Understood(Exception):
@@ -91,6 +91,8 @@ def test_commands_are_understood(page, monkeypatch):
         if place is None or words[place].startswith(("tests/", "examples/")):
             continue
         name = words[place].removesuffix(".py").replace("/", ".")
+        if name == "bench.alignment":  # it has no flags
+            continue
         monkeypatch.setattr("sys.argv", words[place:])
         with pytest.raises(Understood):
             importlib.import_module(name).main()

@@ -4,13 +4,15 @@ import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
 import reproduce
-from t2g import table
+from t2g import adapters, table
 
 STAND_IN = """
 import json, sys, time
@@ -235,3 +237,14 @@ def test_every_recipe_in_the_repository_can_be_read_and_names_stages_and_scripts
             flags = set(re.findall(r"(--\w+)", line)) - {"--nproc_per_node"}
             assert flags <= known | flags_of(script.read_text()), line
         assert set(recipe["curves"]) <= set(rows) and recipe["against"] in rows
+
+
+def test_the_ledger_counts_the_model_under_an_adapter(model, tmp_path):
+    model.save_pretrained(tmp_path / "base")
+    under = sum(weights.numel() for weights in model.parameters())
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    adapter = adapters.added(base, SimpleNamespace(lora_r=4, lora_alpha=32.0))
+    adapter.save_pretrained(tmp_path / "run" / "checkpoint-1")
+    beside = sum(weights.numel() for weights in adapter.parameters() if weights.requires_grad)
+    assert table.parameters(tmp_path / "base") == under and 0 < beside < under
+    assert table.parameters(tmp_path / "run") == under + beside

@@ -167,6 +167,55 @@ def test_other_flags_or_none_begin_anew(stopped, other):
     assert code == 0 and "moved to" in printed and "goes on" not in printed
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        ("--gradient_checkpointing",),
+        ("--save_steps", 3, "--save_total_limit", 5, "--eval_samples", 1),
+        ("--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 2),
+    ],
+)
+def test_what_does_not_change_the_training_may_differ(stopped, other):
+    code, printed = run((*stopped, *other))
+    assert code == 0 and "goes on after step 4" in printed and "moved to" not in printed
+
+
+def test_the_place_of_a_run_may_be_spelt_otherwise_or_be_another(stopped, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ppo").rename(tmp_path / "moved")
+    code, printed = run((*stopped[:-3], f"{stopped[-3]}/", "--output_dir", "moved/"))
+    assert code == 0 and "goes on after step 4" in printed
+
+
+def test_another_batch_begins_anew_and_is_named(stopped):
+    code, printed = run((*stopped, "--gradient_accumulation_steps", 2, "--max_steps", 1))
+    assert code == 0 and "had another batch_size" in printed and "moved to" in printed
+
+
+def test_another_kl_coef_is_taken_and_the_flags_of_before_are_kept(stopped):
+    folder = Path(stopped[-1])
+    assert run((*stopped, "--resume", folder / "checkpoint-4", "--kl_coef", 0.5))[0] == 0
+    assert read_jsonl(folder / "metrics.jsonl")[4]["kl_coef"] == 0.5
+    assert json.loads((folder / "left-1" / "config.json").read_text())["kl_coef"] == 0.15
+
+
+@pytest.mark.parametrize("name, damage", [("config.json", '{"a":'), ("metrics.jsonl", '{"st\n')])
+def test_a_damaged_file_of_a_run_is_named(stopped, name, damage):
+    path = Path(stopped[-1]) / name
+    path.write_text(damage + path.read_text())
+    code, printed = run(stopped)
+    assert code == 2 and f"{name} is damaged" in printed and "--resume none" in printed
+
+
+def test_ctrl_c_ends_with_a_sentence(start, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_ppo, "sample", interrupted)
+    code, printed = run((*FLAGS, "--policy", start, "--output_dir", tmp_path / "ppo"))
+    assert code == 130 and "the same command goes on from the last checkpoint" in printed
+
+
 def test_other_data_are_refused(stopped):
     path = Path(stopped[-1]) / "checkpoint-4" / "state" / "meta.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"data_hash": "of others"}))
@@ -195,7 +244,7 @@ def test_a_resumed_checkpoint_must_be_of_the_run(stopped, tmp_path):
     assert code == 2 and "no checkpoint of --output_dir" in printed
 
 
-@pytest.mark.parametrize("file_size, what", [(40_000, "checkpoint-6 cannot be written"), (4_000, "No room is left")])
+@pytest.mark.parametrize("file_size, what", [(90_000, "checkpoint-6 cannot be written"), (4_000, "No room is left")])
 def test_a_full_disk_ends_the_run_with_a_sentence_and_keeps_what_there_is(stopped, never_stopped, tmp_path, file_size, what):
     process = forked(stopped, file_size=file_size, errors=tmp_path / "errors")
     process.join()
