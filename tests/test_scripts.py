@@ -20,6 +20,7 @@ import train_rm
 from t2g.families import FAMILIES
 from t2g.feedback import Feedback, quoted, reward_prompt
 from t2g.log import METRICS, read_jsonl
+from t2g.policy import latest_checkpoint
 from t2g.rollout import Rollout
 from t2g.tasks import toy
 
@@ -97,7 +98,7 @@ def test_a_run_writes_its_config_and_a_line_of_known_metrics_a_step(rule_run):
 
 @pytest.mark.parametrize("stage", ["sft", "rm", "ppo"])
 def test_checkpoints_load_as_plain_models(toy_run, stage):
-    (folder,) = (toy_run / stage).glob("checkpoint-*")
+    folder = latest_checkpoint(toy_run / stage)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     ids = tokenizer.apply_chat_template([{"role": "user", "content": "Hi."}], return_tensors="pt", return_dict=True)["input_ids"]
     assert torch.isfinite(model(ids).logits).all()
