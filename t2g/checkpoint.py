@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -265,11 +266,16 @@ def step_of(checkpoint) -> int:
 def held(folder):
     """A lock on a folder that ends with the process, if not before."""
     handle = os.open(folder, os.O_RDONLY)
+    last = time.monotonic() + 3  # a process that was just killed may still be leaving
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            fail(f"another process trains in {folder}; wait for it, or choose another --output_dir")
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > last:
+                    fail(f"another process trains in {folder}; wait for it, or choose another --output_dir")
+                time.sleep(0.1)
         yield
     finally:
         os.close(handle)
