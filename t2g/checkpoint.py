@@ -202,18 +202,20 @@ def run_folder(args, resume="auto"):
     resume = "auto" if again else resume
     with ExitStack() as stack:
         if dist.rank() == 0:
-            if folder.is_dir():
+            locked = folder.is_dir() and folder.stat().st_ino
+            if locked:
                 stack.enter_context(held(folder))
             if again and finished(folder):
                 raise SystemExit(0)
+            other = other_flags(folder, args) if resume == "auto" else None
             if resume not in ("auto", "none"):
                 only_until(folder, Path(resume).resolve())
-            elif resume == "none" or (other := other_flags(folder, args)) is None:
-                stack.enter_context(held(fresh_folder(folder)))
-            elif other:
-                names = ", ".join(sorted(other))
-                print(f"the run in {folder} did not finish, and had another {names}; moved back, that or --resume continues it")
-                stack.enter_context(held(fresh_folder(folder)))
+            elif other is None or other:
+                if other:
+                    names = ", ".join(sorted(other))
+                    print(f"the run in {folder} did not finish, and had another {names}; moved back, that or --resume continues it")
+                if fresh_folder(folder).stat().st_ino != locked:  # an empty one stays as it is
+                    stack.enter_context(held(folder))
         dist.barrier()
         yield folder
 

@@ -62,7 +62,7 @@ def test_killed_three_times_over_a_failing_server_it_loses_nothing_and_asks_noth
 
 def test_without_a_kill_each_good_answer_is_a_record(serve, tmp_path, call):
     url, log = serve(rate=0.3)
-    code, printed = call(*flags(url, tmp_path, texts(150)))
+    code, printed = call(*flags(url, tmp_path, texts(150), "--max_retries", 9))
     stands = read_jsonl(tmp_path / "out.jsonl")
     assert code == 0 and "150 records, 0 failed" in printed and len(stands) == 150
     assert sum(line["what"] == "answer" for line in log()) == 150

@@ -209,6 +209,7 @@ def test_stopped_half_way_it_goes_on_and_asks_nothing_twice(judged_by, tmp_path,
     assert not asked
 
 
+@pytest.mark.slow
 def test_killed_it_goes_on_and_asks_nothing_twice(judged_by, tmp_path):
     def slowly(messages):
         time.sleep(0.02)

@@ -187,6 +187,12 @@ def test_the_place_of_a_run_may_be_spelt_otherwise_or_be_another(stopped, tmp_pa
     assert code == 0 and "goes on after step 4" in printed
 
 
+def test_a_folder_without_anything_is_taken(start, tmp_path):
+    """As one is that was killed before its first step."""
+    (tmp_path / "ppo").mkdir()
+    assert run((*FLAGS, "--policy", start, "--output_dir", tmp_path / "ppo", "--max_steps", 1))[0] == 0
+
+
 def test_another_batch_begins_anew_and_is_named(stopped):
     code, printed = run((*stopped, "--gradient_accumulation_steps", 2, "--max_steps", 1))
     assert code == 0 and "had another batch_size" in printed and "moved to" in printed
@@ -325,6 +331,7 @@ def workers(launcher) -> list[int]:
     return sorted(map(int, children))
 
 
+@pytest.mark.slow
 def test_a_dead_process_is_started_again_and_the_number_of_processes_may_change(start, tmp_path):
     flags = (*FLAGS, "--policy", start, "--num_mini_batches", 1, "--save_steps", 1, "--save_total_limit", 9)
     whole = launched(2, (*flags, "--output_dir", tmp_path / "whole"))
