@@ -103,17 +103,18 @@ def test_curves_are_compared_at_the_lower_of_the_final_kls(monkeypatch):
     assert found["gain"]["mean"] == pytest.approx(0.3) and found["gain at equal KL"]["mean"] == pytest.approx(0.1)
 
 
+@pytest.mark.slow
 def test_the_bench_in_short_ends_with_json_and_a_plot_and_runs_nothing_twice(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tasks, "get", tasks.get)  # the bench puts its own in its place
-    flags = ["--quick", "--spans", "2", "--output_dir", str(tmp_path), "--plot", str(tmp_path / "plot.png")]
+    flags = ["--quick", "--output_dir", str(tmp_path), "--plot", str(tmp_path / "plot.png")]
     lines = []
     for _ in range(2):
         monkeypatch.setattr(sys, "argv", ["locating", *flags])
         locating.main()
         lines.append(capsys.readouterr().out.splitlines())
     result = json.loads(lines[0][-1])
-    assert set(result["table"]) == {"50 tokens, 2"} and result == json.loads(lines[1][-1])
-    assert re.search(r"\| 50 tokens, 2 \| 0\.\d\d \[", "\n".join(lines[0]))
+    assert set(result["table"]) == {"50 tokens, 2", "50 tokens, all"} and result == json.loads(lines[1][-1])
+    assert re.search(r"\| 50 tokens, all \| 0\.\d\d \[", "\n".join(lines[0]))
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert not list(tmp_path.glob("*/*.1"))  # where train_ppo.py moves an earlier run
 
