@@ -64,8 +64,8 @@ def commands(text):
     text = re.sub(r"\\\n\s*", "", text)
     lines = re.findall(r"^    ((?:python|torchrun) .*)", text, re.MULTILINE) + re.findall(r"`((?:python|torchrun) [^`]*)`", text)
     for line in lines:
-        words = shlex.split(line.replace("&&", "#"), comments=True)
-        if "-c" not in words:
+        if " -c " not in line:
+            words = shlex.split(line.replace("&&", "#"), comments=True)
             yield ["toy" if word == "products" else word for word in words if word != "..."]
 
 
