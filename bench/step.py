@@ -122,7 +122,7 @@ def ours(work, args, flags) -> list[dict]:
 
 def summary(name, turns, peers, sizes, machine) -> dict:
     """Medians over turns of a program's means over steps; ratios to the peer within each turn."""
-    means = [{key: sum(row[key] for row in rows) / len(rows) for key in rows[0]} for rows in turns]
+    means = list(map(mean_of, turns))
     found = {key: median(turn[key] for turn in means) for key in means[0]}
     if name == "peer":
         return {"seconds": found}
@@ -137,12 +137,16 @@ def summary(name, turns, peers, sizes, machine) -> dict:
         "tokens_per_second": ROWS * NEW / found["step"],
     }
     if peers:
-        theirs = [{key: sum(row[key] for row in rows) / len(rows) for key in rows[0]} for rows in peers]
+        theirs = list(map(mean_of, peers))
         for key in ("rollout", "step"):
             shares[f"{key}_ratio"] = median(other[key] / mine[key] for other, mine in zip(theirs, means))
         shares["update_ratio"] = median(other["update"] / (mine["update"] + mine["score"]) for other, mine in zip(theirs, means))
         shares["memory_ratio"] = median(mine["memory"] / other["memory"] for other, mine in zip(theirs, means))
     return {"seconds": found} | shares
+
+
+def mean_of(rows) -> dict:
+    return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
 
 
 def decode(model, plain, tokenizer, turns) -> dict:

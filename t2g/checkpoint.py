@@ -13,7 +13,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -268,16 +267,11 @@ def step_of(checkpoint) -> int:
 def held(folder):
     """A lock on a folder that ends with the process, if not before."""
     handle = os.open(folder, os.O_RDONLY)
-    last = time.monotonic() + 3  # a process that was just killed may still be leaving
     try:
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > last:
-                    fail(f"another process trains in {folder}; wait for it, or choose another --output_dir")
-                time.sleep(0.1)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fail(f"another process trains in {folder}; wait for it, or choose another --output_dir")
         yield
     finally:
         os.close(handle)

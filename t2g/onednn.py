@@ -7,8 +7,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-product = torch.ops.mkldnn._linear_pointwise  # what torch.compile calls for a linear layer on a CPU
-
 
 def use(model):
     """The same model; where it pays, its linear layers take products from oneDNN."""
@@ -20,6 +18,11 @@ def use(model):
 
 def pays() -> bool:
     return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def product(x, weight, bias=None):
+    """x W^T + b, by what torch.compile calls for a linear layer on a CPU. Looked up when it is wanted: not every torch has it."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 class Linear(nn.Linear):
@@ -37,12 +40,12 @@ class Product(torch.autograd.Function):
     def forward(ctx, x, weight, bias):
         of_x, of_weight, _ = ctx.needs_input_grad
         ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
-        return product(x, weight, bias, "none", [], "")
+        return product(x, weight, bias)
 
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         rows, of_bias = grad.reshape(-1, grad.shape[-1]), ctx.needs_input_grad[2]
-        of_x = None if weight is None else product(grad, weight.t(), None, "none", [], "")
-        of_weight = None if x is None else product(rows.t(), x.reshape(-1, x.shape[-1]).t(), None, "none", [], "")
+        of_x = None if weight is None else product(grad, weight.t())
+        of_weight = None if x is None else product(rows.t(), x.reshape(-1, x.shape[-1]).t())
         return of_x, of_weight, rows.sum(0) if of_bias else None
