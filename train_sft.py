@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from t2g import cli, onednn, policy, supervised, tasks
+from t2g import cli, cpu, policy, supervised, tasks
 
 
 def main():
@@ -28,7 +28,7 @@ def main():
         tokenizer, model = policy.load(args.model, policy.device())
     elif hasattr(task, "new_model"):
         tokenizer, model = task.new_model(args.seed)
-        model = onednn.use(model).to(policy.device())
+        model = cpu.use(model).to(policy.device())
     else:
         cli.fail(f"the task {args.task} has no model of its own: name one with --model (in train_ppo.py: --policy)")
     examples = tasks.short_enough(examples, tokenizer, args.max_prompt_length)

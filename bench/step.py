@@ -70,7 +70,7 @@ def main():
 def prepare(work, path):
     """The work: a model whose end token is one that it hardly samples; prompts, as texts for us and as ids for the peer."""
     tokenizer, model = policy.load(path)
-    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(max(tokenizer.all_special_ids))
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(max(tokenizer.added_tokens_decoder))
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     policy.save(model, tokenizer, work, 1)
     (work / "checkpoint-1").rename(work / "model")

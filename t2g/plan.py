@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from t2g import adapters, dist, onednn, policy
+from t2g import adapters, cpu, dist, policy
 from t2g.cli import fail
 from t2g.policy import Policy
 from t2g.rollout import Rollout
@@ -276,7 +276,7 @@ def this_machine() -> tuple[float, float, float, float]:
 
     peaks = []
     for dtype in (torch.bfloat16, torch.float32):
-        linear, x = onednn.use(nn.Linear(2048, 2048, bias=False, dtype=dtype)), torch.ones(2048, 2048, dtype=dtype)
+        linear, x = cpu.use(nn.Linear(2048, 2048, bias=False, dtype=dtype)), torch.ones(2048, 2048, dtype=dtype)
         peaks.append(2 * 2048**3 / seconds(lambda linear=linear, x=x: linear(x)) / 1e12)
     big = torch.ones(2**26)
     return this_memory(), *peaks, 2 * big.nbytes / seconds(big.clone) / 1e9

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from t2g import adapters, dist, onednn
+from t2g import adapters, cpu, dist
 from t2g.cli import fail
 from t2g.dist import device
 from t2g.log import sync
@@ -168,7 +168,7 @@ def load(path, device="cpu") -> tuple[PreTrainedTokenizerBase, torch.nn.Module]:
     tokenizer.padding_side = "left"
     model.generation_config = GenerationConfig(eos_token_id=eos_ids(tokenizer, model), pad_token_id=tokenizer.pad_token_id)
     model.name_or_path = path  # where an adapter's own files say that its base lies
-    return tokenizer, onednn.use(model).to(device).eval()
+    return tokenizer, cpu.use(model).to(device).eval()
 
 
 def pretrained(path: str) -> tuple[str, dict]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from t2g import cache
+from t2g import cache, cpu
 from t2g.align import response_text
 from t2g.cli import fail
 from t2g.policy import autocast, context_length, eos_ids, positions
@@ -74,7 +74,7 @@ def sample(model, tokenizer, prompts: list[str], response_length: int, temperatu
     mask, finished = torch.zeros_like(response, dtype=torch.bool), torch.zeros_like(response[:, 0], dtype=torch.bool)
     past, attention, ids = cache.roomy(model.config, prompt.shape[1] + response_length), prompt_mask, prompt
     going = torch.arange(len(prompts), device=model.device)  # rows without EOS so far; the others are not computed any more
-    with autocast(bf16):  # one context for the whole loop: it keeps the bf16 copy of the weights
+    with autocast(bf16), cpu.packed(model):  # one context for the whole loop: it keeps a copy of the weights
         for t in range(response_length):
             out = model(
                 input_ids=ids,
