@@ -255,7 +255,7 @@ def parse_args():
     add = parser.add_argument
     add("--lengths", nargs="+", type=int, choices=LENGTHS, default=LENGTHS, help="tokens of a response, two an item")
     add("--spans", nargs="+", default=["2", "8", "all"], help="marks of a response, numbers or all")
-    add("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="two or more")
     add("--jobs", type=int, default=1, help="runs side by side, a thread each")
     add("--output_dir", help="runs/locating, or runs/locating-quick, if not given")
     add("--plot", help="docs/locating.png, or in --output_dir with --quick, if not given")

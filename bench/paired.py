@@ -25,8 +25,8 @@ def meter(run, other, name, steps):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+")
-    parser.add_argument("--against", nargs="+", required=True)
+    parser.add_argument("runs", nargs="+", help="one a seed")
+    parser.add_argument("--against", nargs="+", required=True, help="as many runs, the seeds in the same order")
     parser.add_argument("--steps", type=int, help="the meter over that many first steps; all of them if not given")
     args = parser.parse_args()
     if len(args.runs) != len(args.against) or len(args.runs) < 2:

@@ -40,9 +40,9 @@ WORDS = (
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", metavar="MODEL")
+    parser.add_argument("model", metavar="MODEL", help="a folder, a hub id or a .gguf file")
     parser.add_argument("--peer", help="the Python of an environment with requirements-bench.txt; without it no ratios to the peer")
-    parser.add_argument("--turns", type=cli.positive(int), default=3)
+    parser.add_argument("--turns", type=cli.positive(int), default=3, help="how often every program runs")
     parser.add_argument("--steps", type=cli.positive(int), default=3, help="of each program in each turn, one more than is counted")
     args = parser.parse_args()
     if args.steps < 2:
@@ -68,10 +68,8 @@ def main():
 
 
 def prepare(work, path):
-    """The work: a model whose end token is one that it hardly samples; prompts, as texts for us and as ids for the peer."""
-    tokenizer, model = policy.load(path)
-    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(max(tokenizer.added_tokens_decoder))
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    """The work: a model, and prompts, as texts for us and as ids for the peer."""
+    tokenizer, model = endless(path)
     policy.save(model, tokenizer, work, 1)
     (work / "checkpoint-1").rename(work / "model")
     rng = random.Random(0)
@@ -87,6 +85,14 @@ def prepare(work, path):
             "microbatch": MICROBATCH, "epochs": EPOCHS, "response_length": NEW,
         },
     )  # fmt: skip
+    return tokenizer, model
+
+
+def endless(path):
+    """A policy whose responses run on: its end token is one that is hardly ever sampled."""
+    tokenizer, model = policy.load(path, policy.device())
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(max(tokenizer.added_tokens_decoder))
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
     return tokenizer, model
 
 

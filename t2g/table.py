@@ -223,8 +223,8 @@ def plot(path, found, recipe, rows):
             curves = [cell["curve"] for cell in cells]
             steps = range(1, min(map(len, curves)) + 1)
             means, lows, highs = zip(*(bounds([curve[step - 1] for curve in curves]) for step in steps))
-            axes.fill_between(steps, lows, highs, color=colour, alpha=0.15, linewidth=0)
-            axes.plot(steps, means, color=colour, linewidth=2.2, label=title)
+            axes.fill_between(steps, lows, highs, color=colour, alpha=0.06, linewidth=0)
+            axes.plot(steps, means, color=colour, linewidth=2.6, label=title)
         else:
             mean, low, high = bounds([cell["scores"][recipe["main"]] for cell in cells])
             place = longest * (1.02 + 0.02 * names.index(name))

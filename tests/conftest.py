@@ -49,13 +49,15 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def model(tokenizer):
     """Random weights, large enough that every token, place and position matters; one token in sixteen ends a response."""
+    from t2g import cpu
+
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, max_position_embeddings=256, initializer_range=0.4, tie_word_embeddings=False,
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = LlamaForCausalLM(config).eval()
+    model = cpu.use(LlamaForCausalLM(config)).eval()
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, *range(10, len(tokenizer), 16)]
     return model
 

@@ -111,9 +111,10 @@ def test_a_flag_that_nothing_reads_would_be_noticed(tmp_path):
     assert "kl_horizon" in read_in(ROOT / "train_ppo.py") and "beta" not in set().union(*map(read_in, files_of("train_ppo")))
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids="-".join)
+@pytest.mark.parametrize("script", SCRIPTS + BENCHES, ids="-".join)
 def test_every_flag_has_a_help_of_its_own_that_states_no_other_default(script, flags_of):
     actions = flags_of(*script)
+    actions = [action for action in actions if action.help != argparse.SUPPRESS]
     helps = [(action.help or "").strip() for action in actions]
     assert all(helps), [action.dest for action in actions if not (action.help or "").strip()]
     assert len(set(helps)) == len(helps), "two flags have the same help"
