@@ -110,9 +110,11 @@ def draw(result, path):
             if part in parts:
                 sizes, seconds = zip(*parts[part]["seconds"].items())
                 axis.plot(sizes, seconds, marker="o", color=colour, label=f"{part}, slope {parts[part]['slope']:.2f}")
+        least = min(value for row in parts.values() for value in row["seconds"].values())
         sizes, seconds = zip(*parts["update"]["seconds"].items())
         axis.plot(sizes, [seconds[-1] * size / sizes[-1] for size in sizes], color="0.6", linestyle=":", label="linear")
-        axis.set(xlabel=what, xscale="log", yscale="log", xticks=sizes, xticklabels=sizes)
+        axis.set(xlabel=what, xscale="log", yscale="log", ylim=(0.7 * least, None))
+        axis.set_xticks(sizes, [f"{size // 1024}k" if size > 4000 else size for size in sizes])
         axis.minorticks_off()
         axis.legend(frameon=False, fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)

@@ -53,7 +53,7 @@ METRICS = {
     "words": "words of the summary",
 }
 DEFAULTS = {
-    "train_sft": dict(learning_rate=0.01, max_steps=720, per_device_train_batch_size=32, optimizer="muon"),
+    "train_sft": dict(learning_rate=0.01, max_steps=960, per_device_train_batch_size=32, optimizer="muon"),
     "annotate": dict(num_samples=12000, response_length=40),
     "train_rm": dict(learning_rate=0.006, max_steps=900, per_device_train_batch_size=32, optimizer="muon",
                      validation_share=0.02, eval_steps=100),
