@@ -257,7 +257,7 @@ def test_a_figure_is_a_small_png_and_a_command_makes_it(page, link):
         files = [ROOT / f"{word.removesuffix('.py').replace('.', '/')}.py" for word in words]
         if name in words or any(f'"{name}"' in file.read_text() for file in files if file.is_file()):
             made_by.add(" ".join(words))
-    around = next(content for _, content, _ in sections((ROOT / page).read_text()) if f"({link})" in content)
+    around = next(content for _, content, _ in sections("## top\n" + (ROOT / page).read_text()) if f"({link})" in content)
     assert made_by or "python eval.py page" in around, f"no command of the pages makes {name}"
 
 
