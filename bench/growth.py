@@ -39,20 +39,18 @@ def main():
     parser.add_argument("--plot", help="draw the figure there, a .png")
     parser.add_argument("--turns", type=int, default=1, help="how often all is measured")
     parser.add_argument("--bf16", action="store_true", help="products in bf16")
-    parser.add_argument("--smallest", type=int, default=6, help="leave out larger sizes: so many of each are kept")
     args = parser.parse_args()
     tokenizer, model = endless(args.model)
-    sizes = {what: all_sizes[: args.smallest] for what, all_sizes in SIZES.items()}
-    turns = {(what, size): [] for what in sizes for size in sizes[what]}
+    turns = {(what, size): [] for what in SIZES for size in SIZES[what]}
     one("responses", MICROBATCH, tokenizer, model, args)  # the first pass of all is slow
     for key in tqdm(list(turns) * args.turns, unit="size"):
         turns[key].append(one(*key, tokenizer, model, args))
     result = {}
-    for what in sizes:
-        parts = {part: {size: median(turn[part] for turn in turns[what, size]) for size in sizes[what]} for part in measured(what)}
+    for what, sizes in SIZES.items():
+        parts = {part: {size: median(turn[part] for turn in turns[what, size]) for size in sizes} for part in measured(what)}
         result[what] = {part: {"seconds": seconds, "slope": slope(seconds)} for part, seconds in parts.items()}
     for what, parts in result.items():
-        print(f"\n{what:18}" + "".join(f"{size:>10}" for size in sizes[what]) + f"{'slope':>10}")
+        print(f"\n{what:18}" + "".join(f"{size:>10}" for size in SIZES[what]) + f"{'slope':>10}")
         for part, row in parts.items():
             print(f"  {part:16}" + "".join(f"{value:10.2f}" for value in row["seconds"].values()) + f"{row['slope']:10.2f}")
     if args.plot:
