@@ -5,6 +5,7 @@ products of attention, validation and measuring are left out. What a rule or a s
 """
 
 import json
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -112,7 +113,7 @@ def summarise(found, recipe, rows) -> dict:
     """{"rows": {row: {metric: {"mean", "low", "high", "seeds"}}}} from {row: its cell of each seed}."""
     main, logged, table = recipe["main"], recipe.get("curve", recipe["main"]), {}
     for name, cells in found.items():
-        against = rows[name].get("against", recipe["against"])
+        against = rival(name, recipe, rows)
         other = found.get(against)
         values = {metric: [cell["scores"][metric] for cell in cells] for metric in cells[0]["scores"]}
         if other and cells is not other:
@@ -133,6 +134,11 @@ def summarise(found, recipe, rows) -> dict:
                 values[f"{part}_{unit}"] = [cell["ledger"][part][unit] for cell in cells]
         table[name] = {metric: over_seeds([value for value in column if value is not None]) for metric, column in values.items()}
     return {"rows": table}
+
+
+def rival(name, recipe, rows) -> str | None:
+    """The row that a row is held against."""
+    return rows[name].get("against", recipe.get("against"))
 
 
 def stage_seconds(jobs, rows) -> dict[str, dict]:
@@ -170,15 +176,21 @@ def over_seeds(values) -> dict:
 def markdown(result, recipe, rows) -> str:
     """The table, and below it the ledger."""
     main, logged = recipe["main"], recipe.get("curve", recipe["main"])
-    columns = [*recipe["metrics"], f"{main}, less {{}}", "kl", f"{logged} of rollouts, less {{}} at equal KL"]
-    columns += ["steps_to_90_percent", "steps_to_best_of_{}"]
-    heads = [column.format(recipe["against"]).replace("_", " ") for column in columns]
-    lines = [f"| | {' | '.join(heads)} |", "|---" * (len(columns) + 1) + "|"]
+    titles = {name: row["title"] for name, row in rows.items()}
+    other = titles.get(recipe.get("against"), "another row")
+    heads = {metric: metric for metric in recipe["metrics"]} | {
+        f"{main}, less {{}}": f"{main}, difference to {other}",
+        "kl": "kl",
+        f"{logged} of rollouts, less {{}} at equal KL": f"{logged} in rollouts at equal KL, difference to {other}",
+        "steps_to_90_percent": "steps to 90 percent",
+        "steps_to_best_of_{}": f"steps to the best of {other}",
+    }
+    lines = [f"| | {' | '.join(head.replace('_', ' ') for head in heads.values())} |", "|---" * (len(heads) + 1) + "|"]
     for name, row in result["rows"].items():
-        against, seeds = rows[name].get("against", recipe["against"]), row["seconds"]["seeds"]
-        cells = [shown(row.get(column.format(against)), 0 if column.startswith("steps") else 2, seeds) for column in columns]
-        title = rows[name]["title"] + (f" (less {against})" if "against" in rows[name] else "")
-        lines.append(f"| {title} | {' | '.join(cells)} |")
+        against, seeds = rival(name, recipe, rows), row["seconds"]["seeds"]
+        cells = [shown(row.get(column.format(against)), 0 if column.startswith("steps") else 2, seeds) for column in heads]
+        own = f" (differences to {titles.get(against, against)})" if "against" in rows[name] else ""
+        lines.append(f"| {titles[name]}{own} | {' | '.join(cells)} |")
     units = {"seconds": ("s", 1), "tokens": ("M tokens", 1e6), "flops": ("TFLOP", 1e12)}
     heads = [f"{part}, {unit}" for part in PARTS for unit, _ in units.values()]
     lines += ["", f"| | {' | '.join(heads)} | all, s |", "|---" * (len(heads) + 2) + "|"]
@@ -186,7 +198,7 @@ def markdown(result, recipe, rows) -> str:
         means = [row[f"{part}_{unit}"]["mean"] / by if f"{part}_{unit}" in row else None
                  for part in PARTS for unit, (_, by) in units.items()]  # fmt: skip
         cells = ["" if mean is None else f"{mean:.3g}" for mean in means]
-        lines.append(f"| {rows[name]['title']} | {' | '.join(cells)} | {row['seconds']['mean']:.0f} |")
+        lines.append(f"| {titles[name]} | {' | '.join(cells)} | {row['seconds']['mean']:.0f} |")
     stages = ", ".join(f"{name} {cell['mean']:.0f}" for name, cell in result["stages"].items())
     return "\n".join([*lines, "", f"Seconds of what rows share, a seed: {stages or 'nothing'}.", ""])
 
@@ -205,36 +217,70 @@ def shown(cell, digits, seeds) -> str:
     return f"{cell['mean']:.{digits}f}{bounds}" + (f" ({cell['seeds']} of {seeds} seeds)" if cell["seeds"] < seeds else "")
 
 
+# ---- the curves --------------------------------------------------------------------------------------------------------
+
+
 def plot(path, found, recipe, rows):
-    """Learning curves with 95% bands over the seeds; rows that sample only once stand at the right edge as they end."""
+    """Learning curves of the rows under `curves` in a recipe: on the left the first one and the one that it is held against, with
+    95% bands over the seeds; on the right all. Rows that sample only once have no curve: they stand at the right edge as they end.
+    """
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         fail("the curves are drawn by the package matplotlib: pip install matplotlib")
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(9, 5.2), dpi=130, layout="constrained")
     names = [name for name in recipe["curves"] if name in found]
-    longest = max((len(cell["curve"]) for name in names for cell in found[name]), default=1)
-    for colour, name in zip(COLOURS, names):
-        cells, title = found[name], rows[name]["title"]
-        if cells[0]["curve"]:
-            curves = [cell["curve"] for cell in cells]
-            steps = range(1, min(map(len, curves)) + 1)
-            means, lows, highs = zip(*(bounds([curve[step - 1] for curve in curves]) for step in steps))
-            axes.fill_between(steps, lows, highs, color=colour, alpha=0.06, linewidth=0)
-            axes.plot(steps, means, color=colour, linewidth=2.6, label=title)
-        else:
-            mean, low, high = bounds([cell["scores"][recipe["main"]] for cell in cells])
-            place = longest * (1.02 + 0.02 * names.index(name))
-            axes.errorbar([place], [mean], [[mean - low], [high - mean]], color=colour, fmt="D", capsize=3, label=title)
-    axes.set(xlabel="rollouts", ylabel=recipe["main_title"], xlim=(1, None), ylim=(0, 1))
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="upper left")
-    figure.savefig(path)
-    pyplot.close(figure)
+    colours = dict(zip(names, cycle(COLOURS)))
+    curves = {name: over_steps([cell["curve"] for cell in found[name]]) for name in names if found[name][0]["curve"]}
+    ends = {name: bounds([cell["scores"][recipe["main"]] for cell in found[name]]) for name in names if name not in curves}
+    pair = [name for name in curves if name in (names[0], rival(names[0], recipe, rows))]
+    widths = [1, 1, 0.14 * len(ends)] if ends else [1, 1]
+    figure = Figure(figsize=(10, 4.8), layout="constrained")
+    left, right, *edge = panels = figure.subplots(1, len(widths), sharey=True, width_ratios=widths)
+    for panel in panels:
+        panel.grid(axis="y", alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.tick_params(length=0)
+    for name in pair:
+        _, low, high = curves[name]
+        left.fill_between(range(1, len(low) + 1), low, high, color=colours[name], alpha=0.15, linewidth=0)
+    for panel, drawn in ((left, pair), (right, curves)):
+        for name in drawn:
+            means, *_ = curves[name]
+            panel.plot(range(1, len(means) + 1), means, color=colours[name], linewidth=2)
+        panel.set(xlabel="rollouts", xmargin=0)
+    for place, (name, (mean, low, high)) in enumerate(ends.items()):
+        edge[0].errorbar(place, mean, [[mean - low], [high - mean]], fmt="D", color=colours[name], capsize=3, linewidth=2)
+    if ends:
+        edge[0].set(xlabel="held out", xlim=(-0.6, len(ends) - 0.4))
+        edge[0].set_xticks(range(len(ends)), [rows[name]["title"] for name in ends])
+        edge[0].spines["left"].set_visible(False)
+    seeds, top = max(map(len, found.values())), min(1, left.get_ylim()[1])
+    left.set(ylim=(0, top), ylabel=f"{recipe.get('curve', recipe['main_title'])}\nin training rollouts, mean of {SMOOTH}")
+    left.set_title(f"mean of {seeds} seeds, 95% interval" if seeds > 1 else "one seed", loc="left", fontsize=10)
+    right.set_title("all methods", loc="left", fontsize=10)
+    for panel, drawn in ((left, pair), (right, curves)):
+        for name, height in apart({name: curves[name][0][-1] for name in drawn}, gap=0.055 * top).items():
+            panel.text(1.02, height, rows[name]["title"], transform=panel.get_yaxis_transform(), color=colours[name], va="center")
+    figure.savefig(path, dpi=160)
+
+
+def over_steps(curves) -> list:
+    """The means of some curves, and the bounds of their intervals, over the steps that all of them have."""
+    return list(zip(*map(bounds, zip(*curves))))
+
+
+def apart(heights, gap) -> dict[str, float]:
+    """Heights moved as little as can be, so that each is a gap away from the next.
+
+    >>> apart({"a": 0.5, "b": 0.5, "c": 0.1}, gap=0.2)
+    {'c': 0.1, 'a': 0.4, 'b': 0.6}
+    """
+    from scipy.optimize import isotonic_regression
+
+    names = sorted(heights, key=heights.get)
+    ranks = gap * np.arange(len(names))
+    moved = isotonic_regression([heights[name] for name in names] - ranks).x + ranks if names else []
+    return {name: float(height) for name, height in zip(names, moved)}
 
 
 def bounds(values) -> tuple[float, float, float]:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
@@ -102,7 +103,8 @@ def test_each_stage_is_run_once_a_seed_before_the_rows_that_need_it_and_the_tabl
         assert calls.count(f"stage sft {seed}") == calls.count(f"stage rm {seed}") == 1
         assert calls.index(f"stage sft {seed}") < calls.index(f"stage rm {seed}") < calls.index(f"train a {seed}")
     assert json.loads((tmp_path / "out" / "table.json").read_text()) == result
-    assert "| A | 0.81 [" in (tmp_path / "out" / "table.md").read_text()
+    printed = (tmp_path / "out" / "table.md").read_text()
+    assert "| A | 0.81 [" in printed and "| good, difference to B | kl | good in rollouts at equal KL, difference to B |" in printed
     assert (tmp_path / "out" / "curves.png").stat().st_size > 10000
 
 
@@ -149,12 +151,13 @@ def test_a_recipe_that_cannot_be_run_is_told_before_anything_runs(run, recipe, n
     assert said in capsys.readouterr().err
 
 
-def test_where_less_is_better_there_are_no_steps_to_a_best_and_a_row_may_be_held_against_its_own(run, recipe):
+def test_where_less_is_better_there_are_no_steps_to_a_best_and_a_row_may_be_held_against_its_own(run, recipe, tmp_path):
     (recipe / "table.toml").write_text(
         (recipe / "table.toml").read_text().replace('main = "good"', 'main = "good"\nbetter = "lower"')
     )
     (recipe / "01_a.toml").write_text((recipe / "01_a.toml").read_text() + '\nagainst = "c"')
     rows = run("--seeds", "0", "1")[0]["rows"]
+    assert "| A (differences to C) | 0.8" in (tmp_path / "out" / "table.md").read_text()
     assert not any(metric.startswith("steps") for row in rows.values() for metric in row)
     assert rows["a"]["good, less c"]["mean"] == pytest.approx(0.7) and rows["c"]["good, less b"]["mean"] == pytest.approx(-0.4)
 
@@ -220,6 +223,40 @@ def test_a_dry_run_prints_the_commands_and_runs_none(run, recipe, tmp_path, monk
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == ["# A table", "# sft of seed 0"] and lines[-1].endswith(f"measure {tmp_path}/out/seed-0/sft 0 0.1")
     assert not (tmp_path / "out").exists()
+
+
+CURVE = {"curve": [0.1, 0.4, 0.5], "scores": {"good": 0.5}}
+POINT = {"curve": [], "scores": {"good": 0.2}}
+
+
+@pytest.mark.parametrize(
+    ("against", "found", "panels"),
+    [
+        ("b", {"a": [CURVE] * 2, "b": [CURVE] * 2, "c": [POINT] * 2}, [["A", "B"], ["A", "B"], []]),
+        ("c", {"a": [CURVE], "b": [CURVE], "c": [POINT]}, [["A"], ["A", "B"], []]),
+        (None, {"a": [CURVE], "b": [CURVE]}, [["A"], ["A", "B"]]),
+        ("b", {"a": [CURVE]}, [["A"], ["A"]]),
+        ("b", {"c": [POINT]}, [[], [], []]),
+        ("b", {"of no curve": [POINT]}, [[], []]),
+    ],
+)
+def test_the_left_panel_has_the_first_row_and_the_one_it_is_held_against_the_right_one_all(against, found, panels, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: drawn.append(figure))
+    recipe = {"main": "good", "main_title": "good answers", "curves": ["a", "b", "c"], "against": against}
+    table.plot("curves.png", found, recipe, {name: {"title": name.upper()} for name in found})
+    [figure] = drawn
+    assert [sorted(text.get_text() for text in axes.texts) for axes in figure.axes] == panels
+    assert [len(axes.lines) for axes in figure.axes[:2]] == [len(names) for names in panels[:2]]
+    assert len(figure.axes[0].collections) == len(panels[0]) and not figure.axes[1].collections, "bands on the left alone"
+    assert figure.axes[0].get_ylim() == figure.axes[1].get_ylim()
+    assert figure.axes[0].get_ylabel() == "good answers\nin training rollouts, mean of 5"
+
+
+def test_names_at_the_ends_of_curves_keep_their_order_and_do_not_overlap():
+    moved = table.apart({"low": 0.0, "b": 0.52, "c": 0.5, "a": 0.55}, gap=0.1)
+    assert list(moved) == ["low", "c", "b", "a"] and moved["low"] == 0
+    assert [moved["c"], moved["b"], moved["a"]] == pytest.approx([0.1 * n + 0.4233 for n in range(3)], abs=1e-3)
 
 
 def flags_of(source) -> set[str]:
