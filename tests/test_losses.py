@@ -1,4 +1,6 @@
-"""The losses of the policy and of the value, by identity and brute force from the definitions; in double precision unless it is the point."""
+"""The losses of the policy and of the value, by identity and brute force from the definitions; in double precision unless it is the
+point.
+"""
 
 import math
 
