@@ -3,8 +3,8 @@
     python examples/tour.py             # two pages of small tables; docs/GUIDE.md explains them
     python -i examples/tour.py          # the same, and then every tensor is at hand
 
-Eight tokens, "Ana is 27, lives in Porto.", and what a critic said of them. Every function is the project's own, and the seven
-numbers are those of the loop in train_ppo.py. The model is small and random, so there is nothing to download.
+Eight tokens, "Ana is 27, lives in Porto.", and what a critic said of them. Every function is the project's own, and the first
+seven numbers are those of the loop in train_ppo.py. The model is small and random, so there is nothing to download.
 """
 
 import copy
@@ -36,10 +36,14 @@ GAMMA, LAM, KL_COEF, CLIPRANGE, VF_COEF = 1.0, 0.95, 0.15, 0.2, 0.1
 
 def table(**columns):
     """Columns side by side under their names; numbers with a sign and two digits behind the point."""
-    cells = [[name, *(x if isinstance(x, str) else f"{round(float(x), 2) + 0:+.2f}" for x in xs)] for name, xs in columns.items()]
+    cells = [[name, *(x if isinstance(x, str) else signed(x) for x in xs)] for name, xs in columns.items()]
     widths = [max(map(len, column)) for column in cells]
     for row in zip(*cells):
         print("  ".join(cell.rjust(width) for cell, width in zip(row, widths)))
+
+
+def signed(x, digits=2):
+    return f"{round(float(x), digits) + 0:+.{digits}f}"
 
 
 def log_softmax(model):
@@ -117,3 +121,23 @@ print(f"KL of a response {kl.sum(1).mean():.2f} nats, target 6: kl_coef {KL_COEF
 print(f"what the next step will find: {next_kl.sum(1).mean():.2f} nats")
 for name, value in shift(change, delta, mask).items():
     print(f"{name:>16} {value:+.2f}")
+
+print("\n8. Eleven more steps, each on 64 of these responses, drawn as the policy now says them. What the last one finds:")
+for _ in range(11):
+    with torch.no_grad():
+        old, kl = actor(rollout), kl_penalty(log_softmax(actor.model), ref_logprobs, "full")
+    rewards = delta - KL_COEF * kl
+    advantages, returns = gae(rewards, old.values, mask, GAMMA, LAM)
+    likely = old.logprobs.sum(1).softmax(0)  # among the four
+    drawn = torch.multinomial(likely, 64, replacement=True)
+    new, limits = actor(rollout.rows(drawn)), (mask[drawn], CLIPRANGE)
+    pg_loss, _ = policy_loss(new.logprobs, old.logprobs[drawn], whiten(advantages[drawn], mask[drawn]), *limits)
+    vf_loss, _ = value_loss(new.values, old.values[drawn], returns[drawn], *limits)
+    optimizer.zero_grad()
+    (pg_loss + VF_COEF * vf_loss).backward()
+    torch.nn.utils.clip_grad_norm_(actor.parameters(), 1.0)
+    optimizer.step()
+paid = {"KL": kl[0], "kl_coef KL": KL_COEF * kl[0], "r": rewards[0]}
+paid = {name: [signed(x, 4) for x in xs] for name, xs in paid.items()}
+table(token=tokens, delta=delta[0], **paid, V=old.values[0], A=advantages[0])
+print(f"the four responses are now drawn with {', '.join(f'{p:.2f}' for p in likely)}; KL of the second {kl[1].sum():.2f} nats")
