@@ -6,55 +6,52 @@ import os
 import random
 import resource
 import signal
-import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 from annotating import KEY, flags, requests, texts, write
 from fault_server import FAULTS, TEXT_FAULTS, annotation
+from forking import forked
 
 from t2g import annotator, server
 from t2g.feedback import FeedbackError
 from t2g.log import read_jsonl
 from t2g.notes import Notes, read_responses
 
-ROOT = Path(__file__).parent.parent
-
-
 # ---- a server that fails -----------------------------------------------------------------------------------------------
 
 
-def test_killed_three_times_over_a_failing_server_it_loses_nothing_and_asks_nothing_twice(serve, tmp_path):
-    """500 records, 30% faults of all kinds. What stands in --out is never asked again; each record stands there once, and well."""
-    records, rng = texts(500), random.Random(0)
+@pytest.mark.parametrize("count", [200, pytest.param(500, marks=pytest.mark.slow)])
+def test_killed_three_times_over_a_failing_server_it_loses_nothing_and_asks_nothing_twice(serve, tmp_path, count):
+    """30% faults of all kinds. What stands in --out is never asked again; each record stands there once, and well."""
+    records, rng = texts(count), random.Random(0)
     url, log = serve(rate=0.3)
     light = ("--task", "summarize")  # it loads faster than the toy
-    command = [sys.executable, ROOT / "annotate.py", *map(str, flags(url, tmp_path, records, "--max_retries", 8, *light))]
+    arguments = flags(url, tmp_path, records, "--max_retries", 8, *light)
     out, ids, kills = tmp_path / "out.jsonl", {record["response"]: record["id"] for record in records}, []
-    for wanted in sorted(rng.sample(range(20, 480), 3)):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for wanted in sorted(rng.sample(range(20, count - 20), 3)):
+        process = forked("annotate", arguments, errors=os.devnull)
         while not out.exists() or out.read_bytes().count(b"\n") < wanted:
-            assert process.poll() is None, "it ended before its time"
+            assert process.is_alive(), "it ended before its time"
             time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
         time.sleep(0.05)  # until the server has noted what came last
         whole = out.read_bytes().split(b"\n")[:-1]
         kills.append(({json.loads(line)["id"] for line in whole}, len(log())))
-        assert wanted <= len(kills[-1][0]) == len(whole) < 500
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+        assert wanted <= len(kills[-1][0]) == len(whole) < count
+    process = forked("annotate", arguments, errors=tmp_path / "errors")
+    process.join()
+    assert process.exitcode == 0, (tmp_path / "errors").read_text()[-3000:]
 
     stands = read_jsonl(out)
-    assert [r["status"] for r in stands] == ["ok"] * 500 and {r["id"] for r in stands} == set(ids.values())
+    assert [r["status"] for r in stands] == ["ok"] * count and {r["id"] for r in stands} == set(ids.values())
     for there, before in kills:
         assert not there & {ids[line["response"]] for line in requests(log()[before:])}, "asked again"
     assert {line["fault"] for line in requests(log())} == {None, *FAULTS}
     answers = [ids[line["response"]] for line in log() if line["what"] == "answer"]
-    assert 500 <= len(answers) <= 500 + 3 * 32, "only what was on its way at a kill may be paid twice"
+    assert count <= len(answers) <= count + 3 * 32, "only what was on its way at a kill may be paid twice"
     for record in stands:
         expected = annotation(record["response"])
         assert {name: record[name] for name in expected} == expected

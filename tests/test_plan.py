@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import one_step
@@ -19,15 +20,16 @@ from t2g.policy import Policy
 from t2g.rollout import Rollout
 
 ROOT = Path(__file__).parent.parent
-SIZES = dict(hidden_size=512, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4)
+SIZES = dict(hidden_size=512, intermediate_size=1536, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4)
 SHAPE = ("--num_ppo_epochs", 4, "--per_device_train_batch_size", 4, "--num_mini_batches", 2)
 SHAPE += ("--max_prompt_length", 128, "--response_length", 64)
 
 
 @pytest.fixture(scope="module")
 def llama(tokenizer, tmp_path_factory):
-    """llama(**sizes) is a folder with a configuration and no weights."""
+    """llama(**sizes) is a folder with a configuration and no weights, one for each sizes."""
 
+    @cache
     def folder(vocab_size=None, **sizes):
         path = tmp_path_factory.mktemp("llama")
         LlamaConfig(vocab_size=vocab_size or len(tokenizer), eos_token_id=tokenizer.eos_token_id, **sizes).save_pretrained(path)
@@ -36,6 +38,7 @@ def llama(tokenizer, tmp_path_factory):
     return folder
 
 
+@cache
 def planned(where, policy, *flags):
     code, printed = run(("--policy", policy, "--critic", "rule", *flags, "--plan", where))
     assert code == 0, printed
@@ -54,8 +57,9 @@ def test_weights_and_moments_are_counted_and_shared_out(llama):
 
 
 def test_flops_are_those_of_six_times_the_parameters(llama):
-    found = planned("1xA100-80", llama(vocab_size=2000, **SIZES), *SHAPE)[0]
-    body, tokens = found["parameters"] - 2 * 2000 * 512, 8 * (128 + 64)
+    path = llama(**SIZES)
+    found, vocabulary = planned("1xA100-80", path, *SHAPE)[0], AutoConfig.from_pretrained(path).vocab_size
+    body, tokens = found["parameters"] - 2 * vocabulary * 512, 8 * (128 + 64)
     passes = 3 + 4 * 3  # forward twice for the scores, once for the change of log pi, and three forward equivalents an epoch
     assert found["flops"] == pytest.approx(passes * 2 * body * tokens, rel=0.25), "attention and logits come on top"
 
@@ -68,7 +72,7 @@ def test_adapters_save_moments_and_the_reference(llama):
 
 def test_what_does_not_fit_is_told_the_flags_with_which_it_does(llama):
     sizes = SIZES | {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
-    path = llama(vocab_size=128256, **sizes | {"num_hidden_layers": 2})
+    path = llama(vocab_size=128256, **sizes | {"num_hidden_layers": 1})
     found, printed = planned("1xL4-24", path, *SHAPE)
     assert not found["fits"] and found["gib"] > 24 and "it does with --bf16" in printed
     again, _ = planned("1xL4-24", path, *SHAPE, *found["fits_with"])
@@ -82,13 +86,13 @@ def test_an_unknown_machine_is_refused(llama, where, said):
 
 
 def test_a_plan_needs_a_model(tmp_path):
-    code, printed = run(("--output_dir", tmp_path / "ppo", "--plan", "1xcpu"))
+    code, printed = run(("--output_dir", tmp_path / "ppo", "--plan", "1xA100-80"))
     assert code == 2 and "--policy" in printed
 
 
 @pytest.mark.parametrize("changed", [{}, {"lora_r": 8}, {"gradient_checkpointing": True}, {"bf16": True}])
 def test_fake_tensors_take_what_real_ones_do(llama, tmp_path, changed):
-    sizes = SIZES | {"hidden_size": 64, "intermediate_size": 128}
+    sizes = SIZES | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3}
     path = llama(**sizes)
     flags = dict(max_prompt_length=24, response_length=16, kl_estimator="full", per_device_train_batch_size=4)
     args = argparse.Namespace(**one_step.PLAIN | flags | changed)
@@ -111,16 +115,17 @@ def test_fake_tensors_take_what_real_ones_do(llama, tmp_path, changed):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [(), ("--lora_r", 8), ("--gradient_checkpointing",)])
-def test_memory_is_as_measured(llama, tokenizer, flags):
+def test_memory_is_as_measured(llama, tokenizer, tmp_path, flags):
     """With blocks of 256 KiB and more given back when they are freed; glibc else keeps them, and more the longer it runs."""
-    path = llama(**SIZES)
+    path = llama(**SIZES | {"num_hidden_layers": 6})
     AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path)).save_pretrained(path)
     tokenizer.save_pretrained(path)
     shape = "--num_ppo_epochs 1 --max_steps 1 --eval_samples 1 --max_prompt_length 70 --response_length 60".split()
     shape += [*flags, "--per_device_train_batch_size", 32, "--num_mini_batches", 2]
-    command = [sys.executable, ROOT / "train_ppo.py", "--policy", path, "--critic", "rule", *shape, "--output_dir", path / "ppo"]
+    where = ("--policy", path, "--output_dir", tmp_path / "ppo")
+    command = [sys.executable, ROOT / "train_ppo.py", *where, "--critic", "rule", *shape]
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "262144"}
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    measured = json.loads((path / "ppo" / "metrics.jsonl").read_text().splitlines()[-1])["peak_memory_gib"]
+    measured = json.loads((tmp_path / "ppo" / "metrics.jsonl").read_text().splitlines()[-1])["peak_memory_gib"]
     assert planned("1xcpu", path, *shape)[0]["gib"] == pytest.approx(measured, rel=0.15)

@@ -3,10 +3,8 @@
 import contextlib
 import io
 import json
-import multiprocessing
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -16,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forking import forked, main
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -40,38 +39,17 @@ def start(model, tokenizer, tmp_path_factory):
     return folder
 
 
-def main(flags, file_size=None, errors=None):
-    """train_ppo.py in this process; file_size limits what it may write into one file, errors is a file for what it says of them."""
-    torch.set_num_threads(1)
-    if file_size:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
-    if errors:
-        sys.stderr = open(errors, "w", buffering=1)
-    sys.argv = ["train_ppo.py", *map(str, flags)]
-    train_ppo.main()
-
-
 def run(flags):
     """train_ppo.py in the process of the test: its exit code, and what it printed."""
     before, printed, errors = sys.argv, io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors):
-            main(flags)
-        code = 0
+            main("train_ppo", flags)
     except SystemExit as stopped:
-        code = stopped.code
+        code = stopped.code or 0
     finally:
         sys.argv = before
     return code, printed.getvalue() + errors.getvalue()
-
-
-def forked(flags, **options):
-    """The same in a process of its own, forked from one that has done the imports."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train_ppo"])
-    process = context.Process(target=main, args=(flags,), kwargs=options)
-    process.start()
-    return process
 
 
 def what_it_left(folder) -> tuple[list, dict, dict]:
@@ -91,28 +69,29 @@ def never_stopped(start, tmp_path_factory):
     return folder
 
 
-def test_killed_ten_times_at_random_moments(start, never_stopped, tmp_path):
+@pytest.mark.parametrize("times", [3, pytest.param(10, marks=pytest.mark.slow)])
+def test_killed_at_random_moments(start, never_stopped, tmp_path, times):
     flags, rng, kills = (*FLAGS, "--policy", start, "--output_dir", tmp_path / "ppo"), random.Random(1), 0
     length = sum(row["seconds"] for row in read_jsonl(never_stopped / "metrics.jsonl")) + 2
     for _ in range(40):
-        process = forked(flags)
-        process.join(rng.uniform(0.3, length) if kills < 10 else None)
+        process = forked("train_ppo", flags)
+        process.join(rng.uniform(0.3, length) if kills < times else None)
         if process.is_alive():
             os.kill(process.pid, signal.SIGKILL)
             process.join()
             kills += 1
-        elif kills >= 10:
+        elif kills >= times:
             break
         else:  # it was done before its time: from here on anew
             assert process.exitcode == 0 and what_it_left(tmp_path / "ppo") == what_it_left(never_stopped)
             shutil.rmtree(tmp_path / "ppo")
-    assert kills == 10 and process.exitcode == 0
+    assert kills == times and process.exitcode == 0
     assert what_it_left(tmp_path / "ppo") == what_it_left(never_stopped)
 
 
 def test_sigterm_saves_and_leaves(start, never_stopped, tmp_path):
     flags = (*FLAGS, "--policy", start, "--output_dir", tmp_path / "ppo", "--save_steps", 1000)
-    process = forked(flags)
+    process = forked("train_ppo", flags)
     while not (tmp_path / "ppo" / "metrics.jsonl").is_file() or not read_jsonl(tmp_path / "ppo" / "metrics.jsonl"):
         time.sleep(0.01)
     process.terminate()
@@ -252,7 +231,7 @@ def test_a_resumed_checkpoint_must_be_of_the_run(stopped, tmp_path):
 
 @pytest.mark.parametrize("file_size, what", [(90_000, "checkpoint-6 cannot be written"), (4_000, "No room is left")])
 def test_a_full_disk_ends_the_run_with_a_sentence_and_keeps_what_there_is(stopped, never_stopped, tmp_path, file_size, what):
-    process = forked(stopped, file_size=file_size, errors=tmp_path / "errors")
+    process = forked("train_ppo", stopped, file_size=file_size, errors=tmp_path / "errors")
     process.join()
     printed = (tmp_path / "errors").read_text()
     assert process.exitcode == 2 and what in printed and "arlier checkpoints stay" in printed and "Traceback" not in printed
