@@ -14,6 +14,7 @@ import random
 import time
 from collections import defaultdict
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -114,6 +115,9 @@ def train(task, args, actor, reference, critic, tokenizer, pool, heldout, folder
     first, bad_steps = dist.rank() == 0, 0
     log = Logger(folder, args, task.METRICS, args.tensorboard, keep_until=reached["step"]) if first else None
     pages = report.Samples(folder, args.max_steps, keep_until=reached["step"])
+    watch = partial(pages.watch, model, partial(score, actor, reference), tokenizer, heldout, critic, args)
+    if not reached["step"]:
+        watch(0)
 
     bar = tqdm(range(reached["step"] + 1, args.max_steps + 1), desc="PPO", unit="step", disable=not first)
     for step in bar:
@@ -172,7 +176,7 @@ def train(task, args, actor, reference, critic, tokenizer, pool, heldout, folder
             log(step, stats)
             numbers = dict(delta=delta, kl=kl, value=old_values, advantage=whitened, shift=change)
             pages.add(step, tokenizer, examples, rollout, feedback, **numbers)
-        pages.watch(step, model, tokenizer, heldout, critic, args)
+        watch(step)
         line = "reward {reward:+.2f} kl {kl:.2f} | log pi: good {shift_good:+.3f} rest {shift_rest:+.3f} poor {shift_poor:+.3f}"
         bar.set_postfix_str(line.format_map(defaultdict(float, stats)))
         checkpoint.keep(actor, tokenizer, optimizer, step, args, sigterm, reached["data_hash"], kl_coef=kl_controller.value)

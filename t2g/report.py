@@ -28,35 +28,41 @@ AGAINST = ("shift_poor_above", "shift_good_below")
 CURVES = ("reward", "kl", "entropy", "tokens_good", "tokens_poor", "response_tokens", "eos_rate", "approx_kl", "clipfrac",
           "value_explained", "unparsable", "quotes_lost")  # fmt: skip
 FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "heldout.jsonl", "result.json")
+REWARDS = {"span": "span rewards", "prm": "rewards by sentence", "scalar": "one scalar"}  # settings of --reward, in words
 NO_SETTING = UNLIKE | {"seed", "batch_size"}  # the seed, the place, how it was run, and what follows from others
 
 
 class Samples:
-    """Keeps a few responses of a dozen steps, spread evenly, sampled in training with every number that stands at their tokens, and
-    to the same held-out prompts each time; and makes the page. The first process writes."""
+    """Keeps a few responses of a dozen steps, spread evenly: some sampled in training, with every number that stands at their
+    tokens, and some to the same held-out prompts each time, before the first update too; and makes the page. The first process
+    writes."""
 
     def __init__(self, folder, max_steps, keep_until=0):
         """A run that goes on after a stop keeps the samples up to the step from which it does."""
-        self.folder, self.steps = Path(folder), spread(STEPS_SHOWN, max_steps)
+        self.folder, self.steps = Path(folder), [0, *spread(STEPS_SHOWN, max_steps)]
         if dist.rank() == 0:
             cut(self.folder / "samples.jsonl", keep_until)
 
-    def watch(self, step, model, tokenizer, heldout, critic, args):
-        """The likeliest responses to the first held-out prompts, and what the critic says of them. Collective."""
+    def watch(self, model, score, tokenizer, heldout, critic, args, step):
+        """Responses to the first held-out prompts after a step, what the critic says of them, and their numbers before any further
+        update. score is train_ppo's, of its policy. Random numbers are the same at each step and are not the run's. Collective."""
         if step not in self.steps:
             return
-        examples = heldout[:SAMPLES_PER_STEP]
+        examples, severities = heldout[:SAMPLES_PER_STEP], args.span_weights == "severity"
+        prompts, generator = [example.prompt for example in examples], torch.Generator(dist.device()).manual_seed(args.seed)
         with dist.whole(model):
-            prompts = [example.prompt for example in examples]
-            rollout = sample(model, tokenizer, prompts, args.response_length, temperature=0, bf16=args.bf16)
+            rollout = sample(model, tokenizer, prompts, args.response_length, args.temperature, generator, args.bf16)
         feedback = critic(examples, rollout.texts)
         delta = torch.zeros(rollout.mask.shape)
         for row, (text, said) in enumerate(zip(rollout.texts, feedback)):
+            offsets = token_offsets(tokenizer, rollout.response[row][rollout.mask[row]].tolist())
             if isinstance(said, Feedback):
-                offsets = token_offsets(tokenizer, rollout.response[row][rollout.mask[row]].tolist())
-                delta[row, : len(offsets)] = span_rewards(offsets, resolve(text, said)[0], args.span_weights)
+                delta[row, : len(offsets)] = span_rewards(offsets, resolve(text, said, severities)[0], args.span_weights)
+            elif said is not None:  # a learned number for the whole response
+                delta[row, len(offsets) - 1] = said
+        _, _, value, kl = score(rollout, args)
         if dist.rank() == 0:
-            self.add(step, tokenizer, examples, rollout, feedback, heldout=True, delta=delta)
+            self.add(step, tokenizer, examples, rollout, feedback, heldout=True, delta=delta, kl=kl, value=value)
 
     def add(self, step, tokenizer, examples, rollout, feedback, heldout=False, **at_tokens):
         """at_tokens: (B, T) tensors by name."""
@@ -113,8 +119,12 @@ def write_page(path, folders) -> str:
     values = {name: [row[name] for run in runs for row in run["metrics"] if name in row] for name in names}
     data = {
         "task": task_names[0],
-        "title": f"{task_names[0]}: {' against '.join(groups)}",
-        "groups": [{"label": label, **group_data(members, names)} for label, members in groups.items()],
+        "title": f"{task_names[0]}: {' against '.join(map(', '.join, groups))}",
+        "groups": [
+            {"label": label, "settings": ", ".join(settings), **group_data(members, names)}
+            for (label, *settings), members in groups.items()
+        ],
+        "learned": any(run["config"].get("critic") in ("rm", "openai") for run in runs),
         "limits": {name: [min(seen), max(seen)] for name, seen in values.items() if seen},  # of the runs, not of the intervals
         "meanings": METRICS | task_metrics,
     }
@@ -147,8 +157,8 @@ def read_run(folder) -> dict:
     return run
 
 
-def grouped(runs) -> dict[str, list]:
-    """Lists of runs with the same settings, each under a label: the settings in which the lists differ, or else the main ones."""
+def grouped(runs) -> dict[tuple, list]:
+    """Lists of runs with the same settings, each under those in which the lists differ, in words, or else the main ones."""
     groups = {}
     for run in runs:
         settings = {k: v for k, v in run["config"].items() if k not in NO_SETTING and v is not None and v is not False}
@@ -163,7 +173,7 @@ def grouped(runs) -> dict[str, list]:
     settings = [json.loads(key) for key in groups]
     names = [name for name in sorted(set().union(*settings)) if any(s.get(name) != settings[0].get(name) for s in settings)]
     names.sort(key=lambda name: name != "reward")  # what most pages compare comes first
-    labels = [", ".join(in_words(name, s.get(name)) for name in names or ("reward", "critic")) for s in settings]
+    labels = [tuple(in_words(name, s.get(name)) for name in names or ("reward", "critic")) for s in settings]
     return dict(zip(labels, groups.values()))
 
 
@@ -171,8 +181,10 @@ def in_words(name, value) -> str:
     """A setting in words.
 
     >>> in_words("reward", "span"), in_words("span_noise", ["flip", 0.3]), in_words("span_noise", None)
-    ('reward span', 'span noise flip:0.3', 'no span noise')
+    ('span rewards', 'span noise flip:0.3', 'no span noise')
     """
+    if name == "reward" and value in REWARDS:
+        return REWARDS[value]
     words = name.replace("_", " ")
     if value is None or value is True:
         return words if value else f"no {words}"

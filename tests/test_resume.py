@@ -23,6 +23,7 @@ import train_ppo
 from t2g import checkpoint, policy
 from t2g.log import read_jsonl
 
+pytestmark = pytest.mark.usefixtures("posts")
 STEPS = 6
 FLAGS = (
     "--critic", "rule", "--max_steps", STEPS, "--per_device_train_batch_size", 2, "--num_ppo_epochs", 2, "--response_length", 12,
@@ -67,6 +68,15 @@ def never_stopped(start, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole") / "ppo"
     assert run((*FLAGS, "--policy", start, "--output_dir", folder))[0] == 0
     return folder
+
+
+def test_held_out_prompts_are_watched_before_the_first_update_and_after_each(never_stopped):
+    held_out = [row for row in read_jsonl(never_stopped / "samples.jsonl") if row["heldout"]]
+    assert sorted({row["step"] for row in held_out}) == list(range(STEPS + 1))
+    for row in held_out:
+        assert all(set(token) == {"text", "delta", "kl", "value"} for token in row["tokens"])
+    assert {token["kl"] for row in held_out if row["step"] == 0 for token in row["tokens"]} == {0}, "policy and reference are one"
+    assert any(token["kl"] > 0 for row in held_out if row["step"] == STEPS for token in row["tokens"])
 
 
 @pytest.mark.parametrize("times", [3, pytest.param(10, marks=pytest.mark.slow)])
