@@ -140,21 +140,21 @@ def test_the_metrics_that_stand_for_those_of_trl_exist():
 
 def test_the_task_that_it_shows_is_trained_on(tmp_path, monkeypatch):
     (source,) = re.findall(r"```python\n(\"\"\"t2g/tasks/products.py.*?)```", README, re.DOTALL)
-    (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks" / "products.py").write_text(source)
-    monkeypatch.setattr(tasks, "__path__", [*tasks.__path__, str(tmp_path / "tasks")])
+    assert source == (ROOT / "examples" / "products.py").read_text()
+    monkeypatch.setattr(tasks, "__path__", [*tasks.__path__, str(ROOT / "examples")])
     line = json.loads(re.search(r"`(\{\"name\": .*?\})`", section("Bring your own task"))[1])
-    rows = [line | {"name": f"{line['name']} {n}"} for n in range(20)]
-    (tmp_path / "products.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = ROOT / "examples" / "products.jsonl"
+    assert set(line) == set(read_jsonl(data)[0])
     tokenizer, model = toy.new_model(0)
     tokenizer.save_pretrained(tmp_path / "model")
     model.save_pretrained(tmp_path / "model")
-    flags = ("--task", "products", "--data", tmp_path / "products.jsonl", "--policy", tmp_path / "model", "--critic", "rule")
+    flags = ("--task", "products", "--data", data, "--policy", tmp_path / "model", "--critic", "rule")
     short = ("--max_steps", 1, "--per_device_train_batch_size", 2, "--response_length", 8, "--eval_samples", 2)
     result = json.loads(run("train_ppo", *flags, *short, "--output_dir", tmp_path / "ppo").splitlines()[-1])
-    assert {"named", "boasts"} <= set(result["after"]) and {"named", "boasts"} <= set(
-        read_jsonl(tmp_path / "ppo" / "metrics.jsonl")[0]
-    )
-    example = tasks.get("products").load(type("Args", (), {"data": str(tmp_path / "products.jsonl"), "heldout_data": None}))[0][0]
-    said = tasks.get("products").critique(example, "The best bicycle: steel frame.")
-    assert (said.good, said.poor) == (["steel frame"], ["best"])
+    logged = read_jsonl(tmp_path / "ppo" / "metrics.jsonl")[0]
+    assert {"named", "boasts"} <= set(result["after"]) and {"named", "boasts"} <= set(logged)
+    products = tasks.get("products")
+    example = products.load(argparse.Namespace(task="products", data=str(data), heldout_data=None))[0][0]
+    feature = example.facts["features"].split(", ")[0]
+    said = products.critique(example, f"The best of all: {feature}.")
+    assert (said.good, said.poor) == ([feature], ["best"])
