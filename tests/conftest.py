@@ -1,9 +1,12 @@
 """What the tests share: small real tokenizers of four families, and a hypothesis profile that gives the same answer every day."""
 
+import copy
+import functools
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -39,11 +42,17 @@ def tok(request, tokenizers):
     return tokenizers[request.param]
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
+@pytest.fixture(scope="session")
+def toy_tokenizer():
     from t2g.tasks import toy  # not above: another environment uses this file too
 
     return toy.new_model(0)[0]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(toy_tokenizer):
+    """The toy's; each module has a copy of its own, to change as it likes."""
+    return copy.deepcopy(toy_tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +69,17 @@ def model(tokenizer):
     model = cpu.use(LlamaForCausalLM(config)).eval()
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, *range(10, len(tokenizer), 16)]
     return model
+
+
+@pytest.fixture(scope="module")
+def posts():
+    """The toy's 20000 posts of a seed are made once for a module that runs many scripts, for it takes half a second."""
+    from t2g.tasks import toy
+
+    made = functools.cache(lambda seed, load=toy.load: load(SimpleNamespace(seed=seed)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(toy, "load", lambda args: tuple(map(list, made(args.seed))))
+        yield
 
 
 @pytest.fixture

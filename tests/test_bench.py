@@ -1,6 +1,7 @@
 """The benches of a step in short: what their figures are made of, on a model of two small layers."""
 
 import json
+import math
 import sys
 
 import pytest
@@ -33,10 +34,10 @@ def test_shares_count_six_flops_a_weight_and_token_and_one_reading_of_the_weight
     assert lora["decode_bandwidth"] == pytest.approx(found["decode_bandwidth"] / 2)
 
 
-@pytest.fixture
-def folder(tmp_path):
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
     tokenizer, model = toy.new_model(0)
-    return policy.save(model, tokenizer, tmp_path / "toy", 0)
+    return policy.save(model, tokenizer, tmp_path_factory.mktemp("toy"), 0)
 
 
 def test_growth_ends_with_slopes_and_draws_them(folder, tmp_path, monkeypatch, capsys):
@@ -45,7 +46,9 @@ def test_growth_ends_with_slopes_and_draws_them(folder, tmp_path, monkeypatch, c
     growth.main()
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert set(result) == set(growth.SIZES) and set(result["responses"]) == set(growth.PARTS)
-    assert all(row["seconds"] and row["slope"] < 3 for parts in result.values() for row in parts.values())
+    for row in (row for parts in result.values() for row in parts.values()):
+        (small, before), (large, after) = row["seconds"].items()
+        assert int(large) == 2 * int(small) and row["slope"] == pytest.approx(math.log2(after / before))
     assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
 
 

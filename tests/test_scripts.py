@@ -24,6 +24,7 @@ from t2g.policy import latest_checkpoint
 from t2g.rollout import Rollout
 from t2g.tasks import toy
 
+pytestmark = pytest.mark.usefixtures("posts")
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ("train_sft", "annotate", "train_rm", "train_ppo", "train_dpo", "train_ilf", "train_sdpo", "train_scalar_rm", "eval")
 
@@ -49,9 +50,10 @@ def run_as_a_stranger(script, *flags):
 def toy_run(tmp_path_factory):
     """Every stage of the toy, a few steps each."""
     root = tmp_path_factory.mktemp("toy")
-    run("train_sft", "--max_steps", 3, "--output_dir", root / "sft")
+    short = ("--max_steps", 3, "--per_device_train_batch_size", 8)
+    run("train_sft", *short, "--output_dir", root / "sft")
     run("annotate", "--num_samples", 24, "--out", root / "annotations.jsonl")
-    run("train_rm", "--max_steps", 3, "--output_dir", root / "rm")
+    run("train_rm", *short, "--output_dir", root / "rm")
     flags = ("--max_steps", 2, "--per_device_train_batch_size", 4, "--eval_samples", 8, "--critique_length", 20)
     root.joinpath("stdout").write_text(run_as_a_stranger("train_ppo", "--output_dir", root / "ppo", *flags))
     return root
@@ -112,8 +114,8 @@ def test_annotations_have_the_agreed_fields(toy_run):
 
 def test_an_earlier_run_is_moved_aside_and_not_overwritten(toy_run):
     old = (toy_run / "sft" / "metrics.jsonl").read_text()
-    run("train_sft", "--max_steps", 1, "--output_dir", toy_run / "sft_again")
-    run("train_sft", "--max_steps", 2, "--output_dir", toy_run / "sft_again")
+    for steps in (1, 2):
+        run("train_sft", "--max_steps", steps, "--per_device_train_batch_size", 8, "--output_dir", toy_run / "sft_again")
     assert len((toy_run / "sft_again.1" / "metrics.jsonl").read_text().splitlines()) == 1
     assert (toy_run / "sft" / "metrics.jsonl").read_text() == old
 
@@ -121,6 +123,7 @@ def test_an_earlier_run_is_moved_aside_and_not_overwritten(toy_run):
 def test_same_seed_same_metrics(toy_run):
     """Two runs with one seed agree in everything but seconds and memory."""
     flags = ("--critic", "rule", "--max_steps", 2, "--per_device_train_batch_size", 4, "--eval_samples", 4, "--seed", 3)
+    flags += ("--response_length", 16)
     lines = []
     for name in ("a", "b"):
         run("train_ppo", "--policy", toy_run / "sft", "--output_dir", toy_run / name, *flags)
