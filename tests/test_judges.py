@@ -277,6 +277,7 @@ def model(tmp_path_factory):
     return policy.save(tiny, tokenizer, tmp_path_factory.mktemp("models"), 0)
 
 
+@pytest.mark.usefixtures("posts")
 def test_models_answer_once_and_their_answers_are_kept(judged_by, tmp_path, model, capsys):
     url, asked = judged_by(lambda messages: "[[tie]]")
     flags = ("--base_url", url, "--out", tmp_path / "out.json", "--eval_samples", 3, "--response_length", 4)
