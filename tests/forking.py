@@ -2,16 +2,14 @@
 
 import importlib
 import multiprocessing
-import os
 import resource
 import sys
 
 
-def main(script, flags, file_size=None, errors=None, environment=()):
+def main(script, flags, file_size=None, errors=None):
     """A script in this process; file_size limits what it may write into one file, errors is a file for what it says of them."""
     import torch
 
-    os.environ.update(environment)
     torch.set_num_threads(1)
     if file_size:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))

@@ -1,11 +1,12 @@
 """Two processes make the step that one makes: the same weights after it, whatever each of them was given."""
 
-import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import one_step
 import pytest
 import torch
-from forking import forked
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -14,21 +15,13 @@ from t2g import dist
 
 @pytest.fixture(scope="module")
 def two_processes(model, tokenizer, tmp_path_factory):
-    """Each case's step, made by two processes with the environment that torchrun gives them: weights and metrics by name."""
+    """Each case's step, made by two processes of torchrun: weights and metrics by name."""
     folder = tmp_path_factory.mktemp("two")
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    started = []
-    for rank in map(str, range(2)):
-        environment = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        errors = folder / f"errors{rank}"
-        started.append(forked("one_step", (folder / "model", folder), errors=errors, environment=environment))
-    for process in started:
-        process.join(120)
-        process.kill()  # one that waits for another that has failed
-    assert [process.exitcode for process in started] == [0, 0], "".join(path.read_text()[-4000:] for path in folder.glob("errors*"))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", Path(one_step.__file__)]
+    done = subprocess.run([*launch, folder / "model", folder], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
     return lambda case: load_file(folder / f"{case}.safetensors")
 
 
