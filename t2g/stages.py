@@ -5,6 +5,7 @@ runs/toy/sft  ->  runs/toy/annotations.jsonl  ->  runs/toy/rm  ->  runs/toy/ppo
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -56,7 +57,10 @@ def run(title: str, command: list[str]) -> float:
         ours += ("OMP_NUM_THREADS",)  # torchrun's, for processes beside each other
     env = {key: value for key, value in os.environ.items() if key not in ours and not key.startswith("TORCHELASTIC")}
     start = time.perf_counter()
-    done = subprocess.run([sys.executable, str(folder / command[0]), *command[1:]], env=env)
-    if done.returncode:
-        raise SystemExit(done.returncode)
+    with subprocess.Popen([sys.executable, str(folder / command[0]), *command[1:]], env=env) as stage:
+        before = signal.signal(signal.SIGTERM, lambda *_: stage.terminate())  # it saves what it has, and nothing stays behind
+        code = stage.wait()
+        signal.signal(signal.SIGTERM, before)
+    if code:
+        raise SystemExit(code if code > 0 else 128 - code)
     return time.perf_counter() - start

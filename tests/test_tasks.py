@@ -3,7 +3,11 @@
 import argparse
 import gzip
 import json
+import os
+import signal
 import sys
+import threading
+import time
 import types
 from pathlib import Path
 
@@ -300,6 +304,27 @@ def test_what_protects_the_machine_and_what_does_not_is_said_where_programs_are_
 
     monkeypatch.setattr(sandbox, "protections", broken)
     assert refused(code.check, allowed, "train_ppo") == "no program can be run here: no fork"
+
+
+def test_sigterm_ends_the_stage_that_is_run_first_too(tmp_path):
+    script, started = tmp_path / "stage.py", tmp_path / "pid"
+    script.write_text("import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(60)")
+
+    def stop():
+        while not (started.exists() and started.read_text()):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def of_the_tests(*_):
+        """Without it the process that runs the tests might end."""
+
+    before = signal.signal(signal.SIGTERM, of_the_tests)
+    threading.Thread(target=stop).start()
+    with pytest.raises(SystemExit) as stopped:
+        stages.run("A stage", [str(script), str(started)])
+    assert stopped.value.code == 143 and signal.signal(signal.SIGTERM, before) is of_the_tests
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(started.read_text()), 0)
 
 
 def test_earlier_stages_are_given_the_same_flags(monkeypatch, tmp_path):
