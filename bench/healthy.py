@@ -55,7 +55,7 @@ def main():
     print(f"| metric | {' | '.join(result)} | worry when |\n|---" + "|---" * len(result) + "|---|")
     for name, worry in WORRY.items():
         columns = [column.get(name, []) for column in result.values()]
-        cells = [" → ".join(f"{x:.{2 if max(column) > 1 else 3}f}" for x in column) for column in columns]
+        cells = [" → ".join(f"{x:.{2 if max(map(abs, column)) > 1 else 3}f}" for x in column) for column in columns]
         print(f"| `{name}` | {' | '.join(cells)} | {worry} |")
     if args.plot:
         draw(curves, args.plot)

@@ -209,11 +209,21 @@ SECTIONS = {heading: both for heading, *both in sections(RESULTS)}
 
 @pytest.mark.parametrize("heading", SECTIONS)
 def test_a_section_of_the_results_that_states_figures_has_a_command(heading):
+    """Or each line with a figure has a link to a section that does."""
     content, whole = SECTIONS[heading]
-    assert not re.search(r"\d\.\d", content) or names_a_command(whole)
+    stated = [line for line in content.splitlines() if re.search(r"\d\.\d", line)]
+    assert names_a_command(whole) or all(linked(line) for line in stated)
+
+
+def linked(line) -> bool:
+    """True if a line has links within the page, each of them to a section that names a command."""
+    anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-"): whole for heading, (_, whole) in SECTIONS.items()}
+    links = re.findall(r"\]\(#([^)]+)\)", line)
+    return bool(links) and all(names_a_command(anchors[link]) for link in links)
 
 
 def test_a_section_without_a_command_would_be_noticed():
+    assert linked("| 0.5 | [speed](#speed-on-a-cpu) |") and not linked("| 0.5 | [this](#in-short) |") and not linked("| 0.5 |")
     found = {
         heading: names_a_command(whole) for heading, _, whole in sections("## a\n\n    head x\n\n### b\n`pytest x`\n## c\n0.5\n")
     }
