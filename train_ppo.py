@@ -115,7 +115,7 @@ def train(task, args, actor, reference, critic, tokenizer, pool, heldout, folder
     first, bad_steps = dist.rank() == 0, 0
     log = Logger(folder, args, task.METRICS, args.tensorboard, keep_until=reached["step"]) if first else None
     pages = report.Samples(folder, args.max_steps, keep_until=reached["step"])
-    watch = partial(pages.watch, model, partial(score, actor, reference), tokenizer, heldout, critic, args)
+    watch = partial(pages.watch, model, token_rewards, partial(score, actor, reference), tokenizer, heldout, critic, args)
     if not reached["step"]:
         watch(0)
 

@@ -7,6 +7,7 @@ models go into the page as JSON and reach the screen as text, never as markup.
 
 import json
 import re
+from argparse import Namespace
 from difflib import SequenceMatcher
 from itertools import accumulate
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 
 from t2g import dist, tasks
-from t2g.align import resolve, span_rewards, token_offsets
+from t2g.align import resolve, token_offsets
 from t2g.checkpoint import UNLIKE
 from t2g.cli import fail
 from t2g.feedback import Feedback, quoted
@@ -43,23 +44,18 @@ class Samples:
         if dist.rank() == 0:
             cut(self.folder / "samples.jsonl", keep_until)
 
-    def watch(self, model, score, tokenizer, heldout, critic, args, step):
+    def watch(self, model, token_rewards, score, tokenizer, heldout, critic, args, step):
         """Responses to the first held-out prompts after a step, what the critic says of them, and their numbers before any further
-        update. score is train_ppo's, of its policy. Random numbers are the same at each step and are not the run's. Collective."""
+        update, by train_ppo's functions. Random numbers are the same at each step and are not the run's. Collective."""
         if step not in self.steps:
             return
-        examples, severities = heldout[:SAMPLES_PER_STEP], args.span_weights == "severity"
-        prompts, generator = [example.prompt for example in examples], torch.Generator(dist.device()).manual_seed(args.seed)
+        examples, generator = heldout[:SAMPLES_PER_STEP], torch.Generator(dist.device()).manual_seed(args.seed)
+        prompts = [example.prompt for example in examples]
         with dist.whole(model):
             rollout = sample(model, tokenizer, prompts, args.response_length, args.temperature, generator, args.bf16)
         feedback = critic(examples, rollout.texts)
-        delta = torch.zeros(rollout.mask.shape)
-        for row, (text, said) in enumerate(zip(rollout.texts, feedback)):
-            offsets = token_offsets(tokenizer, rollout.response[row][rollout.mask[row]].tolist())
-            if isinstance(said, Feedback):
-                delta[row, : len(offsets)] = span_rewards(offsets, resolve(text, said, severities)[0], args.span_weights)
-            elif said is not None:  # a learned number for the whole response
-                delta[row, len(offsets) - 1] = said
+        as_said = Namespace(**vars(args) | {"dense": False, "span_noise": None})  # whatever training makes of it
+        delta, _ = token_rewards(tokenizer, rollout, feedback, as_said, None)
         _, _, value, kl = score(rollout, args)
         if dist.rank() == 0:
             self.add(step, tokenizer, examples, rollout, feedback, heldout=True, delta=delta, kl=kl, value=value)

@@ -58,9 +58,13 @@ def run(title: str, command: list[str]) -> float:
     env = {key: value for key, value in os.environ.items() if key not in ours and not key.startswith("TORCHELASTIC")}
     start = time.perf_counter()
     with subprocess.Popen([sys.executable, str(folder / command[0]), *command[1:]], env=env) as stage:
-        before = signal.signal(signal.SIGTERM, lambda *_: stage.terminate())  # it saves what it has, and nothing stays behind
-        code = stage.wait()
-        signal.signal(signal.SIGTERM, before)
+        before = signal.signal(signal.SIGTERM, lambda *_: stage.terminate())
+        try:
+            code = stage.wait()
+        finally:
+            stage.terminate()  # after Ctrl-C: it saves what it has, and nothing stays behind
+            stage.wait()
+            signal.signal(signal.SIGTERM, before)
     if code:
         raise SystemExit(code if code > 0 else 128 - code)
     return time.perf_counter() - start

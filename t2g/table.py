@@ -138,7 +138,7 @@ def summarise(found, recipe, rows) -> dict:
 
 def rival(name, recipe, rows) -> str | None:
     """The row that a row is held against."""
-    return rows[name].get("against", recipe.get("against"))
+    return rows[name].get("against", recipe["against"])
 
 
 def stage_seconds(jobs, rows) -> dict[str, dict]:
@@ -177,7 +177,7 @@ def markdown(result, recipe, rows) -> str:
     """The table, and below it the ledger."""
     main, logged = recipe["main"], recipe.get("curve", recipe["main"])
     titles = {name: row["title"] for name, row in rows.items()}
-    other = titles.get(recipe.get("against"), "another row")
+    other = titles.get(recipe["against"], "another row")
     heads = {metric: metric for metric in recipe["metrics"]} | {
         f"{main}, less {{}}": f"{main}, difference to {other}",
         "kl": "kl",

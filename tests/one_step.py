@@ -72,7 +72,7 @@ def one_step(model, case) -> tuple[dict, dict]:
     return dist.whole_state(actor), stats
 
 
-def main():
+if __name__ == "__main__":
     dist.start()
     torch.set_num_threads(1)
     _, model = policy.load(sys.argv[1])
@@ -83,7 +83,3 @@ def main():
         if dist.rank() == 0:
             save_file({name: tensor.clone() for name, tensor in state.items()}, f"{sys.argv[2]}/{case}.safetensors")
         dist.barrier()
-
-
-if __name__ == "__main__":
-    main()

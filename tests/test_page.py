@@ -16,6 +16,7 @@ from t2g.feedback import Feedback
 from t2g.log import read_jsonl, write_json
 from t2g.report import AGAINST, CURVES, HELDOUT_SHOWN, SHIFTS, Samples, changed_words, quotes_with_tokens, write_page
 from t2g.tasks import toy
+from train_ppo import token_rewards
 
 EVIL = "<script>alert(1)</script>"
 STEPS, PER_STEP, WATCHED = (1, 2, 4), 2, (0, 4)
@@ -279,7 +280,7 @@ def watch(samples, model, tokenizer, step, critic, **args):
         places = rollout.mask * torch.arange(1.0, rollout.mask.shape[1] + 1)
         return None, None, places, places / 100
 
-    samples.watch(model, score, tokenizer, examples, critic, SimpleNamespace(**ARGS | args), step)
+    samples.watch(model, token_rewards, score, tokenizer, examples, critic, SimpleNamespace(**ARGS | args), step)
     return read_jsonl(samples.folder / "samples.jsonl")
 
 

@@ -306,23 +306,25 @@ def test_what_protects_the_machine_and_what_does_not_is_said_where_programs_are_
     assert refused(code.check, allowed, "train_ppo") == "no program can be run here: no fork"
 
 
-def test_sigterm_ends_the_stage_that_is_run_first_too(tmp_path):
+@pytest.mark.parametrize("number, ends_with", [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_signal_ends_the_stage_that_is_run_first_too(tmp_path, number, ends_with):
     script, started = tmp_path / "stage.py", tmp_path / "pid"
     script.write_text("import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(60)")
 
     def stop():
         while not (started.exists() and started.read_text()):
             time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
 
     def of_the_tests(*_):
         """Without it the process that runs the tests might end."""
 
     before = signal.signal(signal.SIGTERM, of_the_tests)
     threading.Thread(target=stop).start()
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(ends_with) as stopped:
         stages.run("A stage", [str(script), str(started)])
-    assert stopped.value.code == 143 and signal.signal(signal.SIGTERM, before) is of_the_tests
+    assert signal.signal(signal.SIGTERM, before) is of_the_tests
+    assert number == signal.SIGINT or stopped.value.code == 143
     with pytest.raises(ProcessLookupError):
         os.kill(int(started.read_text()), 0)
 
