@@ -23,7 +23,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from t2g import annotator, cli, human_feedback, policy, server, stages, tasks, unit_tests
+from extras.code import unit_tests
+from extras.human import records as human_feedback
+from t2g import annotator, cli, policy, server, stages, tasks
 from t2g.feedback import FeedbackError
 from t2g.log import read_jsonl
 from t2g.notes import WRITTEN, Notes, check_kinds, read_responses, write_whole, writing
@@ -36,20 +38,56 @@ def parse_args():
     tasks.add_flags(add)
     add("--responses", help="records to annotate; a policy's samples if not given")
     add("--out", help="the .jsonl file to write; runs/TASK/annotations.jsonl if not given")
-    add("--critic", choices=("rule", "openai", "tests", "human"), help="openai if --model or --base_url is given, else rule")
+    add(
+        "--critic",
+        choices=("rule", "openai", "tests", "human"),
+        help="openai if --model or --base_url is given, else rule",
+    )
     add(
         "--policy",
         help="whose responses are criticised: a run, a folder, a hub id or a .gguf file; sft beside --out if not given",
     )
-    add("--num_samples", type=cli.positive(int), default=500, help="responses to sample and criticise, without --responses")
+    add(
+        "--num_samples",
+        type=cli.positive(int),
+        default=500,
+        help="responses to sample and criticise, without --responses",
+    )
     add("--response_length", type=cli.positive(int), default=64, help="most tokens of a response")
-    add("--temperature", type=cli.positive(float), default=1.0, help="the policy's sampling temperature")
-    add("--severity", action="store_true", help="keep how bad or good each quote is, where the critic says so")
+    add(
+        "--temperature",
+        type=cli.positive(float),
+        default=1.0,
+        help="the policy's sampling temperature",
+    )
+    add(
+        "--severity",
+        action="store_true",
+        help="keep how bad or good each quote is, where the critic says so",
+    )
     add("--model", help="openai: the annotator's name at the server")
-    add("--base_url", help="openai: any server that speaks OpenAI's API, such as http://localhost:8000/v1; OpenAI if not given")
-    add("--annotator_temperature", type=cli.between(0, 2), default=0.3, help="openai: the annotator's sampling temperature")
-    add("--max_tokens", type=cli.positive(int), default=1024, help="openai: most tokens of an answer")
-    add("--max_spans", type=cli.positive(int), default=2, help="openai: most good quotes, and most poor ones, of a response")
+    add(
+        "--base_url",
+        help="openai: any server that speaks OpenAI's API, such as http://localhost:8000/v1; OpenAI if not given",
+    )
+    add(
+        "--annotator_temperature",
+        type=cli.between(0, 2),
+        default=0.3,
+        help="openai: the annotator's sampling temperature",
+    )
+    add(
+        "--max_tokens",
+        type=cli.positive(int),
+        default=1024,
+        help="openai: most tokens of an answer",
+    )
+    add(
+        "--max_spans",
+        type=cli.positive(int),
+        default=2,
+        help="openai: most good quotes, and most poor ones, of a response",
+    )
     add("--concurrency", type=cli.positive(int), default=16, help="openai: requests at once")
     add(
         "--max_retries",
@@ -57,22 +95,53 @@ def parse_args():
         default=5,
         help="openai: how often a request is sent again, and a question put again",
     )
-    add("--timeout", type=cli.positive(float), default=120.0, help="openai: seconds to wait for an answer")
-    add("--input_price", type=cli.between(0, 1e9), default=0.0, help="openai: money for a million tokens of prompts")
-    add("--output_price", type=cli.between(0, 1e9), default=0.0, help="openai: money for a million tokens of answers")
-    add("--budget", type=cli.between(0, 1e9), help="openai: stop before --out has cost more money than this, earlier runs included")
-    add("--retry_failed", action="store_true", help="openai: ask again for the records of --out that failed")
-    add("--dry_run", action="store_true", help="openai: print one prompt and what all would cost; responses are sampled and kept")
+    add(
+        "--timeout",
+        type=cli.positive(float),
+        default=120.0,
+        help="openai: seconds to wait for an answer",
+    )
+    add(
+        "--input_price",
+        type=cli.between(0, 1e9),
+        default=0.0,
+        help="openai: money for a million tokens of prompts",
+    )
+    add(
+        "--output_price",
+        type=cli.between(0, 1e9),
+        default=0.0,
+        help="openai: money for a million tokens of answers",
+    )
+    add(
+        "--budget",
+        type=cli.between(0, 1e9),
+        help="openai: stop before --out has cost more money than this, earlier runs included",
+    )
+    add(
+        "--retry_failed",
+        action="store_true",
+        help="openai: ask again for the records of --out that failed",
+    )
+    add(
+        "--dry_run",
+        action="store_true",
+        help="openai: print one prompt and what all would cost; responses are sampled and kept",
+    )
     task, args = tasks.parse(parser, "annotate")
     args.critic = args.critic or ("openai" if args.model or args.base_url else "rule")
     if args.critic == "openai" and not args.model:
         cli.fail("--model is missing: the annotator's name at the server")
     if args.severity and args.critic not in ("rule", "tests"):
-        cli.fail("--severity is for --critic rule or tests: a server is not asked for it, and people's stays without it")
+        cli.fail(
+            "--severity is for --critic rule or tests: a server is not asked for it, and people's stays without it"
+        )
     if args.dry_run and args.critic != "openai":
         cli.fail("--dry_run is for a model behind a server; the other critics cost nothing")
     if args.policy and args.responses:
-        cli.fail("--policy and --responses exclude each other: either a policy is sampled, or its responses are there")
+        cli.fail(
+            "--policy and --responses exclude each other: either a policy is sampled, or its responses are there"
+        )
     if args.responses and Path(args.responses).is_dir():
         cli.fail(f"--responses {args.responses} is a folder; name a .jsonl file in it")
     if args.critic == "human" and not args.responses:
@@ -85,7 +154,7 @@ def parse_args():
 def main():
     start = time.perf_counter()
     task, args = parse_args()
-    out = Path(args.out or f"runs/{args.task}/annotations.jsonl")
+    out = Path(args.out or f"runs/{task.NAME}/annotations.jsonl")
     if args.responses and out.resolve() == Path(args.responses).resolve():
         cli.fail("--out is the file of --responses; choose another --out")
     if args.critic != "openai" and out.exists():
@@ -103,7 +172,10 @@ def main():
 
 def given(args) -> list[dict]:
     """The records of --responses, without what an earlier annotator wrote."""
-    return [{name: value for name, value in r.items() if name not in WRITTEN} for r in read_responses(args.responses)]
+    return [
+        {name: value for name, value in r.items() if name not in WRITTEN}
+        for r in read_responses(args.responses)
+    ]
 
 
 def sampled(task, args, out) -> tuple[list[tasks.Example], list[dict]]:
@@ -114,8 +186,19 @@ def sampled(task, args, out) -> tuple[list[tasks.Example], list[dict]]:
     examples = tasks.short_enough(task.load(args)[0], tokenizer, args.max_prompt_length)
     chosen = random.Random(args.seed).choices(examples, k=args.num_samples)
     sampling = dict(temperature=args.temperature, bf16=args.bf16)
-    texts, _ = respond(model, tokenizer, [e.prompt for e in chosen], args.response_length, 128, "sampling to annotate", **sampling)
-    return chosen, [{"id": str(n), "prompt": e.prompt, "response": text} for n, (e, text) in enumerate(zip(chosen, texts))]
+    texts, _ = respond(
+        model,
+        tokenizer,
+        [e.prompt for e in chosen],
+        args.response_length,
+        128,
+        "sampling to annotate",
+        **sampling,
+    )
+    return chosen, [
+        {"id": str(n), "prompt": e.prompt, "response": text}
+        for n, (e, text) in enumerate(zip(chosen, texts))
+    ]
 
 
 def examples_of(records, task, args) -> list[tasks.Example]:
@@ -140,10 +223,17 @@ def with_test_logs(records, task, args) -> list[dict]:
     if not hasattr(task, "test_log") or all("test_log" in record for record in records):
         return records
     if not args.allow_code_execution:
-        print("the annotator is not shown what the unit tests say: that takes --allow_code_execution")
+        print(
+            "the annotator is not shown what the unit tests say: that takes --allow_code_execution"
+        )
         return records
-    pairs = tqdm(list(zip(examples_of(records, task, args), records)), desc="unit tests", unit="record")
-    return [{"test_log": task.test_log(example, record["response"]), **record} for example, record in pairs]
+    pairs = tqdm(
+        list(zip(examples_of(records, task, args), records)), desc="unit tests", unit="record"
+    )
+    return [
+        {"test_log": task.test_log(example, record["response"]), **record}
+        for example, record in pairs
+    ]
 
 
 # ---- critics -----------------------------------------------------------------------------------------------------------
@@ -161,7 +251,13 @@ def by_program(task, args, out) -> list[dict]:
     for example, record in zip(examples, tqdm(records, desc="criticising", unit="record")):
         said = task.critique(example, record["response"])
         said = said if args.severity else said.plain()
-        record |= {"critique": said.critique, "good_spans": said.good, "poor_spans": said.poor, "status": "ok", "reason": ""}
+        record |= {
+            "critique": said.critique,
+            "good_spans": said.good,
+            "poor_spans": said.poor,
+            "status": "ok",
+            "reason": "",
+        }
     return records
 
 
@@ -178,16 +274,22 @@ def by_people(args) -> list[dict]:
             empty += 1
             continue
         try:
-            said = annotator.checked({"good_spans": [], "poor_spans": [], **record}, record["response"])
+            said = annotator.checked(
+                {"good_spans": [], "poor_spans": [], **record}, record["response"]
+            )
             check_kinds({**record, **said})
             records.append({**record, **said, "status": "ok", "reason": ""})
         except FeedbackError as fault:
             faulty += 1
             print(f"record {number} of {args.responses} is left out: {fault}")
     if not records:
-        cli.fail(f"no record of {args.responses} is filled in as it should be: critique, good_spans and poor_spans")
+        cli.fail(
+            f"no record of {args.responses} is filled in as it should be: critique, good_spans and poor_spans"
+        )
     if empty or faulty:
-        print(f"{empty} records are not filled in yet and {faulty} have a fault; mend them, move --out away and call again")
+        print(
+            f"{empty} records are not filled in yet and {faulty} have a fault; mend them, move --out away and call again"
+        )
     return records
 
 
@@ -198,18 +300,26 @@ def by_server(task, args, out):
     records = given(args) if args.responses else samples_kept(task, args, out)
     if args.dry_run:
         todo = Notes(out).left(records, args.retry_failed) if out.exists() else records
-        return dry_run([annotator.question(r, criteria, args.max_spans) for r in with_test_logs(todo, task, args)], args)
+        return dry_run(
+            [
+                annotator.question(r, criteria, args.max_spans)
+                for r in with_test_logs(todo, task, args)
+            ],
+            args,
+        )
     start = time.perf_counter()
     with writing(out), Notes(out) as notes:
         todo = with_test_logs(notes.left(records, args.retry_failed), task, args)
-        spent = [sum(column) for column in zip((0, 0), *map(annotator.tokens_of, notes.records.values()))]
+        spent = [
+            sum(column) for column in zip((0, 0), *map(annotator.tokens_of, notes.records.values()))
+        ]
         meter = server.Meter((args.input_price, args.output_price), args.budget, spent)
-        bar = tqdm(total=len(records), initial=len(records) - len(todo), desc="annotating", unit="record")
+        bar = tqdm(
+            total=len(records), initial=len(records) - len(todo), desc="annotating", unit="record"
+        )
 
         def state():
-            return (
-                f"{len(notes.failed)} failed, {meter.tokens[0]} + {meter.tokens[1]} tokens, {meter.money(meter.tokens):.4f} spent"
-            )
+            return f"{len(notes.failed)} failed, {meter.tokens[0]} + {meter.tokens[1]} tokens, {meter.money(meter.tokens):.4f} spent"
 
         def save(record):
             notes.add(record)
@@ -217,18 +327,30 @@ def by_server(task, args, out):
             bar.update()
 
         try:
-            asyncio.run(annotator.annotate_all(todo, save, annotator.Annotator(client, args, criteria, meter), args.concurrency))
+            asyncio.run(
+                annotator.annotate_all(
+                    todo, save, annotator.Annotator(client, args, criteria, meter), args.concurrency
+                )
+            )
         except server.Stop as error:
             bar.close()
-            cli.fail(f"{error}. The same command goes on from the {len(notes.records)} records in {out}")
+            cli.fail(
+                f"{error}. The same command goes on from the {len(notes.records)} records in {out}"
+            )
         except KeyboardInterrupt:
             bar.close()
-            print(f"stopped; the same command goes on from the {len(notes.records)} records in {out}")
+            print(
+                f"stopped; the same command goes on from the {len(notes.records)} records in {out}"
+            )
             raise SystemExit(130) from None
         bar.close()
-        print(f"annotations: {out}, {len(notes.records)} records, {state()} ({time.perf_counter() - start:.0f} s)")
+        print(
+            f"annotations: {out}, {len(notes.records)} records, {state()} ({time.perf_counter() - start:.0f} s)"
+        )
         if left := len(notes.left(records)):
-            print(f"{left} records are left, for the next request could pass the budget; a larger --budget goes on from there")
+            print(
+                f"{left} records are left, for the next request could pass the budget; a larger --budget goes on from there"
+            )
         if notes.failed:
             print("each failed record has its reason; --retry_failed asks again for them")
 
@@ -240,7 +362,9 @@ def samples_kept(task, args, out) -> list[dict]:
         print(f"responses: {path} (sampled before; move it away to sample anew)")
         return read_responses(path)
     if out.exists():
-        cli.fail(f"{out} exists already, without {path}, its responses; move it away or choose another --out")
+        cli.fail(
+            f"{out} exists already, without {path}, its responses; move it away or choose another --out"
+        )
     _, records = sampled(task, args, out)
     write_whole(path, records)
     return records
@@ -248,7 +372,10 @@ def samples_kept(task, args, out) -> list[dict]:
 
 def dry_run(questions, args):
     """One prompt in full, and what the whole would cost."""
-    tokens = sum(len(question.encode()) for question in questions) // 4, len(questions) * args.max_tokens
+    tokens = (
+        sum(len(question.encode()) for question in questions) // 4,
+        len(questions) * args.max_tokens,
+    )
     money = server.Meter((args.input_price, args.output_price), None, (0, 0)).money(tokens)
     print("\n".join(questions[:1]))
     print(

@@ -14,12 +14,18 @@ from pathlib import Path
 
 import torch
 
-from t2g import ablations, cli, critics, policy, stages, supervised, tasks
+from extras.studies import ablations
+from t2g import cli, critics, policy, stages, supervised, tasks
 from t2g.feedback import Feedback, reward_prompt
 from t2g.notes import read_annotations
 
 
-def read_pairs(path, no_critique=False, dense=False, ask=lambda prompt, response, z: reward_prompt(prompt, response)):
+def read_pairs(
+    path,
+    no_critique=False,
+    dense=False,
+    ask=lambda prompt, response, z: reward_prompt(prompt, response),
+):
     """(prompt, z) pairs from annotations whose status is "ok"; each z is one that the parser will take.
 
     Two ablations of the paper: z without its critique, or with dense labels. `ask` makes what the
@@ -47,13 +53,20 @@ def main():
         "--model",
         help="what to start from: a run, a folder, a hub id or a .gguf file; sft beside --output_dir if not given",
     )
-    add("--annotations", help="records as annotate.py writes them; annotations.jsonl beside --output_dir if not given")
+    add(
+        "--annotations",
+        help="records as annotate.py writes them; annotations.jsonl beside --output_dir if not given",
+    )
     add("--output_dir", help="where the run goes; runs/TASK/rm if not given")
     add("--no_critique", action="store_true", help="learn the span map alone, the paper's ablation")
-    add("--dense", action="store_true", help="learn dense labels, most words good or poor, the paper's ablation")
+    add(
+        "--dense",
+        action="store_true",
+        help="learn dense labels, most words good or poor, the paper's ablation",
+    )
     supervised.add_flags(add, validation_share=0.05)
-    _, args = tasks.parse(parser, "train_rm")
-    args.output_dir = args.output_dir or f"runs/{args.task}/rm"
+    task, args = tasks.parse(parser, "train_rm")
+    args.output_dir = args.output_dir or f"runs/{task.NAME}/rm"
     root = Path(args.output_dir).parent
     if not args.annotations:
         stages.ensure(["sft", "annotate"], args, root, args.model)
@@ -63,10 +76,16 @@ def main():
     tokenizer, model = policy.load(args.model or root / "sft", policy.device())
 
     def ask(prompt, response, z):
-        room = supervised.longest_text(model, args) - len(tokenizer(z, add_special_tokens=False)["input_ids"]) - 1  # for EOS
+        room = (
+            supervised.longest_text(model, args)
+            - len(tokenizer(z, add_special_tokens=False)["input_ids"])
+            - 1
+        )  # for EOS
         return critics.fitting_prompt(tokenizer, prompt, response, room)
 
-    pairs = read_pairs(args.annotations or root / "annotations.jsonl", args.no_critique, args.dense, ask)
+    pairs = read_pairs(
+        args.annotations or root / "annotations.jsonl", args.no_critique, args.dense, ask
+    )
     random.Random(args.seed).shuffle(pairs)
     saved = supervised.finetune(model, tokenizer, pairs, args, desc="reward model")
     print(f"reward model: {saved} ({time.perf_counter() - start:.0f} s)")

@@ -15,11 +15,14 @@ def main():
     parser = cli.parser(__doc__)
     add = parser.add_argument
     tasks.add_flags(add)
-    add("--model", help="hub id, folder or .gguf file to start from; without it the task makes a small one from scratch")
+    add(
+        "--model",
+        help="hub id, folder or .gguf file to start from; without it the task makes a small one from scratch",
+    )
     add("--output_dir", help="where the run goes; runs/TASK/sft if not given")
     supervised.add_flags(add)
     task, args = tasks.parse(parser, "train_sft")
-    args.output_dir = args.output_dir or f"runs/{args.task}/sft"
+    args.output_dir = args.output_dir or f"runs/{task.NAME}/sft"
     start = time.perf_counter()
 
     torch.manual_seed(args.seed)
@@ -30,9 +33,15 @@ def main():
         tokenizer, model = task.new_model(args.seed)
         model = cpu.use(model).to(policy.device())
     else:
-        cli.fail(f"the task {args.task} has no model of its own: name one with --model (in train_ppo.py: --policy)")
+        cli.fail(
+            f"the task {args.task} has no model of its own: name one with --model (in train_ppo.py: --policy)"
+        )
     examples = tasks.short_enough(examples, tokenizer, args.max_prompt_length)
-    pairs = task.sft_pairs(args, examples) if hasattr(task, "sft_pairs") else [(e.prompt, e.reference) for e in examples]
+    pairs = (
+        task.sft_pairs(args, examples)
+        if hasattr(task, "sft_pairs")
+        else [(e.prompt, e.reference) for e in examples]
+    )
     saved = supervised.finetune(model, tokenizer, pairs, args, desc="starting policy")
     print(f"starting policy: {saved} ({time.perf_counter() - start:.0f} s)")
 

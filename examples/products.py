@@ -26,4 +26,7 @@ def critique(example, response):
 
 def score(example, response):
     said = critique(example, response)
-    return {"named": len(said.good) / len(example.facts["features"].split(", ")), "boasts": len(said.poor)}
+    return {
+        "named": len(said.good) / len(example.facts["features"].split(", ")),
+        "boasts": len(said.poor),
+    }

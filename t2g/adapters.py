@@ -15,7 +15,11 @@ def peft():
 
 
 def add_flags(add):
-    add("--lora_r", type=positive(int), help="train LoRA adapters of this rank; all weights if not given")
+    add(
+        "--lora_r",
+        type=positive(int),
+        help="train LoRA adapters of this rank; all weights if not given",
+    )
     add("--lora_alpha", type=positive(float), default=32.0, help="LoRA's alpha")
 
 
@@ -23,7 +27,9 @@ def added(model, args):
     """With --lora_r, LoRA on every linear layer of the blocks; the rest of the model is frozen."""
     if not args.lora_r:
         return model
-    config = dict(r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=0.05, target_modules="all-linear")
+    config = dict(
+        r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=0.05, target_modules="all-linear"
+    )
     return peft().get_peft_model(model, peft().LoraConfig(**config))
 
 

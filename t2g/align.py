@@ -33,7 +33,9 @@ FUZZY_MIN_CHARS = 8  # shorter quotes resemble too much
 SPAN_DECAY = 0.8  # of the weight, from token to token
 SENTENCE_OR_LINE = r"[.!?…][\"'”’)\]]*(?=\s)\n*|\n+"  # what ends a step of a text
 MATCH_KINDS = ("exact", "normalised", "fuzzy", "lost")
-SAME_MARK = str.maketrans({**dict.fromkeys("“”„«»", '"'), **dict.fromkeys("‘’‚`´", "'"), **dict.fromkeys("–—", "-")})
+SAME_MARK = str.maketrans(
+    {**dict.fromkeys("“”„«»", '"'), **dict.fromkeys("‘’‚`´", "'"), **dict.fromkeys("–—", "-")}
+)
 
 
 # ---- tokens: where each one stands in the text ---------------------------------------------------------------------------
@@ -58,7 +60,9 @@ def token_offsets(tokenizer, ids) -> list[tuple[int, int]]:
     ids = [int(i) for i in ids]
     anchor, pieces = _pieces(tokenizer, ids)
     written = [i for i in ids if pieces[i] is not None]
-    rest = iter(_offsets_of_written(tokenizer, response_text(tokenizer, ids), written, anchor, pieces))
+    rest = iter(
+        _offsets_of_written(tokenizer, response_text(tokenizer, ids), written, anchor, pieces)
+    )
     offsets, end = [], 0
     for i in ids:
         offsets.append((end, end) if pieces[i] is None else next(rest))
@@ -66,7 +70,9 @@ def token_offsets(tokenizer, ids) -> list[tuple[int, int]]:
     return offsets
 
 
-_KNOWN = weakref.WeakKeyDictionary()  # tokenizer -> (anchor, pieces): what it said once need not be asked again
+_KNOWN = (
+    weakref.WeakKeyDictionary()
+)  # tokenizer -> (anchor, pieces): what it said once need not be asked again
 
 
 def _pieces(tokenizer, ids):
@@ -85,7 +91,9 @@ def _pieces(tokenizer, ids):
         return anchor, pieces
     skip = len(response_text(tokenizer, anchor))
     for i in new:
-        special = not response_text(tokenizer, [i]) and tokenizer.decode([i], skip_special_tokens=False)
+        special = not response_text(tokenizer, [i]) and tokenizer.decode(
+            [i], skip_special_tokens=False
+        )
         pieces[i] = None if special else response_text(tokenizer, [*anchor, i])[skip:]
     return anchor, pieces
 
@@ -115,7 +123,9 @@ def _offsets_of_written(tokenizer, text, ids, anchor, pieces):
     joined = "".join(run_text for run_text, _ in runs)
     lead = len(joined) - len(text)
     if not joined.endswith(text) or joined[:lead].strip():
-        return _offsets_by_cuts(tokenizer, [], ids)[1]  # this text is not the sum of its tokens: cut it
+        return _offsets_by_cuts(tokenizer, [], ids)[
+            1
+        ]  # this text is not the sum of its tokens: cut it
     offsets, base = [], -lead
     for run_text, local in runs:
         offsets += [(max(base + start, 0), max(base + end, 0)) for start, end in local]
@@ -123,7 +133,9 @@ def _offsets_of_written(tokenizer, text, ids, anchor, pieces):
     return offsets
 
 
-def _offsets_by_cuts(tokenizer, anchor: list[int], ids: list[int]) -> tuple[str, list[tuple[int, int]]]:
+def _offsets_by_cuts(
+    tokenizer, anchor: list[int], ids: list[int]
+) -> tuple[str, list[tuple[int, int]]]:
     """The text that ids add behind anchor and each token's range in it, read off where the text can be cut in two.
 
     Between two tokens there is a cut if what they write apart is what they write together. Tokens without a cut between them
@@ -142,7 +154,9 @@ def _offsets_by_cuts(tokenizer, anchor: list[int], ids: list[int]) -> tuple[str,
         for n in range(first, behind):
             start, prefix = settled, read(ids[first : n + 1])
             common = len(os.path.commonprefix([prefix, text[base : base + length]]))  # noqa: RUF071
-            broken = common < len(prefix) or prefix.endswith("\ufffd")  # the last character of the prefix is not yet whole
+            broken = common < len(prefix) or prefix.endswith(
+                "\ufffd"
+            )  # the last character of the prefix is not yet whole
             settled = max(settled, min(common, len(prefix) - broken, length - broken))
             offsets.append((base + start, base + min(settled + broken, length)))
         base += length
@@ -180,9 +194,13 @@ def find(text: str, quote: str) -> tuple[str, list[tuple[int, int]]]:
 
     for wanted in (plain_quote, unwrapped := plain_quote.strip("\"' ")):
         if wanted and (places := _occurrences(plain_text, wanted)):
-            return "normalised", _whole_words(text, list(dict.fromkeys(back(*place) for place in places)))
+            return "normalised", _whole_words(
+                text, list(dict.fromkeys(back(*place) for place in places))
+            )
     if place := _closest(plain_text, unwrapped):
-        return "fuzzy", _whole_words(text, [back(*twin) for twin in _occurrences(plain_text, plain_text[slice(*place)])])
+        return "fuzzy", _whole_words(
+            text, [back(*twin) for twin in _occurrences(plain_text, plain_text[slice(*place)])]
+        )
     return "lost", []
 
 
@@ -194,7 +212,9 @@ def _closest(text, quote):
     if not match or match.dest_start == match.dest_end:
         return None
     words = [word.span() for word in re.finditer(r"\w+", text)]
-    first = sum(end <= match.dest_start for _, end in words)  # the first word that the match touches, and the one behind it
+    first = sum(
+        end <= match.dest_start for _, end in words
+    )  # the first word that the match touches, and the one behind it
     behind = sum(start < match.dest_end for start, _ in words)
     starts, ends = words[max(first - 1, 0) : first + 2], words[max(behind - 2, 0) : behind + 1]
     windows = [(start, end) for start, _ in starts for _, end in ends if start < end]
@@ -211,7 +231,11 @@ def _occurrences(text, quote):
 
 
 def _whole_words(text, places):
-    return [(start, end) for start, end in places if not (_inside_word(text, start) or _inside_word(text, end))] or places
+    return [
+        (start, end)
+        for start, end in places
+        if not (_inside_word(text, start) or _inside_word(text, end))
+    ] or places
 
 
 def _inside_word(text, i) -> bool:
@@ -248,7 +272,9 @@ def resolve(text: str, feedback: Feedback, severities=False) -> tuple[list[Span]
             counts[kind] += len(scores)
             counts["ambiguous"] += len(scores) if len(places) > len(scores) else 0
             places = places[: len(scores)] if sign > 0 else places[-len(scores) :]
-            spans += [Span(*without_space(text, *place), score) for place, score in zip(places, scores)]
+            spans += [
+                Span(*without_space(text, *place), score) for place, score in zip(places, scores)
+            ]
     return spans, counts
 
 
@@ -286,22 +312,32 @@ def span_rewards(offsets, spans, weights="uniform") -> torch.Tensor:
     ranges = np.asarray(offsets).reshape(-1, 2)
     written = np.flatnonzero(ranges[:, 0] < ranges[:, 1])
     starts, ends = ranges[written].T
-    if (np.diff(starts) < 0).any() or (np.diff(ends) < 0).any() or (ranges[:, 0] > ranges[:, 1]).any():
+    if (
+        (np.diff(starts) < 0).any()
+        or (np.diff(ends) < 0).any()
+        or (ranges[:, 0] > ranges[:, 1]).any()
+    ):
         raise ValueError("the offsets of the tokens are out of order")
     length = ends.max(initial=0)
     delta = np.full(len(written), np.inf)
     for start, end, score in spans:
         if not 0 <= start < end <= length:
-            raise ValueError(f"the span ({start}, {end}) is empty, reversed or outside the text of {length} characters")
+            raise ValueError(
+                f"the span ({start}, {end}) is empty, reversed or outside the text of {length} characters"
+            )
         if not -1 <= score <= 1:
-            raise ValueError(f"the score {score} of the span ({start}, {end}) is no number in [-1, 1]")
+            raise ValueError(
+                f"the score {score} of the span ({start}, {end}) is no number in [-1, 1]"
+            )
     marks = np.asarray(spans).reshape(-1, 3)
     first = np.searchsorted(ends, marks[:, 0], side="right")
     behind = np.searchsorted(starts, marks[:, 1])
     for token, n, score in zip(first, behind - first, marks[:, 2]):
         if n:
             values = score * SPAN_WEIGHTS[weights](n)
-            delta[token : token + len(values)] = np.minimum(delta[token : token + len(values)], values)
+            delta[token : token + len(values)] = np.minimum(
+                delta[token : token + len(values)], values
+            )
     rewards = np.zeros(len(ranges), dtype=np.float32)
     rewards[written] = np.where(np.isinf(delta), 0, delta)
     return torch.from_numpy(rewards)
@@ -314,6 +350,8 @@ def steps(offsets, text: str, step_end: str = SENTENCE_OR_LINE) -> list[int]:
     [0, 0, 1, 1, 1]
     """
     ends = [match.end() for match in re.finditer(step_end, text)]
-    ended = [bisect_right(ends, start) for start, _ in offsets]  # how many ends stand before each token: one may hold several
+    ended = [
+        bisect_right(ends, start) for start, _ in offsets
+    ]  # how many ends stand before each token: one may hold several
     numbers = {count: number for number, count in enumerate(sorted(set(ended)))}
     return [numbers[count] for count in ended]

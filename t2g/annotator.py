@@ -43,13 +43,20 @@ KINDS = {"reasoning": str, "critique": str, "good_spans": list, "poor_spans": li
 TEXTS = {"type": "array", "items": {"type": "string"}}
 SCHEMA = {
     "type": "object",
-    "properties": {name: TEXTS if kind is list else {"type": "string"} for name, kind in KINDS.items()},
+    "properties": {
+        name: TEXTS if kind is list else {"type": "string"} for name, kind in KINDS.items()
+    },
     "required": list(KINDS),
     "additionalProperties": False,
 }
-JSON_SCHEMA = {"type": "json_schema", "json_schema": {"name": "annotation", "strict": True, "schema": SCHEMA}}
+JSON_SCHEMA = {
+    "type": "json_schema",
+    "json_schema": {"name": "annotation", "strict": True, "schema": SCHEMA},
+}
 
-SILENCE = 10  # records without an answer, one after the other: then the server is at fault and not they
+SILENCE = (
+    10  # records without an answer, one after the other: then the server is at fault and not they
+)
 
 
 # ---- what is asked, and what may come back -------------------------------------------------------------------------------
@@ -57,22 +64,34 @@ SILENCE = 10  # records without an answer, one after the other: then the server 
 
 def question(record, criteria, max_spans) -> str:
     """What the annotator is asked about a record; with the log of its unit tests, where the record has a "test_log"."""
-    asked = QUESTION.format(criteria=criteria, max_spans=max_spans, prompt=record["prompt"], response=record["response"])
+    asked = QUESTION.format(
+        criteria=criteria, max_spans=max_spans, prompt=record["prompt"], response=record["response"]
+    )
     return asked + (TEST_LOG.format(record["test_log"]) if record.get("test_log") else "")
 
 
 def read_annotation(text: str, response: str, max_spans: int) -> dict:
     """The fields of an annotator's answer. Raises: FeedbackError for any other text, naming the fault for the annotator to mend."""
-    said = json_object(text) or json_object(text.partition("</think>")[2])  # some servers leave a model's own thoughts in
+    said = json_object(text) or json_object(
+        text.partition("</think>")[2]
+    )  # some servers leave a model's own thoughts in
     if not said:
         raise FeedbackError("it is no JSON object")
     typed = all(isinstance(said.get(name), kind) for name, kind in KINDS.items())
-    if not typed or not all(isinstance(quote, str) for quote in said["good_spans"] + said["poor_spans"]):
-        raise FeedbackError("it needs reasoning and critique, each a text, and good_spans and poor_spans, each a list of texts")
+    if not typed or not all(
+        isinstance(quote, str) for quote in said["good_spans"] + said["poor_spans"]
+    ):
+        raise FeedbackError(
+            "it needs reasoning and critique, each a text, and good_spans and poor_spans, each a list of texts"
+        )
     for name in ("good_spans", "poor_spans"):
         if len(said[name]) > max_spans:
-            raise FeedbackError(f"{name} holds {len(said[name])} quotes, and at most {max_spans} are wanted")
-    reasoning = said["reasoning"].encode(errors="replace").decode()  # half of a surrogate pair would not go into the file
+            raise FeedbackError(
+                f"{name} holds {len(said[name])} quotes, and at most {max_spans} are wanted"
+            )
+    reasoning = (
+        said["reasoning"].encode(errors="replace").decode()
+    )  # half of a surrogate pair would not go into the file
     return {"reasoning": reasoning, **checked(said, response)}
 
 
@@ -93,11 +112,16 @@ def checked(said: dict, response: str) -> dict:
         raise FeedbackError("the critique is empty, or no text")
     Feedback(said["critique"], said["good_spans"], said["poor_spans"])
     spans = {}
-    for name, which in (("good_spans", 0), ("poor_spans", -1)):  # the place that the quote marks, see align.py
+    for name, which in (
+        ("good_spans", 0),
+        ("poor_spans", -1),
+    ):  # the place that the quote marks, see align.py
         spans[name] = [as_it_stands(quote, response, which) for quote in said[name]]
         if None in spans[name]:
             number = spans[name].index(None) + 1
-            raise FeedbackError(f"quote {number} of {name} does not stand in the response; copy it character for character")
+            raise FeedbackError(
+                f"quote {number} of {name} does not stand in the response; copy it character for character"
+            )
     critique = said["critique"].strip()
     Feedback.parse(Feedback(critique, *spans.values()).render())
     return {"critique": critique, **spans}
@@ -112,7 +136,9 @@ def as_it_stands(quote, response, which):
     return text if isinstance(quote, str) else {**quote, "text": text}
 
 
-def prompted_critic(model, tokenizer, criteria, critique_length=400, max_spans=2, bf16=False, desc=None):
+def prompted_critic(
+    model, tokenizer, criteria, critique_length=400, max_spans=2, bf16=False, desc=None
+):
     """A critic out of any chat model that is loaded here: asked once, as a server is, and read as strictly. See critics.py."""
     ask = critics.asker(model, tokenizer, critique_length, desc=desc, bf16=bf16)
 
@@ -128,7 +154,10 @@ def prompted_critic(model, tokenizer, criteria, critique_length=400, max_spans=2
 
     def critic(examples, responses):
         texts = ask(examples, responses, asked_of)
-        return [None if text is None else read_or_none(text, response) for text, response in zip(texts, responses)]
+        return [
+            None if text is None else read_or_none(text, response)
+            for text, response in zip(texts, responses)
+        ]
 
     return critic
 
@@ -141,7 +170,11 @@ class Annotator:
 
     def __init__(self, client, args, criteria, meter):
         self.client, self.criteria, self.meter = client, criteria, meter
-        self.max_spans, self.max_retries, self.max_tokens = args.max_spans, args.max_retries, args.max_tokens
+        self.max_spans, self.max_retries, self.max_tokens = (
+            args.max_spans,
+            args.max_retries,
+            args.max_tokens,
+        )
         self.options = {"model": args.model, "max_tokens": args.max_tokens, "temperature": args.annotator_temperature,
                         "response_format": JSON_SCHEMA}  # fmt: skip
         self.answered = False  # whether the server has ever taken these options
@@ -156,7 +189,9 @@ class Annotator:
                 answer, paid = await self.ask(messages)
                 used, heard = added(used, paid), True
                 if answer.finish_reason == "length":
-                    raise FeedbackError(f"it was cut off after {self.max_tokens} tokens; be shorter")
+                    raise FeedbackError(
+                        f"it was cut off after {self.max_tokens} tokens; be shorter"
+                    )
                 said = read_annotation(answer.text, record["response"], self.max_spans)
                 return finished(record, said | {"annotator": self.options["model"]}, used)
             except FeedbackError as fault:
@@ -203,8 +238,14 @@ class Annotator:
             finally:
                 await self.meter.end(most, used)
         if not self.answered and options is not self.options:
-            said = ", ".join(f"{k} {v['type'] if isinstance(v, dict) else v}" for k, v in options.items() if k != "model")
-            tqdm.write(f"the server refuses some options; from now on it is asked with {said} and no others")
+            said = ", ".join(
+                f"{k} {v['type'] if isinstance(v, dict) else v}"
+                for k, v in options.items()
+                if k != "model"
+            )
+            tqdm.write(
+                f"the server refuses some options; from now on it is asked with {said} and no others"
+            )
             self.options = options
         self.answered, self.silence = True, 0
         return answer, used
@@ -230,7 +271,13 @@ def easier(options, param) -> dict | None:
 def finished(record, fields, used, reason="") -> dict:
     used = added(tokens_of(record), used)
     usage = {"prompt_tokens": used[0], "completion_tokens": used[1]}
-    return {**record, **fields, "status": "failed" if reason else "ok", "reason": reason, "usage": usage}
+    return {
+        **record,
+        **fields,
+        "status": "failed" if reason else "ok",
+        "reason": reason,
+        "usage": usage,
+    }
 
 
 def tokens_of(record) -> tuple[int, int]:
@@ -263,7 +310,9 @@ async def annotate_all(records, save, annotator, concurrency):
                 save(waiting.pop())
 
     def silent(record):
-        return server.Stop(f"{record['reason']}, and so for {annotator.silence} records in succession; see to the server")
+        return server.Stop(
+            f"{record['reason']}, and so for {annotator.silence} records in succession; see to the server"
+        )
 
     try:
         async with annotator.client, asyncio.TaskGroup() as group:

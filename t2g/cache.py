@@ -7,7 +7,9 @@ from transformers.cache_utils import DynamicLayer
 def roomy(config, length) -> DynamicCache:
     """The cache that a model wants, its plain layers with room for `length` tokens a row."""
     cache = DynamicCache(config=config)
-    cache.layers = [RoomyLayer(length) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [
+        RoomyLayer(length) if type(layer) is DynamicLayer else layer for layer in cache.layers
+    ]
     return cache
 
 
@@ -19,7 +21,10 @@ class RoomyLayer(DynamicLayer):
     def update(self, key_states, value_states, *args, **kwargs):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self.room = [x.new_empty(*x.shape[:-2], self.length, x.shape[-1]) for x in (key_states, value_states)]
+            self.room = [
+                x.new_empty(*x.shape[:-2], self.length, x.shape[-1])
+                for x in (key_states, value_states)
+            ]
         start = self.get_seq_length()
         end = start + key_states.shape[-2]
         for room, new in zip(self.room, (key_states, value_states)):

@@ -18,12 +18,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from extras.human.spans import WORD
 from t2g.align import MATCH_KINDS, find, resolve, response_text, span_rewards, token_offsets
 from t2g.cli import fail, make_folder
 from t2g.feedback import Feedback
-from t2g.human_spans import WORD
 from t2g.notes import read_annotations
-from t2g.report import write_html
+from t2g.page import write_html
 
 SIGNS = {"good": 1, "poor": -1}
 SIZES = ("characters", "spans", "words")  # how much is marked, and written
@@ -58,12 +58,20 @@ def same_records(path, records, truth_path) -> list[Feedback | None]:
     """What another critic wrote of the same records, by their ids; None where it failed or the record is absent."""
     others, wanted = by_id(read_annotations(path), path), by_id(records, truth_path)
     for name in others.keys() & wanted.keys():
-        if others[name]["feedback"] and any(others[name][field] != wanted[name][field] for field in ("prompt", "response")):
-            fail(f"record {name} of {path} has another prompt or response than that of {truth_path}; annotate the same responses")
+        if others[name]["feedback"] and any(
+            others[name][field] != wanted[name][field] for field in ("prompt", "response")
+        ):
+            fail(
+                f"record {name} of {path} has another prompt or response than that of {truth_path}; annotate the same responses"
+            )
     found = [others[name]["feedback"] if name in others else None for name in wanted]
     if not any(found):
-        fail(f"{path} says nothing readable of the {len(found)} records of {truth_path}: none of their ids is in it with status ok")
-    print(f"{path}: {len(found) - found.count(None)} of {len(found)} records, the others count as unreadable")
+        fail(
+            f"{path} says nothing readable of the {len(found)} records of {truth_path}: none of their ids is in it with status ok"
+        )
+    print(
+        f"{path}: {len(found) - found.count(None)} of {len(found)} records, the others count as unreadable"
+    )
     return found
 
 
@@ -80,7 +88,10 @@ def samples(records, tokenizer=None) -> list[Sample]:
     """
     found = []
     for record in records:
-        text, kinds = record["response"], record.get("kinds") or ["unnamed"] * len(record["feedback"].poor)
+        text, kinds = (
+            record["response"],
+            record.get("kinds") or ["unnamed"] * len(record["feedback"].poor),
+        )
         if tokenizer:
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
             tokens = response_text(tokenizer, ids), token_offsets(tokenizer, ids)
@@ -105,7 +116,13 @@ def count(sample, feedback) -> Counter:
     n, said = Counter(responses=1, readable=feedback is not None), feedback or Feedback("")
 
     def overlap(truth, guess, *key):
-        n.update({(*key, "both"): (truth & guess).sum(), (*key, "truth"): truth.sum(), (*key, "critic"): guess.sum()})
+        n.update(
+            {
+                (*key, "both"): (truth & guess).sum(),
+                (*key, "truth"): truth.sum(),
+                (*key, "critic"): guess.sum(),
+            }
+        )
 
     for unit, view in sample.views.items():
         truth, guess = labels(view, sample.truth), labels(view, said)
@@ -122,9 +139,21 @@ def count(sample, feedback) -> Counter:
     for who, words in (("truth", sample.truth), ("critic", said)):
         spans, found = resolve(sample.response, words)
         n.update({(who, kind): found[kind] for kind in MATCH_KINDS})
-        sizes[who] = sum(n["character", sign, who] for sign in SIGNS), len(spans), len(words.critique.split())
+        sizes[who] = (
+            sum(n["character", sign, who] for sign in SIGNS),
+            len(spans),
+            len(words.critique.split()),
+        )
     for what, x, y in zip(SIZES, sizes["critic"], sizes["truth"]) if feedback else ():
-        n.update({(what, "x"): x, (what, "y"): y, (what, "xx"): x * x, (what, "xy"): x * y, (what, "yy"): y * y})
+        n.update(
+            {
+                (what, "x"): x,
+                (what, "y"): y,
+                (what, "xx"): x * x,
+                (what, "xy"): x * y,
+                (what, "yy"): y * y,
+            }
+        )
     return n
 
 
@@ -151,7 +180,11 @@ def ratio(part, whole):
 def marks(n, *key):
     """Precision = both / critic, recall = both / truth, F1 = 2 both / (critic + truth)."""
     both, truth, critic = (n[(*key, part)] for part in ("both", "truth", "critic"))
-    return {"precision": ratio(both, critic), "recall": ratio(both, truth), "f1": ratio(2 * both, truth + critic)}
+    return {
+        "precision": ratio(both, critic),
+        "recall": ratio(both, truth),
+        "f1": ratio(2 * both, truth + critic),
+    }
 
 
 def calibration(n, what):
@@ -159,7 +192,10 @@ def calibration(n, what):
 
     mean x, mean y, mean x / mean y, and Pearson's correlation of x and y over the responses.
     """
-    number, x, y, xx, xy, yy = n["readable"], *(n[what, sum_of] for sum_of in ("x", "y", "xx", "xy", "yy"))
+    number, x, y, xx, xy, yy = (
+        n["readable"],
+        *(n[what, sum_of] for sum_of in ("x", "y", "xx", "xy", "yy")),
+    )
     spread = np.sqrt((number * xx - x * x) * (number * yy - y * y))
     means = {"critic": ratio(x, number), "truth": ratio(y, number)}
     return means | {"ratio": ratio(x, y), "correlation": ratio(number * xy - x * y, spread)}
@@ -168,8 +204,13 @@ def calibration(n, what):
 def figures(n, kinds) -> dict:
     """Every figure of the card from sums over the responses: arrays in, arrays of the same shape out."""
     quotes = {who: sum(n[who, kind] for kind in MATCH_KINDS) for who in ("critic", "truth")}
-    verbatim, normalised, fuzzy, invented = (ratio(n["critic", kind], quotes["critic"]) for kind in MATCH_KINDS)
-    labelled = {who: ratio(sum(n["token", sign, who] for sign in SIGNS), n["token"]) for who in ("critic", "truth")}
+    verbatim, normalised, fuzzy, invented = (
+        ratio(n["critic", kind], quotes["critic"]) for kind in MATCH_KINDS
+    )
+    labelled = {
+        who: ratio(sum(n["token", sign, who] for sign in SIGNS), n["token"])
+        for who in ("critic", "truth")
+    }
     recalls = {"recall": "token", "recall_by_character": "character"}
     return {
         **{sign: marks(n, "token", sign) for sign in SIGNS},
@@ -204,8 +245,12 @@ def card(samples, feedback, seed=0) -> dict:
     rows = [count(sample, said) for sample, said in zip(samples, feedback, strict=True)]
     names = list(dict.fromkeys(name for row in rows for name in row))
     table = np.array([[row[name] for name in names] for row in rows], dtype=float)
-    draws = np.random.default_rng(seed).multinomial(len(rows), np.full(len(rows), 1 / len(rows)), DRAWS)
-    sums = np.vstack([np.ones(len(rows)), draws]) @ table  # (1 + DRAWS, names), the first row the sums themselves
+    draws = np.random.default_rng(seed).multinomial(
+        len(rows), np.full(len(rows), 1 / len(rows)), DRAWS
+    )
+    sums = (
+        np.vstack([np.ones(len(rows)), draws]) @ table
+    )  # (1 + DRAWS, names), the first row the sums themselves
     n = defaultdict(lambda: np.zeros(1 + DRAWS), zip(names, sums.T))
 
     counted = Counter(kind for sample in samples for kind in sample.kinds)
@@ -213,13 +258,19 @@ def card(samples, feedback, seed=0) -> dict:
     found = figures(n, kinds)
     result = each(found, lambda values: float(np.nan_to_num(values[0])))
     for kind in kinds:
-        result["kinds"][kind] |= {"spans": counted[kind], "tokens": int(n["token", "kind", kind, "truth"][0])}
+        result["kinds"][kind] |= {
+            "spans": counted[kind],
+            "tokens": int(n["token", "kind", kind, "truth"][0]),
+        }
     return result | {"intervals": each(found, bounds), "responses": len(rows)}
 
 
 def each(figures, change):
     """The same nested keys with every figure changed."""
-    return {name: each(value, change) if isinstance(value, dict) else change(value) for name, value in figures.items()}
+    return {
+        name: each(value, change) if isinstance(value, dict) else change(value)
+        for name, value in figures.items()
+    }
 
 
 def bounds(values) -> list[float] | None:
@@ -247,10 +298,15 @@ def write_page(path, truth, tokens, samples, said, cards, seed=0):
     """
     short = {name: Path(name).name for name in cards}
     names = [short[name] if len(set(short.values())) == len(short) else name for name in cards]
-    shown = sorted(random.Random(seed).sample(range(len(samples)), min(SAMPLES_SHOWN, len(samples))))
+    shown = sorted(
+        random.Random(seed).sample(range(len(samples)), min(SAMPLES_SHOWN, len(samples)))
+    )
     rows = []
     for i in shown:
-        opinions = [opinion(samples[i], feedback) for feedback in (samples[i].truth, *(said[name][i] for name in cards))]
+        opinions = [
+            opinion(samples[i], feedback)
+            for feedback in (samples[i].truth, *(said[name][i] for name in cards))
+        ]
         rows.append({"prompt": samples[i].prompt, "opinions": opinions})
     data = {
         "title": f"{', '.join(names)} against {truth}",
@@ -265,7 +321,10 @@ def opinion(sample, feedback) -> dict | None:
     """What the page shows of feedback: the response in pieces with their marks, the critique, and quotes that stand nowhere."""
     if feedback is None:
         return None
-    pairs = itertools.groupby(zip(sample.response, labels(sample.views["character"], feedback).tolist()), key=lambda pair: pair[1])
+    pairs = itertools.groupby(
+        zip(sample.response, labels(sample.views["character"], feedback).tolist()),
+        key=lambda pair: pair[1],
+    )
     pieces = [["".join(character for character, _ in group), sign] for sign, group in pairs]
     plain = feedback.plain()
     lost = [quote for quote in plain.good + plain.poor if find(sample.response, quote)[0] == "lost"]

@@ -25,10 +25,16 @@ from t2g import dist, policy
 from t2g.cli import fail, fresh_folder, positive
 from t2g.log import write_json
 
-STATE, BEST = "state.safetensors", "best.safetensors"  # of a supervised run that is not done: where it stands, its best weights
+STATE, BEST = (
+    "state.safetensors",
+    "best.safetensors",
+)  # of a supervised run that is not done: where it stands, its best weights
 UNLIKE = {"argv", "resume", "output_dir", "save_steps", "save_total_limit", "tensorboard", "eval_samples", "gradient_checkpointing",
           "cpu_offload", "replicate_frozen"}  # fmt: skip  # what may differ between a run and the one that goes on with it
-FACTORS = {"per_device_train_batch_size", "gradient_accumulation_steps"}  # so may these, if the batch stays
+FACTORS = {
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+}  # so may these, if the batch stays
 
 
 def save(path, model, optimizers=(), **rest):
@@ -56,9 +62,13 @@ def read(path, names=None) -> tuple[dict, dict]:
     try:
         with safe_open(path, "pt") as file:
             rest = (file.metadata() or {}).get("rest", "{}")
-            return {name: file.get_tensor(name) for name in (file.keys() if names is None else names)}, json.loads(rest)
+            return {
+                name: file.get_tensor(name) for name in (file.keys() if names is None else names)
+            }, json.loads(rest)
     except (OSError, SafetensorError, ValueError) as error:
-        fail(f"{path} is no state of a run ({type(error).__name__}); move its folder away to begin anew or from an earlier state")
+        fail(
+            f"{path} is no state of a run ({type(error).__name__}); move its folder away to begin anew or from an earlier state"
+        )
 
 
 def state_of(model, optimizers) -> dict:
@@ -67,7 +77,9 @@ def state_of(model, optimizers) -> dict:
     tensors = {f"model.{name}": parameter.detach() for name, parameter in trainable(model).items()}
     for number, optimizer in enumerate(optimizers):
         for index, moments in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{number}.{index}.{key}": tensor for key, tensor in moments.items()}
+            tensors |= {
+                f"optimizer.{number}.{index}.{key}": tensor for key, tensor in moments.items()
+            }
     return {name: dist.local(tensor).contiguous() for name, tensor in tensors.items()}
 
 
@@ -76,7 +88,9 @@ def put(tensors, path, model, optimizers):
     shards_only(model)
     weights = trainable(model)
     shapes = {f"model.{name}": dist.local(weight).shape for name, weight in weights.items()}
-    if shapes != {name: tensor.shape for name, tensor in tensors.items() if name.startswith("model.")}:
+    if shapes != {
+        name: tensor.shape for name, tensor in tensors.items() if name.startswith("model.")
+    }:
         fail(f"{path} belongs to another model; move its folder away to begin anew")
     with torch.no_grad():
         for name, weight in weights.items():
@@ -87,8 +101,12 @@ def put(tensors, path, model, optimizers):
         for name, tensor in tensors.items():
             if name.startswith(f"optimizer.{number}."):
                 _, _, index, key = name.split(".")
-                moments.setdefault(int(index), {})[key] = dist.like(stepped[int(index)], tensor) if tensor.ndim else tensor
-        optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+                moments.setdefault(int(index), {})[key] = (
+                    dist.like(stepped[int(index)], tensor) if tensor.ndim else tensor
+                )
+        optimizer.load_state_dict(
+            {"state": moments, "param_groups": optimizer.state_dict()["param_groups"]}
+        )
 
 
 def shards_only(model):
@@ -98,12 +116,23 @@ def shards_only(model):
 
 
 def trainable(model) -> dict:
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {
+        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
 
 
 def add_flags(add):
-    add("--save_steps", type=positive(int), help="steps between two checkpoints; a tenth of --max_steps, at most 20, if not given")
-    add("--save_total_limit", type=positive(int), default=2, help="checkpoints that are kept, the last ones")
+    add(
+        "--save_steps",
+        type=positive(int),
+        help="steps between two checkpoints; a tenth of --max_steps, at most 20, if not given",
+    )
+    add(
+        "--save_total_limit",
+        type=positive(int),
+        default=2,
+        help="checkpoints that are kept, the last ones",
+    )
     resume = "auto: go on with a run of the same flags that did not finish; none: begin anew; or a checkpoint of --output_dir"
     add("--resume", default="auto", help=resume)
 
@@ -118,14 +147,24 @@ def keep(actor, tokenizer, optimizer, step, args, sigterm, data_hash, **rest):
 
     def write_state(folder):
         (folder / "state").mkdir(exist_ok=True)
-        save_file(state_of(actor, [optimizer]), folder / "state" / state_file(dist.rank(), dist.size()))
+        save_file(
+            state_of(actor, [optimizer]), folder / "state" / state_file(dist.rank(), dist.size())
+        )
         if dist.rank() == 0:
-            meta = {"step": step, **rest, "processes": dist.size(), "data_hash": data_hash, "config": vars(args)}
+            meta = {
+                "step": step,
+                **rest,
+                "processes": dist.size(),
+                "data_hash": data_hash,
+                "config": vars(args),
+            }
             meta |= {"argv": sys.argv, "commit": commit(), "versions": versions()}
             write_json(folder / "state" / "meta.json", meta)
 
     policy.save(actor.model, tokenizer, args.output_dir, step, actor.value_head, write_state)
-    for old in policy.checkpoints(args.output_dir)[: -args.save_total_limit] if dist.rank() == 0 else ():
+    for old in (
+        policy.checkpoints(args.output_dir)[: -args.save_total_limit] if dist.rank() == 0 else ()
+    ):
         shutil.rmtree(old)
     if leaving:
         print(f"\nSIGTERM: left after step {step}; the same command goes on from there", flush=True)
@@ -135,21 +174,33 @@ def keep(actor, tokenizer, optimizer, step, args, sigterm, data_hash, **rest):
 def resume(actor, optimizer, args, data) -> dict:
     """Puts the last checkpoint of --output_dir, if there is one, into actor and optimiser. Returns: its meta.json, or step 0."""
     hashed = hashlib.sha256(json.dumps([example.prompt for example in data]).encode()).hexdigest()
-    steps = [step_of(folder) for folder in policy.checkpoints(args.output_dir)] if dist.rank() == 0 else []
-    step = int(dist.totals({"step": max(steps, default=0)})["step"])  # what one process sees in a shared folder, all take
+    steps = (
+        [step_of(folder) for folder in policy.checkpoints(args.output_dir)]
+        if dist.rank() == 0
+        else []
+    )
+    step = int(
+        dist.totals({"step": max(steps, default=0)})["step"]
+    )  # what one process sees in a shared folder, all take
     if not step:
         return {"step": 0, "data_hash": hashed}
     folder = Path(args.output_dir) / f"checkpoint-{step}"
     meta = read_meta(folder)
     if meta.get("data_hash") != hashed:
-        fail(f"{folder} was made with other data; bring those back, or begin anew with --resume none")
-    files = [folder / "state" / state_file(rank, meta["processes"]) for rank in range(meta["processes"])]
+        fail(
+            f"{folder} was made with other data; bring those back, or begin anew with --resume none"
+        )
+    files = [
+        folder / "state" / state_file(rank, meta["processes"]) for rank in range(meta["processes"])
+    ]
     if len(files) == dist.size():
         tensors = read(files[dist.rank()])[0]
     else:
         tensors = rows_of_all(files)
     put(tensors, folder, actor, [optimizer])
-    if meta["config"]["kl_coef"] != args.kl_coef:  # another one is wanted now than the one that was steered
+    if (
+        meta["config"]["kl_coef"] != args.kl_coef
+    ):  # another one is wanted now than the one that was steered
         del meta["kl_coef"]
     print(f"goes on after step {meta['step']} of {args.output_dir}", flush=True)
     return meta
@@ -173,7 +224,9 @@ def read_meta(folder) -> dict:
     try:
         return json.loads((folder / "state" / "meta.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        fail(f"{folder} holds no state to go on from ({error}); move it away to go on from the one before, if there is one")
+        fail(
+            f"{folder} holds no state to go on from ({error}); move it away to go on from the one before, if there is one"
+        )
 
 
 def state_file(rank, processes) -> str:
@@ -181,13 +234,19 @@ def state_file(rank, processes) -> str:
 
 
 def versions() -> dict:
-    return {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
+    return {
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
 def commit() -> str | None:
     """The commit of this code, where it is a clone and git is there."""
     try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
+        )
     except FileNotFoundError:
         return None
     return done.stdout.strip() or None
@@ -197,7 +256,9 @@ def commit() -> str | None:
 def run_folder(args, resume="auto"):
     """The run's folder, new, or as it was when a run of the same flags was stopped. One run at a time may hold it. Collective."""
     folder = Path(args.output_dir).resolve()
-    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun's: the flag was obeyed at the first start
+    again = (
+        int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    )  # torchrun's: the flag was obeyed at the first start
     resume = "auto" if again else resume
     with ExitStack() as stack:
         if dist.rank() == 0:
@@ -212,7 +273,9 @@ def run_folder(args, resume="auto"):
             elif other is None or other:
                 if other:
                     names = ", ".join(sorted(other))
-                    print(f"the run in {folder} did not finish, and had another {names}; moved back, that or --resume continues it")
+                    print(
+                        f"the run in {folder} did not finish, and had another {names}; moved back, that or --resume continues it"
+                    )
                 if fresh_folder(folder).stat().st_ino != locked:  # an empty one stays as it is
                     stack.enter_context(held(folder))
         dist.barrier()
@@ -222,21 +285,33 @@ def run_folder(args, resume="auto"):
 def other_flags(folder, args) -> set | None:
     """The flags in which the run that was stopped in a folder differs from this one; None if there is nothing to go on from."""
     latest, config = policy.latest_checkpoint(folder), folder / "config.json"
-    stands = (folder / STATE).is_file() or (latest and (latest / "state").is_dir() and not finished(folder))
+    stands = (folder / STATE).is_file() or (
+        latest and (latest / "state").is_dir() and not finished(folder)
+    )
     if not (stands and config.is_file()):
         return None
     try:
         before = json.loads(config.read_text(encoding="utf-8"))
     except ValueError as error:
-        fail(f"{config} is damaged ({error}); mend it, move {folder} away, or begin anew with --resume none")
+        fail(
+            f"{config} is damaged ({error}); mend it, move {folder} away, or begin anew with --resume none"
+        )
     flags = json.loads(json.dumps(vars(args), default=str))
     free = UNLIKE | (FACTORS if "batch_size" in flags else set())
-    return {name for name in (flags.keys() | before.keys()) - free if same_place(flags.get(name)) != same_place(before.get(name))}
+    return {
+        name
+        for name in (flags.keys() | before.keys()) - free
+        if same_place(flags.get(name)) != same_place(before.get(name))
+    }
 
 
 def same_place(value):
     """A flag's value; if it is a path of something that is there, in one spelling."""
-    return os.path.realpath(value) if isinstance(value, str) and value and os.path.exists(value) else value
+    return (
+        os.path.realpath(value)
+        if isinstance(value, str) and value and os.path.exists(value)
+        else value
+    )
 
 
 def finished(folder) -> bool:
@@ -247,9 +322,18 @@ def finished(folder) -> bool:
 def only_until(folder, chosen):
     """Makes the chosen checkpoint the last of its run. Later ones and what tells of them are kept, in a folder left-N."""
     if chosen not in policy.checkpoints(folder):
-        fail(f"--resume {chosen}: no checkpoint of --output_dir {folder}; name one of its folders checkpoint-STEP")
+        fail(
+            f"--resume {chosen}: no checkpoint of --output_dir {folder}; name one of its folders checkpoint-STEP"
+        )
     later = [path for path in policy.checkpoints(folder) if step_of(path) > step_of(chosen)]
-    told = "config.json", "metrics.jsonl", "samples.jsonl", "heldout.jsonl", "result.json", "page.html"
+    told = (
+        "config.json",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "heldout.jsonl",
+        "result.json",
+        "page.html",
+    )
     left = next(path for n in itertools.count(1) if not (path := folder / f"left-{n}").exists())
     left.mkdir()
     for path in filter(Path.is_file, map(folder.joinpath, told)):

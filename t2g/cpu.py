@@ -34,7 +34,9 @@ def use(model):
 
 
 def pays() -> bool:
-    return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return (
+        torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    )
 
 
 def keep_freed_memory():
@@ -50,7 +52,9 @@ def product(x, weight, bias=None):
     """x W^T + b in fp32, the sums of products in the weight's dtype. torch takes bf16 from oneDNN by itself, strides and all."""
     x = x.to(weight.dtype)
     if weight.dtype == torch.float32 or weight.is_mkldnn:
-        y = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "").float()  # not every torch has it
+        y = torch.ops.mkldnn._linear_pointwise(
+            x, weight, None, "none", [], ""
+        ).float()  # not every torch has it
     else:
         y = F.linear(x, weight).float()
     return y if bias is None else y.add_(bias)
@@ -66,7 +70,9 @@ class Linear(nn.Linear):
 
     def forward(self, x):
         elsewhere = x.dtype != torch.float32 or x.device.type != "cpu"
-        if elsewhere or not x.numel():  # oneDNN knows no product of no rows, such as those of an expert that got no token
+        if (
+            elsewhere or not x.numel()
+        ):  # oneDNN knows no product of no rows, such as those of an expert that got no token
             return F.linear(x, self.weight, self.bias)
         if self.packed is not None:
             return product(x, self.packed, self.bias)
@@ -98,9 +104,15 @@ class Product(torch.autograd.Function):
 @contextmanager
 def packed(model):
     """Within it weights also lie as products of a few rows read them fastest. For sampling, where no weight changes."""
-    layers = [module for module in model.modules() if type(module) is Linear and module.weight.device.type == "cpu"]
+    layers = [
+        module
+        for module in model.modules()
+        if type(module) is Linear and module.weight.device.type == "cpu"
+    ]
     for layer in layers:
-        layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach().to(precision()))
+        layer.packed = torch.ops.mkldnn._reorder_linear_weight(
+            layer.weight.detach().to(precision())
+        )
     try:
         yield
     finally:

@@ -6,47 +6,50 @@ Critic and policy talk in text only: a reward model has its own tokenizer and ma
 
 import asyncio
 
-import torch
 from tqdm import tqdm
 
-from t2g import dist, policy, scalar_head, supervised
+from t2g import dist, policy
 from t2g.align import locate, token_offsets
-from t2g.cli import fail, positive
+from t2g.cli import fail, load_file, positive
 from t2g.feedback import Feedback, FeedbackError, reward_prompt
 from t2g.respond import respond
 from t2g.rollout import chat_text
 
+BUILT_IN = ("rm", "rule", "openai")
+
 
 def add_flags(add):
-    who = "who criticises: the learned reward model, the task's program, a reward model behind a server, or a learned number"
-    add("--critic", choices=("rm", "rule", "openai", "scalar"), default="rm", help=who)
-    where = "rm beside --output_dir if not given, for scalar rm_scalar; openai: its name there"
-    add("--reward_model", help=f"the reward model: a run, a folder, a hub id or a .gguf file; {where}")
+    who = "rm: a reward model; rule: the task's program; openai: a server; or a .py file"
+    add("--critic", default="rm", help=f"where feedback comes from. {who}")
+    add(
+        "--reward_model", help="reward model: a run, folder, hub id, .gguf file or name on a server"
+    )
     add("--base_url", help="openai: the server, such as http://localhost:8000/v1")
-    add("--critique_length", type=positive(int), default=200, help="most tokens of a critique of the reward model")
+    add("--critique_length", type=positive(int), default=200, help="maximum tokens of a critique")
 
 
 def stages_before(args) -> list[str]:
-    """The stages that the critic needs where the user names no reward model; fails where its flags do not fit."""
+    """The stages that make the reward model; none for other critics, or if the user names one.
+
+    Raises: SystemExit with one sentence if the critic's flags do not fit together.
+    """
     if args.critic == "openai" and not (args.base_url and args.reward_model):
-        fail("--critic openai needs --base_url, the server, and --reward_model, the name of the reward model there")
-    return {"rm": ["annotate", "rm"], "scalar": ["annotate", "rm_scalar"]}.get(args.critic, []) if not args.reward_model else []
+        fail("--critic openai needs --base_url and --reward_model, the model's name on that server")
+    return ["annotate", "rm"] if args.critic == "rm" and not args.reward_model else []
 
 
-def check_words(args):
-    """Ends the program where a response is to be revised and the critic has no words for it."""
-    if args.critic == "scalar":
-        fail("a number is no critique by which to revise a response: choose another --critic than scalar")
+def load_critic(task, args, root, device):
+    """The critic that --critic names: a function (examples, responses) -> list of Feedback or None.
 
-
-def chosen(task, args, root, device):
-    """The critic that --critic names; its reward model lies under root where --reward_model does not name it."""
+    A .py file defines critic(task, args), which returns such a function, and may define add_flags(add)
+    for flags of its own. The learned reward model lies in root/rm unless --reward_model names it.
+    """
     if args.critic == "rule":
         return rule_critic(task)
     if args.critic == "openai":
         return warning(openai_critic(args.base_url, args.reward_model, args.critique_length))
-    if args.critic == "scalar":
-        return warning(scalar_critic(args.reward_model or root / "rm_scalar", device, args.bf16))
+    if args.critic != "rm":
+        return warning(load_file(args.critic, "--critic", BUILT_IN).critic(task, args))
     tokenizer, model = policy.load(args.reward_model or root / "rm")
     model = dist.frozen(model, args)
     return warning(reward_model_critic(model, tokenizer, args.critique_length, args.bf16))
@@ -73,7 +76,9 @@ def warning(critic):
 
 def rule_critic(task):
     """The task's own program as the critic."""
-    return lambda examples, responses: [task.critique(example, response) for example, response in zip(examples, responses)]
+    return lambda examples, responses: [
+        task.critique(example, response) for example, response in zip(examples, responses)
+    ]
 
 
 def reward_model_critic(model, tokenizer, critique_length=200, bf16=False, desc=None):
@@ -84,7 +89,9 @@ def reward_model_critic(model, tokenizer, critique_length=200, bf16=False, desc=
     ask = asker(model, tokenizer, critique_length, desc=desc, bf16=bf16)
 
     def critic(examples, responses):
-        return [None if z is None else parse_or_none(z) for z in ask(examples, responses, reward_prompt)]
+        return [
+            None if z is None else parse_or_none(z) for z in ask(examples, responses, reward_prompt)
+        ]
 
     return critic
 
@@ -97,12 +104,17 @@ def asker(model, tokenizer, critique_length, **options):
     """
     context, warned = policy.context_length(model), False
     if critique_length >= context:
-        fail(f"--critique_length {critique_length} leaves no room in the context of {context} tokens of the model that criticises")
+        fail(
+            f"--critique_length {critique_length} leaves no room in the context of {context} tokens of the model that criticises"
+        )
 
     def ask(examples, responses, question):
         nonlocal warned
         room, pairs = context - critique_length, zip(examples, responses)
-        asked = [fitting_prompt(tokenizer, example.prompt, response, room, question) for example, response in pairs]
+        asked = [
+            fitting_prompt(tokenizer, example.prompt, response, room, question)
+            for example, response in pairs
+        ]
         fits = [token_count(tokenizer, text) <= room for text in asked]
         if not warned and not all(fits):
             warned = True
@@ -111,46 +123,17 @@ def asker(model, tokenizer, critique_length, **options):
                 f"the context of {context} tokens. They count as unreadable, as later ones will"
             )
         some = [text for text, fit in zip(asked, fits) if fit]
-        answers = iter(respond(model, tokenizer, some, critique_length, temperature=0, **options)[0])
+        answers = iter(
+            respond(model, tokenizer, some, critique_length, temperature=0, **options)[0]
+        )
         return [next(answers) if fit else None for fit in fits]
 
     return ask
 
 
-def scalar_critic(path, device, bf16=False, batch_size=64):
-    """critic(examples, responses) -> a number for each response, None where it is too long for the model's context.
-
-    Long prompts are shortened in their middle: see critics.fitting_prompt(). How many are too long even so is printed once.
-    """
-    tokenizer, scorer = scalar_head.load(path, device)
-    context, warned = policy.context_length(scorer.model), False
-
-    @torch.no_grad()
-    def critic(examples, responses):
-        nonlocal warned
-        pairs = zip(examples, responses)
-        asked = [fitting_prompt(tokenizer, example.prompt, response, context - 1) for example, response in pairs]  # 1 for EOS
-        rows = scalar_head.encode(tokenizer, asked)
-        lengths = [sum(map(len, row)) for row in rows]
-        fits = [n for n in sorted(range(len(rows)), key=lengths.__getitem__) if lengths[n] <= context]
-        if not warned and len(fits) < len(rows):
-            warned = True
-            tqdm.write(
-                f"{len(rows) - len(fits)} of {len(rows)} responses are too long to be scored: they do not fit the context of "
-                f"{context} tokens. They count as unreadable, as later ones will"
-            )
-        said = [None] * len(rows)
-        for start in range(0, len(fits), batch_size):
-            index = fits[start : start + batch_size]
-            batch, _ = supervised.as_rollout([rows[n] for n in index], tokenizer.pad_token_id, device)
-            for n, score in zip(index, scalar_head.scores(scorer, batch, bf16).tolist()):
-                said[n] = score
-        return said
-
-    return critic
-
-
-def openai_critic(base_url, model, critique_length=200, concurrency=16, timeout=600.0, max_retries=5):
+def openai_critic(
+    base_url, model, critique_length=200, concurrency=16, timeout=600.0, max_retries=5
+):
     """The same behind a server that speaks OpenAI's API, under the name `model`, with its own tokenizer.
 
     A critique that does not come, after max_retries, is None as well; where none of a batch comes, the program ends. The server's
@@ -167,7 +150,11 @@ def openai_critic(base_url, model, critique_length=200, concurrency=16, timeout=
         async def one(prompt):
             async with room:
                 try:
-                    return (await server.ask(client, messages=[{"role": "user", "content": prompt}], **options)).text
+                    return (
+                        await server.ask(
+                            client, messages=[{"role": "user", "content": prompt}], **options
+                        )
+                    ).text
                 except server.NoAnswer as error:
                     return error
 
@@ -175,26 +162,35 @@ def openai_critic(base_url, model, critique_length=200, concurrency=16, timeout=
             return await asyncio.gather(*map(one, prompts))
 
     def critic(examples, responses):
-        prompts = [reward_prompt(example.prompt, response) for example, response in zip(examples, responses)]
+        prompts = [
+            reward_prompt(example.prompt, response)
+            for example, response in zip(examples, responses)
+        ]
         try:
             answers = asyncio.run(judge(prompts))
         except server.Stop as error:
             fail(f"the reward model gave no critique: {error}")
         if not any(isinstance(answer, str) for answer in answers):
-            fail(f"the reward model gave none of {len(answers)} critiques: {answers[-1]}; see --base_url and --reward_model")
+            fail(
+                f"the reward model gave none of {len(answers)} critiques: {answers[-1]}; see --base_url and --reward_model"
+            )
         return [parse_or_none(answer) if isinstance(answer, str) else None for answer in answers]
 
     return critic
 
 
-def fitting_prompt(tokenizer, prompt: str, response: str, max_tokens: int, question=reward_prompt) -> str:
+def fitting_prompt(
+    tokenizer, prompt: str, response: str, max_tokens: int, question=reward_prompt
+) -> str:
     """question(prompt, response), with as much left out of the middle of the prompt as it takes to have at most max_tokens tokens.
 
     What is asked stands at the head of a prompt or at its end, and the source text between them. The response and the headers stay.
     """
     tokens, kept, asked = None, len(prompt), question(prompt, response)
     while kept and (excess := token_count(tokenizer, asked) - max_tokens) > 0:
-        tokens = tokens or token_offsets(tokenizer, tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        tokens = tokens or token_offsets(
+            tokenizer, tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        )
         kept = max(0, min(kept, len(tokens)) - excess)
         head, tail = tokens[: kept - kept // 2], tokens[len(tokens) - kept // 2 :]
         parts = prompt[: head[-1][1]] if head else "", prompt[tail[0][0] :] if tail else ""

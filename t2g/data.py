@@ -34,7 +34,11 @@ def read_rows(data: str, split="train"):
             fail(f"{data} is no .parquet file: {error}")
     if ending:
         try:
-            text = gzip.open(path, "rt", encoding="utf-8").read() if ending.endswith(".gz") else path.read_text(encoding="utf-8")
+            text = (
+                gzip.open(path, "rt", encoding="utf-8").read()
+                if ending.endswith(".gz")
+                else path.read_text(encoding="utf-8")
+            )
             lines = [line for line in text.split("\n") if line.strip()]
             return json.loads(f"[{','.join(lines)}]" if ending == ".jsonl.gz" else text)
         except (OSError, EOFError, ValueError) as error:
@@ -45,7 +49,11 @@ def read_rows(data: str, split="train"):
     datasets = needed("datasets", f"{data} (no {ENDINGS} file, so taken for a hub id)")
     try:
         return list(datasets.load_dataset(name, split=part or split))
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a data set that comes as a script
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # RuntimeError: a data set that comes as a script
         reason = str(error).splitlines()[0].removesuffix(".")
         fail(
             f"the data set {data} could not be loaded: {reason}. A split follows a colon, NAME:SPLIT; a downloaded file will do too"
@@ -73,13 +81,19 @@ def load(args, reader):
         fail(f"the task {args.task} needs --data: a {ENDINGS} file, or a hub id")
     if args.heldout_data:
         heldout = examples(args.heldout_data, reader)
-        train = [example for prompt, example in examples(args.data, reader).items() if prompt not in heldout]
+        train = [
+            example
+            for prompt, example in examples(args.data, reader).items()
+            if prompt not in heldout
+        ]
         if not train:
             fail(f"every example of {args.data} is held out by {args.heldout_data}")
         return train, list(heldout.values())
     found = list(examples(args.data, reader).values())
     if len(found) < 2:
-        fail(f"{args.data} holds {len(found)} usable example(s); training and measuring need at least two")
+        fail(
+            f"{args.data} holds {len(found)} usable example(s); training and measuring need at least two"
+        )
     random.Random(0).shuffle(found)
     count = max(1, round(HELDOUT_SHARE * len(found)))
     return found[count:], found[:count]

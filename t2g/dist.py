@@ -34,7 +34,9 @@ def start(cpu_offload=False, first=None):
     if "WORLD_SIZE" not in os.environ or distributed.is_initialized():
         return first() if first else None
     store, number, count = next(distributed.rendezvous("env://"))
-    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # what processes that died had written must not be read
+    restart = os.environ.get(
+        "TORCHELASTIC_RESTART_COUNT", "0"
+    )  # what processes that died had written must not be read
     store = distributed.PrefixStore(f"start {restart}", store)
     said = first() if first and number == 0 else None
     if number == 0:
@@ -42,10 +44,17 @@ def start(cpu_offload=False, first=None):
     store.wait(["first is done"], timedelta(weeks=4))
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    backend, timeout = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timedelta(hours=1)
-    distributed.init_process_group(backend, store=store, rank=number, world_size=count, timeout=timeout)
+    backend, timeout = (
+        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+        timedelta(hours=1),
+    )
+    distributed.init_process_group(
+        backend, store=store, rank=number, world_size=count, timeout=timeout
+    )
     atexit.register(distributed.destroy_process_group)
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")  # nothing here is changed in place
+    warnings.filterwarnings(
+        "ignore", message="FSDP2-wrapped module .* returned a view tensor"
+    )  # nothing here is changed in place
     if number:
         sys.stdout = open(os.devnull, "w")
     return said
@@ -80,7 +89,14 @@ def total(x):
 
 def totals(numbers: dict) -> dict:
     """The sums of numbers over all processes. Collective."""
-    return dict(zip(numbers, total(torch.tensor(list(numbers.values()), dtype=torch.float64, device=device())).tolist()))
+    return dict(
+        zip(
+            numbers,
+            total(
+                torch.tensor(list(numbers.values()), dtype=torch.float64, device=device())
+            ).tolist(),
+        )
+    )
 
 
 def means(numbers: dict) -> dict:
@@ -94,7 +110,9 @@ def gather(x):
         return x
     longest = torch.tensor(x.shape[1], device=x.device)
     distributed.all_reduce(longest, distributed.ReduceOp.MAX)
-    mine = F.pad(x.to(torch.uint8) if x.dtype == torch.bool else x, (0, int(longest) - x.shape[1])).contiguous()
+    mine = F.pad(
+        x.to(torch.uint8) if x.dtype == torch.bool else x, (0, int(longest) - x.shape[1])
+    ).contiguous()
     rows = [torch.empty_like(mine) for _ in range(size())]
     distributed.all_gather(rows, mine)
     return torch.cat(rows).to(x.dtype)
@@ -107,9 +125,21 @@ def own(rows):
 
 
 def add_flags(add):
-    add("--gradient_checkpointing", action="store_true", help="activations of a block are computed again, not kept: less memory")
-    add("--cpu_offload", action="store_true", help="weights and optimiser state wait in the memory of the CPU; torchrun on GPUs")
-    add("--replicate_frozen", action="store_true", help="reference and reward model whole on every GPU: faster, more memory")
+    add(
+        "--gradient_checkpointing",
+        action="store_true",
+        help="activations of a block are computed again, not kept: less memory",
+    )
+    add(
+        "--cpu_offload",
+        action="store_true",
+        help="weights and optimiser state wait in the memory of the CPU; torchrun on GPUs",
+    )
+    add(
+        "--replicate_frozen",
+        action="store_true",
+        help="reference and reward model whole on every GPU: faster, more memory",
+    )
 
 
 def shard(model, bf16=False, cpu_offload=False, recompute=False):
@@ -125,7 +155,9 @@ def shard(model, bf16=False, cpu_offload=False, recompute=False):
         return model.to(device())
     options = {"offload_policy": CPUOffloadPolicy()} if cpu_offload else {}
     if bf16:  # products in bf16; the weights that the optimiser steps, and sums of gradients over processes, in fp32
-        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        options["mp_policy"] = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32
+        )
     for block in reversed(blocks(model)):  # what lies within another first
         fully_shard(block, **options)
     fully_shard(model, **options)
@@ -133,14 +165,18 @@ def shard(model, bf16=False, cpu_offload=False, recompute=False):
         part.set_reshard_after_forward(reshard_after_forward(part, model), recurse=False)
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)
-        part.set_reduce_scatter_unused_params(True)  # such as an expert that no token of this process went to
+        part.set_reduce_scatter_unused_params(
+            True
+        )  # such as an expert that no token of this process went to
     return model
 
 
 def frozen(model, args):
     """A model that is not trained, ready to be asked: sharded as well, or whole in each process with --replicate_frozen."""
     if not (distributed.is_initialized() and (size() > 1 or args.cpu_offload)):
-        return model.to(device())  # autocast keeps bf16 copies only of weights that could have a gradient
+        return model.to(
+            device()
+        )  # autocast keeps bf16 copies only of weights that could have a gradient
     model.requires_grad_(False)
     if not args.replicate_frozen:
         return shard(model, args.bf16, args.cpu_offload)
@@ -181,7 +217,9 @@ def whole(model):
         for part in parts(model):
             part.set_reshard_after_forward(reshard_after_forward(part, model), recurse=False)
             part.reshard()
-        if parts(model) and model._get_fsdp_state()._is_root:  # it has gone forward: without this FSDP notes each pass for ever
+        if (
+            parts(model) and model._get_fsdp_state()._is_root
+        ):  # it has gone forward: without this FSDP notes each pass for ever
             model.reset_iter_state()
 
 
@@ -215,7 +253,11 @@ def own_chunk(tensor):
 
 def whole_state(module, trained_only=False) -> dict:
     """The module's state on the CPU of the first process, {} elsewhere; weights that are one stay one. Collective."""
-    left_out = {name for name, weights in module.named_parameters() if trained_only and not weights.requires_grad}
+    left_out = {
+        name
+        for name, weights in module.named_parameters()
+        if trained_only and not weights.requires_grad
+    }
     state, seen = {}, {}
     for name, tensor in module.state_dict().items():
         if name in left_out:

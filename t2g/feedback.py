@@ -47,11 +47,17 @@ class Feedback:
     def __post_init__(self):
         for key, quotes in (("good", self.good), ("poor", self.poor)):
             if not isinstance(quotes, list) or not all(map(_is_quote, quotes)):
-                raise FeedbackError(f'"{key}" must be a list of texts, or of {{"text", "severity"}} with a severity in [-1, 1]')
+                raise FeedbackError(
+                    f'"{key}" must be a list of texts, or of {{"text", "severity"}} with a severity in [-1, 1]'
+                )
 
     def render(self) -> str:
         """z: the critique, a line break, and the span map as one line of JSON."""
-        return self.critique + "\n" + json.dumps({"good": self.good, "poor": self.poor}, ensure_ascii=False)
+        return (
+            self.critique
+            + "\n"
+            + json.dumps({"good": self.good, "poor": self.poor}, ensure_ascii=False)
+        )
 
     @classmethod
     def parse(cls, z: str) -> "Feedback":
@@ -61,13 +67,17 @@ class Feedback:
         """
         critique, line_break, last_line = z.rstrip().rpartition("\n")
         if not line_break:
-            raise FeedbackError("the feedback has one line; it needs a critique and, on the last line, the span map")
+            raise FeedbackError(
+                "the feedback has one line; it needs a critique and, on the last line, the span map"
+            )
         try:
             span_map = json.loads(last_line, object_pairs_hook=_each_key_once)
         except (ValueError, RecursionError) as error:
             raise FeedbackError(f"the last line is not JSON: {error}") from None
         if not isinstance(span_map, dict) or span_map.keys() != {"good", "poor"}:
-            raise FeedbackError('the span map must be a JSON object with the keys "good" and "poor", and no other')
+            raise FeedbackError(
+                'the span map must be a JSON object with the keys "good" and "poor", and no other'
+            )
         feedback = cls(critique, **span_map)
         plain = feedback.plain()
         if re.search("[\ud800-\udfff]", "".join([critique, *plain.good, *plain.poor])):
@@ -76,7 +86,10 @@ class Feedback:
 
     def plain(self) -> "Feedback":
         """The same without severities."""
-        return Feedback(self.critique, *([quoted(quote)[0] for quote in quotes] for quotes in (self.good, self.poor)))
+        return Feedback(
+            self.critique,
+            *([quoted(quote)[0] for quote in quotes] for quotes in (self.good, self.poor)),
+        )
 
 
 def quoted(quote) -> tuple[str, float]:
@@ -93,7 +106,12 @@ def _is_quote(value):
         return isinstance(value, str)
     severity = value.get("severity")
     number = isinstance(severity, int | float) and not isinstance(severity, bool)
-    return value.keys() == {"text", "severity"} and isinstance(value["text"], str) and number and -1 <= severity <= 1
+    return (
+        value.keys() == {"text", "severity"}
+        and isinstance(value["text"], str)
+        and number
+        and -1 <= severity <= 1
+    )
 
 
 def _each_key_once(pairs):

@@ -77,7 +77,9 @@ class Logger:
 
     def __init__(self, folder, args, task_metrics=(), tensorboard=False, keep_until=0):
         self.folder, self.known = Path(folder), set(METRICS) | set(task_metrics)
-        cut(self.folder / "metrics.jsonl", keep_until)  # first, for by it a folder is known as a run of ours
+        cut(
+            self.folder / "metrics.jsonl", keep_until
+        )  # first, for by it a folder is known as a run of ours
         write_json(self.folder / "config.json", {"argv": sys.argv, **vars(args)})
         self.file = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")
         self.board = None

@@ -5,11 +5,11 @@ from functools import cache
 import numpy as np
 import torch
 
+from extras.baselines.revision import second_try
 from t2g import dist
 from t2g.feedback import Feedback
 from t2g.ppo import masked_mean
 from t2g.respond import respond
-from t2g.revision import second_try
 
 
 def evaluate(
@@ -30,8 +30,12 @@ def evaluate(
         sampling = dict(temperature=temperature, bf16=bf16, generator=generator, desc=label)
         texts[suffix], finished = respond(model, tokenizer, prompts, response_length, **sampling)
         if critic:
-            texts[suffix], finished = second_try(model, tokenizer, examples, texts[suffix], critic, response_length, **sampling)
-        means |= {name + suffix: mean for name, mean in mean_scores(task, examples, texts[suffix]).items()}
+            texts[suffix], finished = second_try(
+                model, tokenizer, examples, texts[suffix], critic, response_length, **sampling
+            )
+        means |= {
+            name + suffix: mean for name, mean in mean_scores(task, examples, texts[suffix]).items()
+        }
         means["eos_rate" + suffix] = float(np.mean(finished))
     return means, texts[""]
 
@@ -51,11 +55,18 @@ def token_counts(tokenizer, rollout, feedback) -> dict[str, float]:
         "prompt_tokens": rollout.prompt_mask.sum().item(),
         "response_tokens": rollout.mask.sum().item(),
         "eos_rate": rollout.finished.sum().item(),
-        "critique_tokens": sum(map(len, tokenizer(critiques, add_special_tokens=False)["input_ids"])) if critiques else 0,
+        "critique_tokens": sum(
+            map(len, tokenizer(critiques, add_special_tokens=False)["input_ids"])
+        )
+        if critiques
+        else 0,
     }
     sums = dist.totals(sums | {"responses": len(rollout), "critiques": len(critiques)})
     responses, critiques = sums.pop("responses"), max(sums.pop("critiques"), 1)
-    return {name: value / (critiques if name == "critique_tokens" else responses) for name, value in sums.items()}
+    return {
+        name: value / (critiques if name == "critique_tokens" else responses)
+        for name, value in sums.items()
+    }
 
 
 def shift(change, delta, mask):
@@ -142,4 +153,6 @@ def rouge_l(reference: str, text: str) -> float:
 
 def rouge(reference: str, text: str, *kinds) -> dict[str, float]:
     """F1 of each of these kinds of ROUGE, such as rouge1 or rougeL, of stemmed words, by the package rouge-score."""
-    return {kind: score.fmeasure for kind, score in rouge_scorer(*kinds).score(reference, text).items()}
+    return {
+        kind: score.fmeasure for kind, score in rouge_scorer(*kinds).score(reference, text).items()
+    }

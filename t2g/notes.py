@@ -23,7 +23,9 @@ def read_responses(path) -> list[dict]:
     for number, record in enumerate(records, 1):
         if type(record.get("id")) is int:
             record["id"] = str(record["id"])
-        if wrong := [name for name in ("id", "prompt", "response") if not isinstance(record.get(name), str)]:
+        if wrong := [
+            name for name in ("id", "prompt", "response") if not isinstance(record.get(name), str)
+        ]:
             fail(f"record {number} of {path} has no {', '.join(wrong)}; each must be a text")
         if record["id"] in seen:
             fail(f"record {number} of {path} has the id of an earlier one; each needs its own")
@@ -31,7 +33,9 @@ def read_responses(path) -> list[dict]:
         try:
             json.dumps(record, ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            fail(f"record {number} of {path} holds half of a surrogate pair, which is no text; mend it or leave it out")
+            fail(
+                f"record {number} of {path} holds half of a surrogate pair, which is no text; mend it or leave it out"
+            )
     if not records:
         fail(f"{path} holds no record")
     return records
@@ -47,8 +51,12 @@ def read_annotations(path) -> list[dict]:
         record["feedback"] = None
         if record.get("status", "ok") != "ok":
             continue
-        if wrong := [name for name, kind in FIELDS.items() if not isinstance(record.get(name), kind)]:
-            fail(f"record {number} of {path} has no usable {', '.join(wrong)}; see annotate.py for the fields")
+        if wrong := [
+            name for name, kind in FIELDS.items() if not isinstance(record.get(name), kind)
+        ]:
+            fail(
+                f"record {number} of {path} has no usable {', '.join(wrong)}; see annotate.py for the fields"
+            )
         try:
             check_kinds(record)
             said = Feedback(record["critique"], record["good_spans"], record["poor_spans"])
@@ -56,14 +64,24 @@ def read_annotations(path) -> list[dict]:
             (record["prompt"] + record["response"]).encode()
         except ValueError as error:
             fail(f"record {number} of {path} is no feedback: {error}")
-    return list({row["id"] if isinstance(row.get("id"), str) else i: row for i, row in enumerate(records)}.values())
+    return list(
+        {
+            row["id"] if isinstance(row.get("id"), str) else i: row for i, row in enumerate(records)
+        }.values()
+    )
 
 
 def check_kinds(record):
     """Raises: FeedbackError where a record has "kinds" that are not parallel to its poor_spans."""
     kinds, poor = record.get("kinds", []), record["poor_spans"]
-    if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds) or len(kinds) not in (0, len(poor)):
-        raise FeedbackError(f'"kinds" must be a list of texts, one for each of the {len(poor)} poor_spans')
+    if (
+        not isinstance(kinds, list)
+        or not all(isinstance(kind, str) for kind in kinds)
+        or len(kinds) not in (0, len(poor))
+    ):
+        raise FeedbackError(
+            f'"kinds" must be a list of texts, one for each of the {len(poor)} poor_spans'
+        )
 
 
 @contextmanager
@@ -72,13 +90,17 @@ def writing(path: Path):
     try:
         yield
     except OSError as error:
-        fail(f"{path} cannot be written ({error.strerror}); make room there or choose another --out")
+        fail(
+            f"{path} cannot be written ({error.strerror}); make room there or choose another --out"
+        )
 
 
 def write_whole(path: Path, records):
     """A .jsonl file that appears whole or not at all."""
     with writing(path):
-        write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+        write_text(
+            path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        )
 
 
 class Notes:
@@ -91,15 +113,21 @@ class Notes:
         self.path, self.file, self.synced = path, open(path, "ab"), 0.0
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours = os.path.samestat(os.fstat(self.file.fileno()), os.stat(path))  # and has not just been replaced
+            ours = os.path.samestat(
+                os.fstat(self.file.fileno()), os.stat(path)
+            )  # and has not just been replaced
         except BlockingIOError:
             ours = False
         if not ours:
             fail(f"another process is writing {path}; wait for it, or choose another --out")
         mend_last_line(path)
         rows = read_jsonl(path)
-        if wrong := [number for number, row in enumerate(rows, 1) if not isinstance(row.get("id"), str)]:
-            fail(f"record {wrong[0]} of {path} has no id, so this is no file of annotations; choose another --out")
+        if wrong := [
+            number for number, row in enumerate(rows, 1) if not isinstance(row.get("id"), str)
+        ]:
+            fail(
+                f"record {wrong[0]} of {path} has no id, so this is no file of annotations; choose another --out"
+            )
         self.records = {row["id"]: row for row in rows}
         self.failed = {row["id"] for row in self.records.values() if row.get("status") == "failed"}
         self.twice = len(self.records) < len(rows)
@@ -118,8 +146,13 @@ class Notes:
         todo = []
         for record in records:
             there = self.records.get(record["id"])
-            if there and (there.get("prompt"), there.get("response")) != (record["prompt"], record["response"]):
-                fail(f"{self.path} holds the id {record['id']} with another prompt or response; choose another --out")
+            if there and (there.get("prompt"), there.get("response")) != (
+                record["prompt"],
+                record["response"],
+            ):
+                fail(
+                    f"{self.path} holds the id {record['id']} with another prompt or response; choose another --out"
+                )
             if not there:
                 todo.append(record)
             elif retry_failed and record["id"] in self.failed:
@@ -148,7 +181,10 @@ def mend_last_line(path: Path):
         json.loads(last)
     except ValueError:
         os.truncate(path, len(text) - len(last))
-        print(f"the last line of {path} was half written and is cut off: its record will be annotated again", flush=True)
+        print(
+            f"the last line of {path} was half written and is cut off: its record will be annotated again",
+            flush=True,
+        )
     else:
         with open(path, "ab") as file:
             file.write(b"\n")

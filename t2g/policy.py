@@ -14,7 +14,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+)
 
 from t2g import adapters, cpu, dist
 from t2g.cli import fail
@@ -66,7 +72,9 @@ def token_stats(logits, rollout, temperature=1.0, entropy_grad=False):
     normaliser = logits.logsumexp(-1)
     logprobs = logits.gather(-1, rollout.response[..., None])[..., 0] - normaliser
     with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):
-        entropy = normaliser - torch.stack([(row.softmax(-1) * row).sum(-1) for row in logits])  # a row at a time: V is large
+        entropy = normaliser - torch.stack(
+            [(row.softmax(-1) * row).sum(-1) for row in logits]
+        )  # a row at a time: V is large
     return logprobs.masked_fill(~rollout.mask, 0), entropy.masked_fill(~rollout.mask, 0)
 
 
@@ -114,7 +122,9 @@ def save(model, tokenizer, run, step, value_head=None, write_more=None) -> Path:
             write_more(unfinished)
         dist.barrier()
     except (OSError, SafetensorError) as error:
-        fail(f"{folder} cannot be written ({error}); make room or choose another --output_dir. Earlier checkpoints stay")
+        fail(
+            f"{folder} cannot be written ({error}); make room or choose another --output_dir. Earlier checkpoints stay"
+        )
     if dist.rank() == 0:
         sync(unfinished)
         shutil.rmtree(folder, ignore_errors=True)  # of the same step, where a kill came right after
@@ -124,7 +134,11 @@ def save(model, tokenizer, run, step, value_head=None, write_more=None) -> Path:
 
 def checkpoints(run) -> list[Path]:
     """The checkpoints of a run, by step."""
-    found = [path for path in Path(run).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
+    found = [
+        path
+        for path in Path(run).glob("checkpoint-*")
+        if path.name.removeprefix("checkpoint-").isdecimal()
+    ]
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
@@ -145,35 +159,53 @@ def load(path, device="cpu") -> tuple[PreTrainedTokenizerBase, torch.nn.Module]:
     source, gguf = pretrained(path)
     if gguf and not Path(path).is_file():
         fail(f"there is no file {path}")
-    elif not gguf and path.startswith((".", "/", "runs/")) and not (Path(path) / "config.json").is_file():
-        fail(f"{path} holds no model (no config.json); give a hub id, a model's folder or a .gguf file")
+    elif (
+        not gguf
+        and path.startswith((".", "/", "runs/"))
+        and not (Path(path) / "config.json").is_file()
+    ):
+        fail(
+            f"{path} holds no model (no config.json); give a hub id, a model's folder or a .gguf file"
+        )
     elif (Path(path) / "metrics.jsonl").is_file():
         fail(f"the run {path} has no checkpoint: it did not finish; run that stage again")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **gguf)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **gguf)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
-        fail(f"no model could be loaded from {path!r} (hub id, folder or .gguf file): {str(error).splitlines()[0]}")
+        fail(
+            f"no model could be loaded from {path!r} (hub id, folder or .gguf file): {str(error).splitlines()[0]}"
+        )
     if gguf:  # the loader marks the model as quantised, though its weights are plain now; save_pretrained would refuse it
         config = AutoConfig.from_pretrained(source, **gguf)
         plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         plain.load_state_dict(model.state_dict())
         model = plain
     if not tokenizer.chat_template:
-        fail(f"the tokenizer of {path} has no chat template; use a chat model, or set tokenizer.chat_template and save it")
+        fail(
+            f"the tokenizer of {path} has no chat template; use a chat model, or set tokenizer.chat_template and save it"
+        )
     if tokenizer.eos_token_id is None:
-        fail(f"the tokenizer of {path} has no EOS token, so no response could ever end; set tokenizer.eos_token and save it")
+        fail(
+            f"the tokenizer of {path} has no EOS token, so no response could ever end; set tokenizer.eos_token and save it"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
-    model.generation_config = GenerationConfig(eos_token_id=eos_ids(tokenizer, model), pad_token_id=tokenizer.pad_token_id)
+    model.generation_config = GenerationConfig(
+        eos_token_id=eos_ids(tokenizer, model), pad_token_id=tokenizer.pad_token_id
+    )
     model.name_or_path = path  # where an adapter's own files say that its base lies
     return tokenizer, cpu.use(model).to(device).eval()
 
 
 def pretrained(path: str) -> tuple[str, dict]:
     """What from_pretrained wants for a folder, a hub id or a .gguf file: the place, and the file in it."""
-    return (str(Path(path).parent), {"gguf_file": Path(path).name}) if path.endswith(".gguf") else (path, {})
+    return (
+        (str(Path(path).parent), {"gguf_file": Path(path).name})
+        if path.endswith(".gguf")
+        else (path, {})
+    )
 
 
 def eos_ids(tokenizer, model) -> list[int]:

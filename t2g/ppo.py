@@ -28,7 +28,9 @@ def masked_variance(x, mask):
 
 def whiten(x, mask):
     """x shifted and scaled to mean 0 and variance 1 on the mask; 0 off it. A constant x becomes 0."""
-    exact = x.double()  # in fp32 the rounding of the mean would be blown up where x is nearly constant
+    exact = (
+        x.double()
+    )  # in fp32 the rounding of the mean would be blown up where x is nearly constant
     centred = torch.where(mask, exact - masked_mean(exact, mask), 0.0)
     return (centred * torch.rsqrt(masked_variance(exact, mask) + 1e-8)).to(x.dtype)
 
@@ -87,9 +89,13 @@ def gae(rewards, values, mask, gamma, lam):
     Raises: ValueError if the shapes differ or the mask is no prefix.
     """
     if not rewards.shape == values.shape == mask.shape:
-        raise ValueError(f"shapes differ: rewards {rewards.shape}, values {values.shape}, mask {mask.shape}")
+        raise ValueError(
+            f"shapes differ: rewards {rewards.shape}, values {values.shape}, mask {mask.shape}"
+        )
     if (mask[:, 1:] & ~mask[:, :-1]).any():
-        raise ValueError("the mask must be a prefix of each row: True up to and including EOS, False after it")
+        raise ValueError(
+            "the mask must be a prefix of each row: True up to and including EOS, False after it"
+        )
     rewards, values = rewards.masked_fill(~mask, 0), values.masked_fill(~mask, 0)
     advantages = torch.zeros_like(rewards)
     next_value = next_advantage = torch.zeros_like(rewards[:, 0]) if rewards.shape[1] else None
@@ -128,6 +134,10 @@ def value_loss(values, old_values, returns, mask, cliprange_value, token_count=N
     Args and returns as for policy_loss; stats: "value_clipfrac".
     """
     count = mask.sum().clamp(min=1) if token_count is None else token_count
-    near = values.clamp(old_values - cliprange_value, old_values + cliprange_value)  # exactly V where the clip does not bind
+    near = values.clamp(
+        old_values - cliprange_value, old_values + cliprange_value
+    )  # exactly V where the clip does not bind
     plain, clipped = (torch.where(mask, v - returns, 0.0) ** 2 for v in (values, near))
-    return torch.maximum(plain, clipped).sum() / (2 * count), {"value_clipfrac": (clipped > plain).sum() / count}
+    return torch.maximum(plain, clipped).sum() / (2 * count), {
+        "value_clipfrac": (clipped > plain).sum() / count
+    }

@@ -31,7 +31,10 @@ class Rollout:
 
     def rows(self, index) -> "Rollout":
         """The rows of a microbatch, their prompts without columns of padding alone. (B, T) tensors keep their index t."""
-        tensors = {name: getattr(self, name)[index] for name in ("prompt", "prompt_mask", "response", "mask", "finished")}
+        tensors = {
+            name: getattr(self, name)[index]
+            for name in ("prompt", "prompt_mask", "response", "mask", "finished")
+        }
         longest = int(tensors["prompt_mask"].sum(1).max())
         tensors |= {name: tensors[name][:, -longest:] for name in ("prompt", "prompt_mask")}
         return replace(self, **tensors, texts=[self.texts[i] for i in index])
@@ -50,7 +53,9 @@ def step_rng(seed: int, step: int, rank=0) -> random.Random:
 def encode_prompts(tokenizer, prompts: list[str], device="cpu"):
     """User messages through the chat template: ids (B, P), padded on the left, and their mask (B, P) bool."""
     chats = [chat_text(tokenizer, prompt) for prompt in prompts]
-    batch = tokenizer(chats, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt")
+    batch = tokenizer(
+        chats, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
+    )
     return batch["input_ids"].to(device), batch["attention_mask"].bool().to(device)
 
 
@@ -60,7 +65,15 @@ def chat_text(tokenizer, prompt: str) -> str:
 
 
 @torch.no_grad()
-def sample(model, tokenizer, prompts: list[str], response_length: int, temperature=1.0, generator=None, bf16=False) -> Rollout:
+def sample(
+    model,
+    tokenizer,
+    prompts: list[str],
+    response_length: int,
+    temperature=1.0,
+    generator=None,
+    bf16=False,
+) -> Rollout:
     """One response to each prompt, of at most response_length tokens; temperature 0 takes the likeliest token."""
     prompt, prompt_mask = encode_prompts(tokenizer, prompts, model.device)
     if prompt.shape[1] + response_length > context_length(model):
@@ -71,10 +84,22 @@ def sample(model, tokenizer, prompts: list[str], response_length: int, temperatu
         )
     eos = torch.tensor(eos_ids(tokenizer, model), device=model.device)
     response = prompt.new_full((len(prompts), response_length), tokenizer.pad_token_id)
-    mask, finished = torch.zeros_like(response, dtype=torch.bool), torch.zeros_like(response[:, 0], dtype=torch.bool)
-    past, attention, ids = cache.roomy(model.config, prompt.shape[1] + response_length), prompt_mask, prompt
-    going = torch.arange(len(prompts), device=model.device)  # rows without EOS so far; the others are not computed any more
-    with autocast(bf16), cpu.packed(model):  # one context for the whole loop: it keeps a copy of the weights
+    mask, finished = (
+        torch.zeros_like(response, dtype=torch.bool),
+        torch.zeros_like(response[:, 0], dtype=torch.bool),
+    )
+    past, attention, ids = (
+        cache.roomy(model.config, prompt.shape[1] + response_length),
+        prompt_mask,
+        prompt,
+    )
+    going = torch.arange(
+        len(prompts), device=model.device
+    )  # rows without EOS so far; the others are not computed any more
+    with (
+        autocast(bf16),
+        cpu.packed(model),
+    ):  # one context for the whole loop: it keeps a copy of the weights
         for t in range(response_length):
             out = model(
                 input_ids=ids,
@@ -93,7 +118,10 @@ def sample(model, tokenizer, prompts: list[str], response_length: int, temperatu
                 past.batch_select_indices((~ended).nonzero()[:, 0])
             if not len(going):
                 break
-            ids, attention = token[:, None], torch.cat([attention, torch.ones_like(attention[:, :1])], dim=1)
+            ids, attention = (
+                token[:, None],
+                torch.cat([attention, torch.ones_like(attention[:, :1])], dim=1),
+            )
     response, mask = response[:, : t + 1], mask[:, : t + 1]
     texts = [response_text(tokenizer, row[m].tolist()) for row, m in zip(response, mask)]
     return Rollout(prompt, prompt_mask, response, mask, finished, texts)
@@ -104,4 +132,6 @@ def draw(logits, temperature, uniform):
     if temperature == 0:
         return logits.argmax(-1)
     cumulative = (logits / temperature).softmax(-1).cumsum(-1)
-    return torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[:, 0].clamp(max=logits.shape[1] - 1)
+    return torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[
+        :, 0
+    ].clamp(max=logits.shape[1] - 1)

@@ -52,7 +52,9 @@ class Unreadable(NoAnswer):
 class Answer(NamedTuple):
     text: str
     finish_reason: str | None  # "length" if max_tokens cut it off
-    tokens: tuple[int, int] | None  # of the prompt and of the answer, as the server counts them, None if it does not
+    tokens: (
+        tuple[int, int] | None
+    )  # of the prompt and of the answer, as the server counts them, None if it does not
 
 
 class InTime(openai.DefaultAsyncHttpxClient):
@@ -68,11 +70,16 @@ class InTime(openai.DefaultAsyncHttpxClient):
 
 def client(base_url, timeout, max_retries) -> openai.AsyncOpenAI:
     """A client for one event loop; use it as `async with client(...)`. The key comes from the environment and from nowhere else."""
-    base_url, key = base_url or os.environ.get("OPENAI_BASE_URL"), os.environ.get("OPENAI_API_KEY", "").strip()
+    base_url, key = (
+        base_url or os.environ.get("OPENAI_BASE_URL"),
+        os.environ.get("OPENAI_API_KEY", "").strip(),
+    )
     if base_url and not is_address(base_url):
         fail("--base_url is no address of a server, such as http://localhost:8000/v1")
     if not base_url and not key:
-        fail("there is no key for OpenAI: set OPENAI_API_KEY, or name another server with --base_url")
+        fail(
+            "there is no key for OpenAI: set OPENAI_API_KEY, or name another server with --base_url"
+        )
     if not (key.isascii() and key.isprintable()):
         fail("OPENAI_API_KEY holds characters that stand in no key; set it anew")
     options = dict(timeout=timeout, max_retries=max_retries, http_client=InTime())
@@ -100,7 +107,9 @@ async def ask(client, **request) -> Answer:
             raise Stop(HOPELESS[error.status_code]) from None
         if error.code == "insufficient_quota":
             raise Stop("the account at the server is used up (429, insufficient_quota)") from None
-        if error.status_code == 501 or (error.status_code < 500 and error.status_code not in (408, 409, 429)):
+        if error.status_code == 501 or (
+            error.status_code < 500 and error.status_code not in (408, 409, 429)
+        ):
             raise Refused(error.status_code, error.param) from None
         raise NoAnswer(f"the server answered with status {error.status_code}") from None
     return read(raw.content)
@@ -118,10 +127,16 @@ def read(body: bytes) -> Answer:
         text = choice["message"].get("content") or ""
         if not isinstance(text, str):
             raise Unreadable
-        text = text.encode(errors="replace").decode()  # half of a surrogate pair could not be sent back
+        text = text.encode(
+            errors="replace"
+        ).decode()  # half of a surrogate pair could not be sent back
         usage = completion.get("usage") or {}
         counts = usage.get("prompt_tokens"), usage.get("completion_tokens")
-        return Answer(text, choice.get("finish_reason"), tuple(map(int, counts)) if all(map(is_count, counts)) else None)
+        return Answer(
+            text,
+            choice.get("finish_reason"),
+            tuple(map(int, counts)) if all(map(is_count, counts)) else None,
+        )
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise Unreadable from None
 
@@ -142,7 +157,11 @@ class Meter:
     """Tokens and money so far, earlier runs into the same file included. A request waits until its worst case fits the budget."""
 
     def __init__(self, prices, budget, tokens):
-        self.prices, self.budget, self.tokens = prices, math.inf if budget is None else budget, tokens  # prices a million tokens
+        self.prices, self.budget, self.tokens = (
+            prices,
+            math.inf if budget is None else budget,
+            tokens,
+        )  # prices a million tokens
         self.under_way, self.changed = [], asyncio.Condition()
 
     def money(self, tokens) -> float:

@@ -22,21 +22,31 @@ def ensure(names, args, root, policy=None) -> dict[str, float]:
     """
     root, data = Path(root), tasks.data_flags(args)
     stages = {
-        "sft": ("The starting policy", root / "sft", ["train_sft.py", *data, "--output_dir", f"{root}/sft"]),
-        "annotate": ("The annotations", root / "annotations.jsonl", ["annotate.py", *data, "--out", f"{root}/annotations.jsonl"]),
-        "rm_scalar": (
-            "The scalar reward model",
-            root / "rm_scalar",
-            ["train_scalar_rm.py", *data, "--output_dir", f"{root}/rm_scalar"],
+        "sft": (
+            "The starting policy",
+            root / "sft",
+            ["train_sft.py", *data, "--output_dir", f"{root}/sft"],
         ),
-        "rm": ("The reward model", root / "rm", ["train_rm.py", *data, "--output_dir", f"{root}/rm"]),
-        "ppo": ("The trained policy", root / "ppo", ["train_ppo.py", *data, "--output_dir", f"{root}/ppo"]),
+        "annotate": (
+            "The annotations",
+            root / "annotations.jsonl",
+            ["annotate.py", *data, "--out", f"{root}/annotations.jsonl"],
+        ),
+        "rm": (
+            "The reward model",
+            root / "rm",
+            ["train_rm.py", *data, "--output_dir", f"{root}/rm"],
+        ),
+        "ppo": (
+            "The trained policy",
+            root / "ppo",
+            ["train_ppo.py", *data, "--output_dir", f"{root}/ppo"],
+        ),
     }
     if policy:
         del stages["sft"]
         stages["annotate"][2].extend(["--policy", policy])
-        for name in ("rm", "rm_scalar"):
-            stages[name][2].extend(["--model", policy])
+        stages["rm"][2].extend(["--model", policy])
     seconds = {}
     for name, (title, output, command) in stages.items():
         if name not in names:
@@ -55,9 +65,15 @@ def run(title: str, command: list[str]) -> float:
     ours = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     if dist.processes() > 1:
         ours += ("OMP_NUM_THREADS",)  # torchrun's, for processes beside each other
-    env = {key: value for key, value in os.environ.items() if key not in ours and not key.startswith("TORCHELASTIC")}
+    env = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ours and not key.startswith("TORCHELASTIC")
+    }
     start = time.perf_counter()
-    with subprocess.Popen([sys.executable, str(folder / command[0]), *command[1:]], env=env) as stage:
+    with subprocess.Popen(
+        [sys.executable, str(folder / command[0]), *command[1:]], env=env
+    ) as stage:
         before = signal.signal(signal.SIGTERM, lambda *_: stage.terminate())
         try:
             code = stage.wait()

@@ -30,9 +30,16 @@ from t2g.rollout import Rollout, chat_text
 
 def encode_pairs(tokenizer, pairs) -> list[tuple[list[int], list[int]]]:
     """Pairs of texts as token ids: the prompt through the chat template, the completion with EOS behind it."""
-    prompts = tokenizer([chat_text(tokenizer, prompt) for prompt, _ in pairs], add_special_tokens=False)["input_ids"]
-    completions = tokenizer([completion for _, completion in pairs], add_special_tokens=False)["input_ids"]
-    return [(prompt, [*completion, tokenizer.eos_token_id]) for prompt, completion in zip(prompts, completions)]
+    prompts = tokenizer(
+        [chat_text(tokenizer, prompt) for prompt, _ in pairs], add_special_tokens=False
+    )["input_ids"]
+    completions = tokenizer([completion for _, completion in pairs], add_special_tokens=False)[
+        "input_ids"
+    ]
+    return [
+        (prompt, [*completion, tokenizer.eos_token_id])
+        for prompt, completion in zip(prompts, completions)
+    ]
 
 
 def as_rollout(rows, pad_token_id, device) -> tuple[Rollout, torch.Tensor]:
@@ -41,13 +48,24 @@ def as_rollout(rows, pad_token_id, device) -> tuple[Rollout, torch.Tensor]:
     All padding is on the left and the last T columns count as responses, T being the longest completion: before a shorter one
     stands the end of its prompt. So a row is padded for its whole length once, and not for its prompt and its completion apart.
     """
-    T, length = max(len(completion) for _, completion in rows), max(len(prompt) + len(completion) for prompt, completion in rows)
+    T, length = (
+        max(len(completion) for _, completion in rows),
+        max(len(prompt) + len(completion) for prompt, completion in rows),
+    )
     length = max(length, T + 1)
-    ids = [[pad_token_id] * (length - len(prompt) - len(completion)) + prompt + completion for prompt, completion in rows]
-    there = [[False] * (length - len(prompt) - len(completion)) + [True] * len(prompt + completion) for prompt, completion in rows]
+    ids = [
+        [pad_token_id] * (length - len(prompt) - len(completion)) + prompt + completion
+        for prompt, completion in rows
+    ]
+    there = [
+        [False] * (length - len(prompt) - len(completion)) + [True] * len(prompt + completion)
+        for prompt, completion in rows
+    ]
     learnt = [[False] * (T - len(completion)) + [True] * len(completion) for _, completion in rows]
     ids, there, learnt = (torch.tensor(table, device=device) for table in (ids, there, learnt))
-    batch = Rollout(ids[:, :-T], there[:, :-T], ids[:, -T:], there[:, -T:], learnt.any(1), [""] * len(rows))
+    batch = Rollout(
+        ids[:, :-T], there[:, :-T], ids[:, -T:], there[:, -T:], learnt.any(1), [""] * len(rows)
+    )
     return batch, learnt
 
 
@@ -80,7 +98,9 @@ class Objective(NamedTuple):
     collate: Callable  # (rows, pad_token_id, device) -> microbatch; its first two parts are those of as_rollout()
     count: Callable  # (*microbatch) -> its units
     loss: Callable  # (model, *microbatch, args) -> sum of their losses, and sums of other metrics
-    measure: Callable = lambda model, tokenizer, rows, args: {}  # further metrics of rows that are not trained on
+    measure: Callable = (
+        lambda model, tokenizer, rows, args: {}
+    )  # further metrics of rows that are not trained on
 
 
 def token_loss(model, batch, learnt, args):
@@ -107,9 +127,17 @@ def make_optimizers(model, kind, learning_rate):
     weights = checkpoint.trainable(model)
     matrices = [p for name, p in weights.items() if is_matrix(name, p)]
     rest = [p for name, p in weights.items() if not is_matrix(name, p)]
-    optimizers = [torch.optim.AdamW(rest, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)] if rest else []
+    optimizers = (
+        [torch.optim.AdamW(rest, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
+        if rest
+        else []
+    )
     if matrices:  # updates are scaled to the size of AdamW's, so that one learning rate serves both
-        optimizers.append(torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(
+            torch.optim.Muon(
+                matrices, lr=learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
+            )
+        )
     return optimizers
 
 
@@ -120,7 +148,9 @@ def finetune(model, tokenizer, pairs, args, desc) -> Path:
     """
     if not pairs:
         fail("the data set is empty: there is no pair to train on")
-    heldout, rows = parted(that_fit(encode_pairs(tokenizer, pairs), longest_text(model, args)), args)
+    heldout, rows = parted(
+        that_fit(encode_pairs(tokenizer, pairs), longest_text(model, args)), args
+    )
     model = adapters.added(model, args)
     with run_folder(args) as folder:
         step = train(model, tokenizer, rows, heldout, args, folder, desc)
@@ -158,7 +188,9 @@ def train(model, tokenizer, rows, heldout, args, folder, desc, objective=NEXT_TO
     log = Logger(folder, args, keep_until=reached["step"])
     batches = in_batches(rows, args.per_device_train_batch_size, args.seed)
     batches = itertools.islice(batches, reached["step"] * args.gradient_accumulation_steps, None)
-    bar = tqdm(total=args.max_steps, initial=reached["step"], desc=desc, unit="step", mininterval=0.5)
+    bar = tqdm(
+        total=args.max_steps, initial=reached["step"], desc=desc, unit="step", mininterval=0.5
+    )
     model.train()
     for step in range(reached["step"] + 1, args.max_steps + 1):
         start, parts = now(), itertools.islice(batches, args.gradient_accumulation_steps)
@@ -179,8 +211,14 @@ def train(model, tokenizer, rows, heldout, args, folder, desc, objective=NEXT_TO
         log(step, metrics)
         bar.set_postfix_str(f"loss {metrics['loss']:.3f}", refresh=False)
         bar.update()
-        if heldout and step - reached["best_step"] >= args.early_stopping_patience * args.eval_steps:
-            print(f"\nthe validation loss was lowest at step {reached['best_step']}: stopped early", flush=True)
+        if (
+            heldout
+            and step - reached["best_step"] >= args.early_stopping_patience * args.eval_steps
+        ):
+            print(
+                f"\nthe validation loss was lowest at step {reached['best_step']}: stopped early",
+                flush=True,
+            )
             break
         if step % args.save_steps == 0:
             checkpoint.save(folder / STATE, model, optimizers, **reached)
@@ -192,17 +230,28 @@ def train(model, tokenizer, rows, heldout, args, folder, desc, objective=NEXT_TO
 
 def train_step(model, microbatches, args, objective=NEXT_TOKEN) -> dict:
     """The gradient of the mean over all units of the microbatches, however they are spread over them; clipped."""
-    sums, count = defaultdict(float), sum(objective.count(*microbatch) for microbatch in microbatches)
+    sums, count = (
+        defaultdict(float),
+        sum(objective.count(*microbatch) for microbatch in microbatches),
+    )
     for microbatch in microbatches:
         loss, stats = objective.loss(model, *microbatch, args)
         (loss / count).backward()
         for name, value in {"loss": loss.item(), **stats}.items():
             sums[name] += value / count
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm, error_if_nonfinite=True)
+    grad_norm = torch.nn.utils.clip_grad_norm_(
+        model.parameters(), args.max_grad_norm, error_if_nonfinite=True
+    )
     places = [mask for batch, *_ in microbatches for mask in (batch.prompt_mask, batch.mask)]
     read = sum(int(mask.sum()) for mask in places)
     padding = 1 - read / sum(mask.numel() for mask in places)
-    return {**sums, "grad_norm": grad_norm.item(), objective.unit: count, "update_tokens": read, "padding": padding}
+    return {
+        **sums,
+        "grad_norm": grad_norm.item(),
+        objective.unit: count,
+        "update_tokens": read,
+        "padding": padding,
+    }
 
 
 def measured(model, tokenizer, rows, args, objective) -> dict:
@@ -218,7 +267,9 @@ def measured(model, tokenizer, rows, args, objective) -> dict:
 def validation_loss(model, tokenizer, rows, args, objective=NEXT_TOKEN) -> float:
     """The mean loss of rows that are not trained on."""
     device = next(model.parameters()).device
-    parts = [objective.collate(some, tokenizer.pad_token_id, device) for some in by_length(rows, args)]
+    parts = [
+        objective.collate(some, tokenizer.pad_token_id, device) for some in by_length(rows, args)
+    ]
     loss = sum(objective.loss(model, *part, args)[0].item() for part in parts)
     return loss / sum(objective.count(*part) for part in parts)
 
@@ -245,26 +296,72 @@ def that_fit(rows, limit, size=length):
     """The rows of at most `limit` tokens by size(row); how many are left out is said."""
     kept = [row for row in rows if size(row) <= limit]
     if len(kept) < len(rows):
-        print(f"{len(rows) - len(kept)} of {len(rows)} training texts have more than {limit} tokens and are left out")
+        print(
+            f"{len(rows) - len(kept)} of {len(rows)} training texts have more than {limit} tokens and are left out"
+        )
     if not kept:
-        fail(f"there is no training text of at most {limit} tokens; raise --max_length, if the model's context allows it")
+        fail(
+            f"there is no training text of at most {limit} tokens; raise --max_length, if the model's context allows it"
+        )
     return kept
 
 
 def add_flags(add, validation_share=0.0):
     """The flags of supervised training, under the names of TRL's SFTConfig."""
-    add("--learning_rate", type=positive(float), default=1e-5, help="peak learning rate, after warm-up")
-    add("--lr_scheduler_type", choices=("linear", "cosine"), default="linear", help="how the learning rate falls to 0")
-    add("--warmup_ratio", type=between(0, 1), default=0.05, help="share of the steps over which the learning rate rises")
+    add(
+        "--learning_rate",
+        type=positive(float),
+        default=1e-5,
+        help="peak learning rate, after warm-up",
+    )
+    add(
+        "--lr_scheduler_type",
+        choices=("linear", "cosine"),
+        default="linear",
+        help="how the learning rate falls to 0",
+    )
+    add(
+        "--warmup_ratio",
+        type=between(0, 1),
+        default=0.05,
+        help="share of the steps over which the learning rate rises",
+    )
     add("--max_steps", type=positive(int), default=200, help="optimiser steps")
-    add("--per_device_train_batch_size", type=positive(int), default=8, help="sequences of a microbatch")
-    add("--gradient_accumulation_steps", type=positive(int), default=1, help="microbatches of an optimiser step")
-    add("--max_length", type=positive(int), help="most tokens of a training text; the model's context if not given")
-    add("--optimizer", choices=("adamw", "muon"), default="adamw", help="muon is for models that start from scratch")
-    add("--max_grad_norm", type=positive(float), default=1.0, help="gradients are clipped to this norm")
+    add(
+        "--per_device_train_batch_size",
+        type=positive(int),
+        default=8,
+        help="sequences of a microbatch",
+    )
+    add(
+        "--gradient_accumulation_steps",
+        type=positive(int),
+        default=1,
+        help="microbatches of an optimiser step",
+    )
+    add(
+        "--max_length",
+        type=positive(int),
+        help="most tokens of a training text; the model's context if not given",
+    )
+    add(
+        "--optimizer",
+        choices=("adamw", "muon"),
+        default="adamw",
+        help="muon is for models that start from scratch",
+    )
+    add(
+        "--max_grad_norm",
+        type=positive(float),
+        default=1.0,
+        help="gradients are clipped to this norm",
+    )
     adapters.add_flags(add)
     add(
-        "--validation_share", type=between(0, 0.5), default=validation_share, help="share of the pairs kept for the validation loss"
+        "--validation_share",
+        type=between(0, 0.5),
+        default=validation_share,
+        help="share of the pairs kept for the validation loss",
     )
     add("--eval_steps", type=positive(int), default=50, help="steps between two validation losses")
     add(
@@ -273,4 +370,9 @@ def add_flags(add, validation_share=0.0):
         default=5,
         help="validation losses in a row without a new lowest before it stops",
     )
-    add("--save_steps", type=positive(int), default=100, help="steps between two states from which a stopped run goes on")
+    add(
+        "--save_steps",
+        type=positive(int),
+        default=100,
+        help="steps between two states from which a stopped run goes on",
+    )

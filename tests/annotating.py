@@ -10,7 +10,11 @@ def texts(count):
     rng = random.Random(count)
     words = "the cat sat on a mat while rain fell over old towns near rivers".split()
     return [
-        {"id": f"r{n}", "prompt": f"Go on, {n}.", "response": f"{n} {' '.join(rng.choices(words, k=9))} end{n}."}
+        {
+            "id": f"r{n}",
+            "prompt": f"Go on, {n}.",
+            "response": f"{n} {' '.join(rng.choices(words, k=9))} end{n}.",
+        }
         for n in range(count)
     ]
 

@@ -14,7 +14,7 @@ from annotating import KEY
 from hypothesis import settings
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from t2g.families import FAMILIES
+from extras.human.families import FAMILIES
 from t2g.log import read_jsonl
 
 torch.set_num_threads(1)
@@ -89,7 +89,12 @@ def serve(tmp_path):
 
     def start(**settings):
         log = tmp_path / f"server{len(running)}.log"
-        command = [sys.executable, Path(__file__).with_name("fault_server.py"), log, json.dumps(settings)]
+        command = [
+            sys.executable,
+            Path(__file__).with_name("fault_server.py"),
+            log,
+            json.dumps(settings),
+        ]
         running.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
         port = running[-1].stdout.readline().strip()
         return f"http://127.0.0.1:{port}/v1", lambda: read_jsonl(log)

@@ -15,7 +15,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 STATUS_FAULTS = ("429", "500")
 LINE_FAULTS = ("silence", "drop", "cut", "empty body", "broken body")
-TEXT_FAULTS = ("no json", "no content", "wrong quote", "wrong types", "too long", "length", "no critique", "many quotes")
+TEXT_FAULTS = (
+    "no json",
+    "no content",
+    "wrong quote",
+    "wrong types",
+    "too long",
+    "length",
+    "no critique",
+    "many quotes",
+)
 FAULTS = STATUS_FAULTS + LINE_FAULTS + TEXT_FAULTS
 DEFAULTS = {
     "rate": 0.0,  # how often it misbehaves, in all the ways of `faults` alike
@@ -35,7 +44,10 @@ DEFAULTS = {
 def annotation(response):
     """A good annotation, the same each time: the first word is good and the last one poor."""
     words = response.split()
-    thoughts = {"reasoning": "Word by word.", "critique": f"It has {len(words)} words; the last one is weak."}
+    thoughts = {
+        "reasoning": "Word by word.",
+        "critique": f"It has {len(words)} words; the last one is weak.",
+    }
     return {**thoughts, "good_spans": words[:1], "poor_spans": words[-1:]}
 
 
@@ -69,14 +81,30 @@ class Handler(BaseHTTPRequestHandler):
             if name in asked or name == asked.get("response_format", {}).get("type")
         ]
         if status := self.server.settings["status"]:
-            self.send(status, json.dumps({"error": {"message": f"bad key {self.headers['Authorization']}", "param": None}}))
+            self.send(
+                status,
+                json.dumps(
+                    {
+                        "error": {
+                            "message": f"bad key {self.headers['Authorization']}",
+                            "param": None,
+                        }
+                    }
+                ),
+            )
         elif refused:
-            param = refused[0] if refused[0] in asked and self.server.settings["names_them"] else None
+            param = (
+                refused[0] if refused[0] in asked and self.server.settings["names_them"] else None
+            )
             self.send(400, json.dumps({"error": {"message": "not supported", "param": param}}))
         elif self.server.settings["poison"] and self.server.settings["poison"] in response:
             self.send(500, "")
         elif fault in STATUS_FAULTS:
-            self.send(int(fault), json.dumps({"error": {"message": "later"}}), {"Retry-After": "0.2"} if fault == "429" else {})
+            self.send(
+                int(fault),
+                json.dumps({"error": {"message": "later"}}),
+                {"Retry-After": "0.2"} if fault == "429" else {},
+            )
         elif fault == "silence":
             self.server.stopping.wait(30)
             self.close_connection = True
@@ -89,26 +117,39 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, fault, response):
         said = annotation(response)
         content = self.server.settings["answer"] or spoilt(fault, said)
-        choice = {"message": {"content": content}, "finish_reason": "length" if fault == "length" else "stop"}
+        choice = {
+            "message": {"content": content},
+            "finish_reason": "length" if fault == "length" else "stop",
+        }
         usage = dict(zip(("prompt_tokens", "completion_tokens"), self.server.settings["usage"]))
-        body = " " * self.server.settings["trickle"] + json.dumps({"choices": [choice], "usage": usage})
+        body = " " * self.server.settings["trickle"] + json.dumps(
+            {"choices": [choice], "usage": usage}
+        )
         if fault == "cut":  # less than Content-Length promises
             self.send(200, body, {"Content-Length": len(body.encode())}, body[: len(body) // 2])
             self.close_connection = True
         else:
-            self.send(200, {"empty body": "", "broken body": body[: len(body) // 2]}.get(fault, body))
+            self.send(
+                200, {"empty body": "", "broken body": body[: len(body) // 2]}.get(fault, body)
+            )
         if fault is None:
             self.server.note(what="answer", response=response)
 
     def send(self, status, body, headers=(), sent=None):
         self.send_response(status)
-        for name, value in {"Content-Type": "application/json", "Content-Length": len(body.encode()), **dict(headers)}.items():
+        for name, value in {
+            "Content-Type": "application/json",
+            "Content-Length": len(body.encode()),
+            **dict(headers),
+        }.items():
             self.send_header(name, str(value))
         self.end_headers()
         for _ in range(self.server.settings["trickle"]):
             self.wfile.write(b" ")
             time.sleep(0.1)
-        self.wfile.write((body if sent is None else sent)[self.server.settings["trickle"] :].encode())
+        self.wfile.write(
+            (body if sent is None else sent)[self.server.settings["trickle"] :].encode()
+        )
         self.wfile.flush()
 
     def log_message(self, *_):
@@ -122,11 +163,19 @@ class Server(ThreadingHTTPServer):
     def __init__(self, log, settings):
         super().__init__(("127.0.0.1", 0), Handler)
         self.settings, self.rng = DEFAULTS | settings, random.Random(settings.get("seed", 0))
-        self.log, self.lock, self.stopping = open(log, "a", encoding="utf-8"), threading.Lock(), threading.Event()
+        self.log, self.lock, self.stopping = (
+            open(log, "a", encoding="utf-8"),
+            threading.Lock(),
+            threading.Event(),
+        )
 
     def fault(self):
         with self.lock:
-            return self.rng.choice(self.settings["faults"]) if self.rng.random() < self.settings["rate"] else None
+            return (
+                self.rng.choice(self.settings["faults"])
+                if self.rng.random() < self.settings["rate"]
+                else None
+            )
 
     def note(self, **line):
         with self.lock:

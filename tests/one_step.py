@@ -46,9 +46,13 @@ def rollout_of(lengths, vocabulary) -> Rollout:
     response = torch.randint(5, vocabulary, (4, max(lengths)), generator=rng)
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     prompt_mask = torch.arange(6) >= torch.tensor([0, 2, 1, 3])[:, None]
-    prompt, prompt_mask, response, mask = map(dist.own, (prompt, prompt_mask, response * mask, mask))
+    prompt, prompt_mask, response, mask = map(
+        dist.own, (prompt, prompt_mask, response * mask, mask)
+    )
     width = mask.sum(1).max()
-    return Rollout(prompt, prompt_mask, response[:, :width], mask[:, :width], mask.any(1), [""] * len(mask))
+    return Rollout(
+        prompt, prompt_mask, response[:, :width], mask[:, :width], mask.any(1), [""] * len(mask)
+    )
 
 
 def one_step(model, case) -> tuple[dict, dict]:
@@ -59,14 +63,26 @@ def one_step(model, case) -> tuple[dict, dict]:
     actor = Policy(adapters.added(copy.deepcopy(model), args).eval())
     dist.shard(actor.model, args.bf16, recompute=args.gradient_checkpointing)
     dist.shard(actor.value_head)
-    optimizer = torch.optim.AdamW(checkpoint.trainable(actor).values(), lr=args.learning_rate, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(
+        checkpoint.trainable(actor).values(), lr=args.learning_rate, weight_decay=0.0, fused=True
+    )
     rollout = rollout_of(args.lengths, model.config.vocab_size)
     readable = dist.own(torch.tensor([row not in args.unreadable for row in range(4)]))
-    delta = dist.own(torch.randint(-1, 2, (4, 9), generator=torch.Generator().manual_seed(6)).float())[:, : rollout.mask.shape[1]]
+    delta = dist.own(
+        torch.randint(-1, 2, (4, 9), generator=torch.Generator().manual_seed(6)).float()
+    )[:, : rollout.mask.shape[1]]
     scored = score(actor, reference, rollout, args)
-    mask, delta, logprobs, entropy, values, kl = map(dist.gather, (rollout.mask & readable[:, None], delta, *scored))
+    mask, delta, logprobs, entropy, values, kl = map(
+        dist.gather, (rollout.mask & readable[:, None], delta, *scored)
+    )
     advantages, returns = gae(delta - 0.1 * kl, values, mask, 1.0, 0.95)
-    batch = dict(old_logprobs=logprobs, advantages=whiten(advantages, mask), old_values=values, returns=returns, mask=mask)
+    batch = dict(
+        old_logprobs=logprobs,
+        advantages=whiten(advantages, mask),
+        old_values=values,
+        returns=returns,
+        mask=mask,
+    )
     stats = update(actor, optimizer, rollout, batch, args)
     stats["entropy"] = masked_mean(entropy, mask).item()
     return dist.whole_state(actor), stats
@@ -79,7 +95,13 @@ if __name__ == "__main__":
     for case in CASES:
         state, stats = one_step(model, case)
         stats["processes"] = dist.size()
-        state |= {f"stats.{name}": torch.tensor(value, dtype=torch.float64) for name, value in stats.items()}
+        state |= {
+            f"stats.{name}": torch.tensor(value, dtype=torch.float64)
+            for name, value in stats.items()
+        }
         if dist.rank() == 0:
-            save_file({name: tensor.clone() for name, tensor in state.items()}, f"{sys.argv[2]}/{case}.safetensors")
+            save_file(
+                {name: tensor.clone() for name, tensor in state.items()},
+                f"{sys.argv[2]}/{case}.safetensors",
+            )
         dist.barrier()

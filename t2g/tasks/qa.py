@@ -25,20 +25,26 @@ METRICS = {
 }
 DEFAULTS = {
     "annotate": dict(critic="openai", response_length=512),
-    "train_ppo": dict(learning_rate=1e-5, response_length=512, critique_length=256, eval_samples=32),
+    "train_ppo": dict(
+        learning_rate=1e-5, response_length=512, critique_length=256, eval_samples=32
+    ),
     "eval": dict(response_length=512, critique_length=256, eval_samples=32),
 }
 
 
 def check(args, script):
     if getattr(args, "critic", None) in ("rule", "tests"):
-        fail(f"the task qa has no program that criticises, so --critic {args.critic} cannot be; a model behind a server can")
+        fail(
+            f"the task qa has no program that criticises, so --critic {args.critic} cannot be; a model behind a server can"
+        )
 
 
 def load(args):
     def reader(rows, name):
         if not data.has(rows, "chosen"):
-            fail(f"{name} has no field 'chosen'; it has {', '.join(rows[0])}: the task qa reads prompt and chosen")
+            fail(
+                f"{name} has no field 'chosen'; it has {', '.join(rows[0])}: the task qa reads prompt and chosen"
+            )
         return example_of
 
     return data.load(args, reader)
@@ -53,7 +59,9 @@ def turn(messages, role) -> str:
     """The first message of that role, or the text itself."""
     if not isinstance(messages, list):
         return data.text(messages)
-    said = (message for message in messages if isinstance(message, dict) and message.get("role") == role)
+    said = (
+        message for message in messages if isinstance(message, dict) and message.get("role") == role
+    )
     return data.text(next(said, {}).get("content"))
 
 

@@ -50,7 +50,9 @@ def load(args):
             return from_slf5k
         for field in (args.source_field, args.reference_field):
             if not data.has(rows, field):
-                fail(f"{name} has no field {field!r}; it has {', '.join(rows[0])}: see --source_field and --reference_field")
+                fail(
+                    f"{name} has no field {field!r}; it has {', '.join(rows[0])}: see --source_field and --reference_field"
+                )
         return lambda row: example_of(row.get(args.source_field), row.get(args.reference_field))
 
     return data.load(args, reader)
@@ -58,15 +60,24 @@ def load(args):
 
 def example_of(source, reference, **facts):
     source = data.text(source)
-    return Example(INSTRUCTION.format(source), data.text(reference), {"source": source, **facts}) if source else None
+    return (
+        Example(INSTRUCTION.format(source), data.text(reference), {"source": source, **facts})
+        if source
+        else None
+    )
 
 
 def from_slf5k(row):
     """A post under its title; with what a person said of a model's summary of it, where that is there."""
     post = data.text(row.get("post"))
-    said = {"candidate": data.text(row.get("generated_summary_for_feedback")), "feedback": data.text(row.get("feedback"))}
+    said = {
+        "candidate": data.text(row.get("generated_summary_for_feedback")),
+        "feedback": data.text(row.get("feedback")),
+    }
     facts = said if all(said.values()) else {}
-    return example_of(post and f"{data.text(row.get('title'))}\n\n{post}", row.get("ideal_human_summary"), **facts)
+    return example_of(
+        post and f"{data.text(row.get('title'))}\n\n{post}", row.get("ideal_human_summary"), **facts
+    )
 
 
 # ---- the program as a critic -------------------------------------------------------------------------------------------
@@ -105,22 +116,33 @@ def critique(example, response: str) -> Feedback:
     for start, end in repetitions(response, words):
         mark(start, end, f"It says {response[start:end].strip()} twice.")
     if len(words) > MAX_WORDS:
-        mark(words[MAX_WORDS].start(), len(response.rstrip()), f"It runs on after {MAX_WORDS} words.")
+        mark(
+            words[MAX_WORDS].start(), len(response.rstrip()), f"It runs on after {MAX_WORDS} words."
+        )
     elif words and not re.search(r"[.!?][\"”')\]]*$", response.rstrip()):
         mark(words[-1].start(), len(response.rstrip()), f"It breaks off at {words[-1][0]}.")
 
     for word in words:
         clean = not any(start < word.end() and word.start() < end for start, end in bad)
-        if clean and stands_in(word[0], reference) and word[0].casefold() not in map(str.casefold, good) and len(word[0]) > 3:
+        if (
+            clean
+            and stands_in(word[0], reference)
+            and word[0].casefold() not in map(str.casefold, good)
+            and len(word[0]) > 3
+        ):
             good.append(word[0])
     good = good[:MAX_GOOD]
-    remarks.append(f"It rightly speaks of {', '.join(good)}." if good else "It has nothing of what matters.")
+    remarks.append(
+        f"It rightly speaks of {', '.join(good)}." if good else "It has nothing of what matters."
+    )
     return Feedback(" ".join(remarks), good, poor)
 
 
 @cache
 def words_of(text: str) -> frozenset:
-    return frozenset(word[0].casefold().removesuffix("'s").removesuffix("’s") for word in WORD.finditer(text))
+    return frozenset(
+        word[0].casefold().removesuffix("'s").removesuffix("’s") for word in WORD.finditer(text)
+    )
 
 
 def stands_in(name: str, known) -> bool:
@@ -134,8 +156,14 @@ def names_and_numbers(text: str) -> list[tuple[int, int]]:
         if word[0][0].isdigit():
             found.append(word.span())
         elif word[0][0].isupper() and word[0].casefold() not in COMMON:
-            opens = not text[: word.start()].strip() or bool(re.search(r"[.!?:\"“]\s*$", text[: word.start()]))
-            joined = found and text[found[-1][1] : word.start()] == " " and not text[found[-1][0]].isdigit()
+            opens = not text[: word.start()].strip() or bool(
+                re.search(r"[.!?:\"“]\s*$", text[: word.start()])
+            )
+            joined = (
+                found
+                and text[found[-1][1] : word.start()] == " "
+                and not text[found[-1][0]].isdigit()
+            )
             if joined:
                 found[-1] = (found[-1][0], word.end())
             elif not opens:

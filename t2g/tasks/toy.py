@@ -12,9 +12,9 @@ from typing import NamedTuple
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from extras.baselines.revision import revision_prompt
 from t2g.critics import quote_of
 from t2g.feedback import Feedback, reward_prompt
-from t2g.revision import revision_prompt
 from t2g.tasks import Example
 
 NAMES = "Ana Ben Carla David Elena Felix Grace Hugo Iris Jonas Kira Leo Maya Nils Olga Paul Rosa Sam Tara Viktor".split()
@@ -78,7 +78,9 @@ def load(args):
     rng = random.Random(f"posts {args.seed}")
     examples = [make_example(rng) for _ in range(NUM_TRAIN + NUM_HELDOUT)]
     seen = {example.prompt for example in examples[:NUM_TRAIN]}
-    return examples[:NUM_TRAIN], [example for example in examples[NUM_TRAIN:] if example.prompt not in seen]
+    return examples[:NUM_TRAIN], [
+        example for example in examples[NUM_TRAIN:] if example.prompt not in seen
+    ]
 
 
 def make_example(rng) -> Example:
@@ -135,14 +137,20 @@ def sft_pairs(args, examples):
         if rng.random() < REVISIONS:
             pairs.append(revision_pair(example, rng))
         else:
-            pairs.append((example.prompt, example.reference if i < 0.75 * n else noisy_summary(example, rng)))
+            pairs.append(
+                (example.prompt, example.reference if i < 0.75 * n else noisy_summary(example, rng))
+            )
     return pairs
 
 
 def revision_pair(example, rng):
     """A noisy summary, a critique that may overlook a fault or two, and the summary with just the faults mended that it names."""
     response = noisy_summary(example, rng)
-    remarks = [remark for remark in judged(example, response) if remark.kind == "good" or rng.random() < 0.8]
+    remarks = [
+        remark
+        for remark in judged(example, response)
+        if remark.kind == "good" or rng.random() < 0.8
+    ]
     critique = Feedback(" ".join(remark.text for remark in remarks))
     return revision_prompt(example.prompt, response, critique), mended(response, remarks)
 
@@ -163,7 +171,13 @@ CLAUSES = {  # what a clause must look like to state a fact; the value is the gr
     "relation": r"misses an? (.+)",
     "plan": r"plans to (.+)",
 }
-SEVERITY = {"wrong": 1, "vague": 0.5, "repeated": 0.6, "filler": 0.3, "unclear": 1}  # of each kind of fault
+SEVERITY = {
+    "wrong": 1,
+    "vague": 0.5,
+    "repeated": 0.6,
+    "filler": 0.3,
+    "unclear": 1,
+}  # of each kind of fault
 
 
 def critique(example, response: str) -> Feedback:
@@ -201,22 +215,37 @@ def judged(example, response: str) -> list[Remark]:
         if value == me[fact]:
             remarks.append(Remark(start, end, "good", f"The {fact} {value} is right.", instead))
         elif value == VAGUE_VALUES[fact].strip():
-            remarks.append(Remark(start, end, "vague", f"The {fact} is {me[fact]}, {value} is vague.", instead))
+            remarks.append(
+                Remark(start, end, "vague", f"The {fact} is {me[fact]}, {value} is vague.", instead)
+            )
         else:
-            remarks.append(Remark(start, end, "wrong", f"The {fact} is {me[fact]}, not {value}.", instead))
+            remarks.append(
+                Remark(start, end, "wrong", f"The {fact} is {me[fact]}, not {value}.", instead)
+            )
         said.add(fact)
 
-    for number, clause in enumerate(re.finditer(r"(?:^|,)[^,]+", response.rstrip().removesuffix("."))):
+    for number, clause in enumerate(
+        re.finditer(r"(?:^|,)[^,]+", response.rstrip().removesuffix("."))
+    ):
         start, end = clause.span()
         body = clause[0].removeprefix(",").strip()
         if number == 0 and " is " in body:
             judge("name", start, start + clause[0].index(" is "))
-        fact = next((f for f, pattern in CLAUSES.items() if re.fullmatch(pattern, body) and (f != "age" or number == 0)), None)
+        fact = next(
+            (
+                f
+                for f, pattern in CLAUSES.items()
+                if re.fullmatch(pattern, body) and (f != "age" or number == 0)
+            ),
+            None,
+        )
         if fact and fact not in said:
             value = re.fullmatch(CLAUSES[fact], body)[1]
             judge(fact, end - len(value) - 1, end)
         elif fact or body.startswith("again "):
-            remarks.append(Remark(start, end, "repeated", f"It repeats {body.removeprefix('again ')}.", ""))
+            remarks.append(
+                Remark(start, end, "repeated", f"It repeats {body.removeprefix('again ')}.", "")
+            )
         elif body in FILLERS:
             remarks.append(Remark(start, end, "filler", f"The words {body} are filler.", ""))
         else:
@@ -224,7 +253,9 @@ def judged(example, response: str) -> list[Remark]:
     if missing := [fact for fact in FACTS if fact not in said]:
         end = len(response.rstrip().removesuffix("."))
         told = "".join(PHRASES[fact].format(me[fact]) for fact in missing)
-        remarks.append(Remark(end, end, "missing", f"It leaves out the {', the '.join(missing)}.", told))
+        remarks.append(
+            Remark(end, end, "missing", f"It leaves out the {', the '.join(missing)}.", told)
+        )
     return remarks
 
 
@@ -232,7 +263,12 @@ def score(example, response: str) -> dict[str, float]:
     feedback = critique(example, response)
     coverage = len(feedback.good) / len(FACTS)
     perfect = coverage == 1 and not feedback.poor and response.endswith(".")
-    return {"coverage": coverage, "poor": len(feedback.poor), "perfect": float(perfect), "words": len(response.split())}
+    return {
+        "coverage": coverage,
+        "poor": len(feedback.poor),
+        "perfect": float(perfect),
+        "words": len(response.split()),
+    }
 
 
 # ---- a small model from scratch ----------------------------------------------------------------------------------------
@@ -250,15 +286,22 @@ def new_model(seed):
     for _ in range(2000):
         example = make_example(rng)
         summary = noisy_summary(example, rng)
-        texts += [reward_prompt(example.prompt, summary), critique(example, summary).plain().render()]
+        texts += [
+            reward_prompt(example.prompt, summary),
+            critique(example, summary).plain().render(),
+        ]
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     special = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=1024, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
     bpe.train_from_iterator(texts, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<|pad|>", eos_token="<|end|>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, pad_token="<|pad|>", eos_token="<|end|>"
+    )
     tokenizer.add_special_tokens({"additional_special_tokens": special[2:]})
     tokenizer.chat_template = CHAT_TEMPLATE
     config = LlamaConfig(

@@ -1,0 +1,288 @@
+"""Is credit assigned right on spans that people marked? Each one is given back as a quote, and what the quote marks is compared.
+
+    python eval.py alignment --data FILE [TOKENIZER ...]      # folders, hub ids or .gguf files; if none, small ones are trained
+
+Each line of FILE is an object in one of three forms: {"response": text, "spans": [[start, end], ...]}; FineGrainedRLHF's QA
+feedback (character offsets of errors); DeFacto (instructions that say what to remove or replace, and a corrected text).
+"""
+
+import difflib
+import random
+import re
+from collections import Counter, defaultdict
+from typing import NamedTuple
+
+from t2g.align import (
+    MATCH_KINDS,
+    find,
+    resolve,
+    response_text,
+    span_rewards,
+    token_offsets,
+    without_space,
+)
+from t2g.cli import fail
+from t2g.critics import quote_of
+from t2g.feedback import Feedback
+
+INSTRUCTION = re.compile(
+    r"(?:Remove|Replace) the information about (.+?)(?: from the summary| with the information about .+)\.?"
+)
+WORD = re.compile(r"\w+|[^\w\s]")
+
+
+class Marked(NamedTuple):
+    """A response and what is wrong in it: the character ranges, and quotes that name them."""
+
+    text: str
+    ranges: list[tuple[int, int]]
+    quotes: list[str]
+
+
+def read(rows, name) -> tuple[list[Marked], bool]:
+    """The responses of a file, and whether each quote is the very text of its range (or a phrase that need not stand anywhere)."""
+    found, verbatim = [], True
+    for number, row in enumerate(rows, 1):
+        feedback = row.get("feedback")
+        try:
+            if "candidate" in row:
+                text, verbatim = row["candidate"], False
+                quotes = [
+                    match[1]
+                    for line in feedback["instruction_list"]
+                    if (match := INSTRUCTION.fullmatch(line.strip()))
+                ]
+                found.append(
+                    Marked(text, changes(text, feedback["summary"]) if quotes else [], quotes)
+                )
+                continue
+            if "prediction 1" in row:
+                text, ranges = (
+                    row["prediction 1"],
+                    [(error["start"], error["end"]) for error in feedback["errors"]],
+                )
+            else:
+                text, ranges = row["response"], [(start, end) for start, end in row["spans"]]
+            if not isinstance(text, str) or not all(
+                isinstance(i, int) for place in ranges for i in place
+            ):
+                raise TypeError("not a text, or not whole numbers")
+        except (KeyError, TypeError, ValueError, AttributeError):
+            fail(
+                f"row {number} of {name} holds no human spans in a known form; the head of t2g/human_spans.py lists the forms"
+            )
+        for start, end in ranges:
+            if not 0 <= start < end <= len(text):
+                fail(
+                    f"row {number} of {name}: the span ({start}, {end}) is empty, reversed or outside its {len(text)} characters"
+                )
+        found.append(Marked(text, ranges, [text[start:end] for start, end in ranges]))
+    if not any(marked.quotes for marked in found):
+        fail(f"{name} marks nothing")
+    return [marked for marked in found if marked.quotes], verbatim
+
+
+def changes(text: str, corrected: str) -> list[tuple[int, int]]:
+    """The ranges of words of text that its correction no longer has."""
+    words = list(WORD.finditer(text))
+    before, after = (
+        [word[0].casefold() for word in words],
+        [word[0].casefold() for word in WORD.finditer(corrected)],
+    )
+    steps = difflib.SequenceMatcher(None, before, after, autojunk=False).get_opcodes()
+    return [
+        (words[i].start(), words[j - 1].end())
+        for step, i, j, _, _ in steps
+        if step in ("replace", "delete")
+    ]
+
+
+def characters(ranges) -> set[int]:
+    return {i for start, end in ranges for i in range(start, end)}
+
+
+# ---- quotes, without tokens ----------------------------------------------------------------------------------------------
+
+
+def how_found(responses) -> dict:
+    """The share of quotes found in each way, and of those that stand in several places."""
+    counts = Counter()
+    for marked in responses:
+        for quote in marked.quotes:
+            kind, places = find(marked.text, quote)
+            counts[kind] += 1
+            counts["ambiguous"] += len(places) > 1
+    total = sum(counts[kind] for kind in MATCH_KINDS)
+    return {"quotes": total} | {kind: counts[kind] / total for kind in (*MATCH_KINDS, "ambiguous")}
+
+
+RULES = {  # which of its places a quote marks that is given k times
+    "all": lambda places, k: places,
+    "first": lambda places, k: places[:k],
+    "last": lambda places, k: places[-k:],
+    "skip": lambda places, k: [],
+}
+
+
+def rules_for_ambiguous_quotes(responses) -> dict:
+    """For quotes that stand in several places: of what each rule marks, the share that people marked, and the reverse.
+
+    Precision counts places that people marked, for whatever error, and recall the places that the quote was taken from.
+    "context" is no rule of ours but what an annotator can do: lengthen the quote to the left until it stands once; there,
+    precision and recall count characters.
+    """
+    hits = defaultdict(Counter)
+    for marked in responses:
+        everything = characters(marked.ranges)
+        for quote, k in Counter(marked.quotes).items():
+            places = find(marked.text, quote)[1]
+            if len(places) < 2:
+                continue
+            own = {place for place in marked.ranges if marked.text[slice(*place)] == quote}
+            for rule, choose in RULES.items():
+                chosen = choose(places, k)
+                right = sum(characters([place]) <= everything for place in chosen)
+                hits[rule].update(
+                    marked=len(chosen), right=right, own=len(own), found=len(own & set(chosen))
+                )
+            for start, end in own:
+                chosen = characters(find(marked.text, quote_of(marked.text, start, end))[1])
+                size = end - start
+                hits["context"].update(
+                    marked=len(chosen), right=len(chosen & everything), own=size, found=size
+                )
+    return {
+        rule: {"precision": h["right"] / max(h["marked"], 1), "recall": h["found"] / h["own"], **h}
+        for rule, h in hits.items()
+    }
+
+
+def garbled(quote: str, rng) -> dict[str, str]:
+    """What annotators do to a quote: case, spaces, quotation marks, a typo, a word left out, a word changed, a middle left out."""
+    words = quote.split()
+    at = rng.randrange(len(words))
+    letter = rng.choice([i for i, c in enumerate(quote) if c.isalpha()] or [0])
+    typo = rng.choice(("", "x", quote[letter] * 2))
+    forms = {
+        "case": quote.upper(),
+        "spaces": "  ".join(words),
+        "quotation marks": f"“{quote}”".replace("'", "’"),
+        "typo": quote[:letter] + typo + quote[letter + 1 :],
+        "word left out": " ".join(words[:at] + words[at + 1 :]),
+        "word changed": " ".join([*words[:at], "something", *words[at + 1 :]]),
+        "middle left out": " ".join([*words[:3], "...", *words[-3:]]) if len(words) > 6 else quote,
+    }
+    return {name: form for name, form in forms.items() if form.strip() and form != quote}
+
+
+def garbled_quotes(responses, seed=0) -> dict:
+    """Quotes that stand once, spoilt in each way: how they are found, and how right the places of each way of finding are."""
+    rng, table, right = random.Random(seed), defaultdict(Counter), defaultdict(Counter)
+    for marked in responses:
+        for quote, place in zip(marked.quotes, marked.ranges):
+            if len(find(marked.text, quote)[1]) != 1:
+                continue
+            for name, form in garbled(quote, rng).items():
+                kind, places = find(marked.text, form)
+                table[name][kind] += 1
+                chosen, truth = characters(places), characters([place])
+                right[kind].update(
+                    quotes=1,
+                    near=bool(chosen & truth),
+                    characters=len(chosen),
+                    inside=len(chosen & truth),
+                )
+    ways = {
+        name: {"quotes": n.total()} | {kind: n[kind] / n.total() for kind in MATCH_KINDS}
+        for name, n in table.items()
+    }
+    found = {
+        kind: {
+            "quotes": r["quotes"],
+            "right place": r["near"] / r["quotes"],
+            "right characters": r["inside"] / r["characters"],
+        }
+        for kind, r in right.items()
+        if r["characters"]
+    }
+    return {"ways": ways, "found": found}
+
+
+def against_corrections(responses) -> dict:
+    """For quotes without a range: the share of found places with a word that the human correction changed, and of any places."""
+    hits = defaultdict(Counter)
+    for marked in responses:
+        wrong, words = (
+            characters(marked.ranges),
+            [word.span() for word in WORD.finditer(marked.text)],
+        )
+        for quote in marked.quotes:
+            kind, places = find(marked.text, quote)
+            n = len(WORD.findall(quote))
+            if places:
+                windows = [(a, b) for (a, _), (_, b) in zip(words, words[n - 1 :])] or [
+                    (0, len(marked.text))
+                ]
+                chance = sum(bool(characters([window]) & wrong) for window in windows) / len(
+                    windows
+                )
+                hits[kind].update(
+                    found=1, changed=bool(characters(places) & wrong), by_chance=chance
+                )
+    shares = ("changed", "by_chance")
+    return {
+        kind: {"quotes": h["found"]} | {name: h[name] / h["found"] for name in shares}
+        for kind, h in hits.items()
+    }
+
+
+# ---- the whole way, with tokens ------------------------------------------------------------------------------------------
+
+
+def tokens_marked(responses, tokenizer) -> dict:
+    """Tokens that quotes mark, against those whose characters lie in the human spans by the tokenizer's own offsets.
+
+    The tokenizer's offsets speak of the text that was encoded, ours of the text that is decoded: two ways to the same tokens.
+    Tokens that write nothing but white space count on neither side.
+
+    Returns: "unlike", the share of responses that decode to another text; the ways in which quotes are found in the decoded text;
+    "verbatim", the tokens of quotes that stand there once and to the letter; "all", those of all quotes of a response together.
+    """
+    hits, kinds, unlike = {"verbatim": Counter(), "all": Counter()}, Counter(), 0
+    for marked in responses:
+        encoding = tokenizer(marked.text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, own = encoding["input_ids"], encoding["offset_mapping"]
+        text, offsets = response_text(tokenizer, ids), token_offsets(tokenizer, ids)
+        seen = {t for t, (start, end) in enumerate(offsets) if text[start:end].strip()}
+        unlike += text != marked.text
+        cases = [("all", marked.quotes, marked.ranges)]
+        for quote, place in zip(marked.quotes, marked.ranges):
+            kind, places = find(text, quote)
+            kinds[kind] += 1
+            if kind == "exact" and len(places) == 1:
+                cases.append(("verbatim", [quote], [place]))
+        for name, quotes, ranges in cases:
+            delta = span_rewards(offsets, resolve(text, Feedback("", poor=quotes))[0])
+            chosen, truth = (
+                set(delta.nonzero().flatten().tolist()) & seen,
+                tokens_in(marked.text, own, ranges) & seen,
+            )
+            hits[name].update(
+                marked=len(chosen),
+                wrong=len(chosen - truth),
+                human=len(truth),
+                missed=len(truth - chosen),
+            )
+    shares = {kind: kinds[kind] / kinds.total() for kind in MATCH_KINDS}
+    return {
+        "vocabulary": len(tokenizer),
+        "unlike": unlike / len(responses),
+        **shares,
+        **{k: dict(h) for k, h in hits.items()},
+    }
+
+
+def tokens_in(text, offsets, ranges) -> set[int]:
+    """The tokens with a character in the ranges, white space at their ends apart."""
+    inside = characters(without_space(text, *place) for place in ranges)
+    return {t for t, (start, end) in enumerate(offsets) if inside & set(range(start, end))}

@@ -1,0 +1,132 @@
+"""Products through oneDNN: the numbers and gradients of torch's own, in fp32 and bf16, packed or not; elsewhere out of the way."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from t2g import cpu
+
+pytestmark = pytest.mark.skipif(
+    not cpu.pays(), reason="no CPU with AVX-512, or a torch without oneDNN"
+)
+bf16 = partial(torch.autocast, "cpu", dtype=torch.bfloat16)
+
+
+def pair(bias, inputs=48, outputs=40):
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(inputs, outputs, bias=bias))
+    return plain, cpu.use(copy.deepcopy(plain))
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("shape", [(48,), (1, 48), (3, 48), (2, 7, 48), (0, 48)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_products_and_gradients_are_those_of_torch(shape, bias, half):
+    plain, ours = pair(bias)
+    assert type(ours[0]) is cpu.Linear and set(ours.state_dict()) == set(plain.state_dict())
+    x = torch.randn(shape, requires_grad=True)
+    y = x.detach().clone().requires_grad_()
+    for model, inputs in ((plain, x), (ours, y)):
+        with bf16(enabled=half):
+            out = model(inputs)
+        out.float().square().sum().backward()
+    near = dict(atol=0.2, rtol=0.02) if half else dict(atol=1e-5, rtol=1e-5)
+    with bf16(enabled=half):
+        assert_close(ours(y).float(), plain(x).float(), **near)
+    assert_close(y.grad, x.grad, **near)
+    for mine, other in zip(ours.parameters(), plain.parameters()):
+        assert mine.grad.dtype == torch.float32
+        assert_close(mine.grad, other.grad, **near if half else dict(atol=1e-4, rtol=1e-5))
+
+
+@pytest.mark.parametrize("frozen", ["weight", "bias"])
+def test_what_is_frozen_gets_no_gradient(frozen):
+    _, ours = pair(bias=True)
+    getattr(ours[0], frozen).requires_grad_(False)
+    ours(torch.randn(3, 48)).sum().backward()
+    assert [name for name, p in ours[0].named_parameters() if p.grad is None] == [frozen]
+
+
+def test_under_autocast_products_are_rounded_and_what_lies_between_them_is_not():
+    plain, ours = pair(bias=False)
+    x = torch.randn(3, 48)
+    with bf16():
+        assert ours(x).dtype == torch.float32
+        assert torch.equal(ours(x), plain(x).float())
+
+
+def test_double_and_what_is_bf16_already_take_the_way_they_had():
+    plain, ours = pair(bias=False)
+    for dtype in (torch.float64, torch.bfloat16):
+        x = torch.randn(3, 48, dtype=dtype)
+        assert torch.equal(ours.to(dtype)(x), plain.to(dtype)(x))
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_packed_weights_give_the_same_products_and_leave_no_trace(bias, half):
+    _, ours = pair(bias)
+    x = torch.randn(5, 48)
+    with torch.no_grad(), bf16(enabled=half):
+        plain = ours(x)
+        with cpu.packed(ours):
+            assert ours[0].packed.dtype == (torch.bfloat16 if half else torch.float32)
+            assert_close(ours(x), plain, atol=1e-5, rtol=1e-2 if half else 1e-5)
+        ours[0].weight.add_(1.0)
+        assert not torch.allclose(ours(x), plain)  # after it, the weight counts again
+    assert ours[0].packed is None
+
+
+def test_a_product_seen_twice_is_the_same_to_the_bit():
+    _, ours = pair(bias=False, inputs=576, outputs=1536)
+    x = torch.randn(37, 576)
+    assert torch.equal(ours(x), ours(x))
+
+
+def test_a_model_in_bf16_is_near_itself_in_fp32_and_activations_can_be_computed_again():
+    torch.manual_seed(0)
+    shape = dict(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    model = cpu.use(LlamaForCausalLM(LlamaConfig(vocab_size=60, **shape)))
+    ids, mask = torch.randint(0, 60, (2, 9)), torch.ones(2, 9, dtype=torch.long)
+    mask[0, :3] = 0
+
+    def run(half):
+        model.zero_grad()
+        with bf16(enabled=half):
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        logits[mask.bool()].log_softmax(-1)[:, 7].sum().backward()
+        return logits.detach()[mask.bool()], model.model.layers[0].mlp.up_proj.weight.grad.clone()
+
+    exact, grad = run(half=False)
+    half_logits, half_grad = run(half=True)
+    assert half_logits.dtype == torch.float32
+    assert_close(half_logits, exact, atol=0.02, rtol=0.02)
+    assert torch.cosine_similarity(half_grad.flatten(), grad.flatten(), dim=0) > 0.99
+    for block in model.model.layers:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    assert torch.equal(run(half=True)[1], half_grad)
+
+
+def test_the_folder_of_a_model_does_not_name_our_attention(tmp_path):
+    shape = dict(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    cpu.use(LlamaForCausalLM(LlamaConfig(vocab_size=60, **shape))).save_pretrained(tmp_path)
+    assert "fp32" not in (tmp_path / "config.json").read_text().replace("float32", "")
+    assert LlamaForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"

@@ -1,0 +1,214 @@
+"""The exercises of docs/GUIDE.md, solved: each solution asks the project's own functions. Try before you read."""
+
+from argparse import Namespace
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from t2g.align import SENTENCE_OR_LINE, locate, resolve, span_rewards, steps, token_offsets
+from t2g.critics import rule_critic
+from t2g.feedback import Feedback
+from t2g.policy import token_stats
+from t2g.ppo import gae, kl_penalty, policy_loss, value_loss, whiten
+from t2g.rollout import Rollout
+from train_ppo import first_ratio_error, place
+
+TEXT = "Ana is 27, lives in Porto."
+OFFSETS = [
+    (0, 3),
+    (3, 6),
+    (6, 9),
+    (9, 10),
+    (10, 16),
+    (16, 19),
+    (19, 25),
+    (25, 26),
+]  # Ana | is | 27 | , | lives | in | Porto | .
+REWARDS = torch.tensor([[0.0, 0.0, -1.0, 0.0, 0.0, 0.0, 1.0, 0.0]])
+EIGHT = torch.ones(1, 8, dtype=torch.bool)
+
+
+def noise(seed, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def made_up(response) -> Rollout:
+    """A rollout of these token ids, all of them real, behind a prompt of one token."""
+    real = torch.ones_like(response, dtype=torch.bool)
+    return Rollout(response[:, :1], real[:, :1], response, real, real.all(1), [""] * len(response))
+
+
+# ---- 1 -------------------------------------------------------------------------------------------------------------------
+
+
+def test_exercise_1a_the_advantages_of_the_eight_tokens_by_hand():
+    """With V = 0 the praise of Porto reaches back over 27, and nearly makes up for its blame."""
+    advantages, _ = gae(REWARDS, torch.zeros(1, 8), EIGHT, gamma=1.0, lam=0.95)
+    blame, praise = (
+        [0.95**2, 0.95, 1, 0, 0, 0, 0, 0],
+        [0.95**6, 0.95**5, 0.95**4, 0.95**3, 0.95**2, 0.95, 1, 0],
+    )
+    assert_close(advantages[0], torch.tensor([good - poor for good, poor in zip(praise, blame)]))
+    assert advantages[0, 2].item() == pytest.approx(0.95**4 - 1)  # of 27: -0.19
+
+    expecting_porto = torch.tensor(
+        [[1.0, 1, 1, 1, 1, 1, 1, 0]]
+    )  # what is still to come, had the age been left in peace
+    advantages, _ = gae(REWARDS, expecting_porto, EIGHT, gamma=1.0, lam=0.95)
+    assert_close(
+        advantages, torch.tensor([[-(0.95**2), -0.95, -1, 0, 0, 0, 0, 0]])
+    )  # no praise for what was expected
+
+
+def test_exercise_1b_gae_is_a_matrix_of_powers_times_td():
+    """A_t = sum over s >= t of (gamma lam)^(s - t) TD_s."""
+    gamma, lam, values = 0.9, 0.8, noise(1, 1, 8)
+    following = torch.cat([values[:, 1:], torch.zeros(1, 1)], dim=1)
+    td = REWARDS + gamma * following - values
+    t = torch.arange(8)
+    powers = ((gamma * lam) ** (t[None, :] - t[:, None])).triu()
+    assert_close(gae(REWARDS, values, EIGHT, gamma, lam)[0][0], powers @ td[0])
+
+
+# ---- 2 -------------------------------------------------------------------------------------------------------------------
+
+
+def test_exercise_2_whitening_keeps_the_direction_up_to_one_push_on_all_tokens():
+    """grad(whitened) = (grad(A) - mean(A) grad(1)) / std(A): the scale is a learning rate, the shift pushes all tokens alike."""
+    advantages = gae(REWARDS, torch.zeros(1, 8), EIGHT, 1.0, 0.95)[0]
+    logprobs = noise(2, 1, 8).requires_grad_()
+
+    def gradient(advantages):
+        loss, _ = policy_loss(logprobs, logprobs.detach(), advantages, EIGHT, cliprange=0.2)
+        return torch.autograd.grad(loss, logprobs)[0]
+
+    mean, std = advantages.mean(), advantages.std(correction=0)
+    one_push = gradient(torch.ones(1, 8))
+    assert_close(
+        gradient(whiten(advantages, EIGHT)), (gradient(advantages) - mean * one_push) / std
+    )
+    assert (
+        advantages[0, 7] == 0 and gradient(whiten(advantages, EIGHT))[0, 7] > 0
+    )  # nobody mentions the full stop: it falls
+
+
+# ---- 3 -------------------------------------------------------------------------------------------------------------------
+
+
+def test_exercise_3_the_first_ratio_tells_whether_log_pi_is_computed_in_one_way():
+    """Sampled at temperature 0.6 and scored at 1, the ratio is not 1 before any step, and the clip already binds."""
+    rollout, logits = made_up(torch.tensor([[3, 1, 4, 1, 5, 2, 6, 5]])), 3 * noise(3, 1, 8, 10)
+    old, _ = token_stats(logits, rollout, temperature=0.6)
+    batch, args = {"old_logprobs": old, "mask": EIGHT}, Namespace(bf16=False)
+
+    same, _ = token_stats(logits, rollout, temperature=0.6)
+    assert first_ratio_error(same, batch, args) == 0
+    assert policy_loss(same, old, REWARDS, EIGHT, cliprange=0.2)[1]["clipfrac"] == 0
+
+    other, _ = token_stats(logits, rollout, temperature=1.0)
+    assert policy_loss(other, old, torch.ones(1, 8), EIGHT, cliprange=0.2)[1]["clipfrac"] > 0
+    with pytest.raises(RuntimeError, match="first ratio"):
+        first_ratio_error(other, batch, args)
+
+
+# ---- 4 -------------------------------------------------------------------------------------------------------------------
+
+
+def test_exercise_4_k3_is_never_negative_and_its_mean_over_the_vocabulary_is_the_kl():
+    """k3 = x - 1 - log x >= 0 with x = pi_ref / pi, for log is concave; and E_pi[x - 1] = 0 leaves E_pi[-log x] = KL."""
+    pi, ref = noise(4, 2, 50).log_softmax(-1)
+    if_sampled = kl_penalty(
+        pi, ref, "k3"
+    )  # the estimate, for each token that might have been drawn
+    assert (if_sampled >= 0).all() and (kl_penalty(pi, ref, "k1") < 0).any()
+    exact = kl_penalty(pi[None, None], ref[None, None], "full")[0, 0]
+    assert_close((pi.exp() * if_sampled).sum(), exact)
+    assert_close((pi.exp() * kl_penalty(pi, ref, "k1")).sum(), exact)
+
+
+# ---- 5 -------------------------------------------------------------------------------------------------------------------
+
+
+def test_exercise_5_process_rewards_are_the_sums_of_segments(tokenizer):
+    """prm: each sentence's delta on its last token; scalar: the whole delta on the last one. Nothing is added or lost."""
+    text = "Ana is 27. Ana lives in Porto."
+    ids = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+    rollout = made_up(torch.tensor([ids]))
+    rollout.texts = [text]
+    said = Feedback(
+        "The age is 41. The name and the city are right.", good=["Ana", " Porto"], poor=[" 27"]
+    )
+    offsets = token_offsets(tokenizer, ids)
+    delta = span_rewards(offsets, resolve(text, said)[0])
+
+    number = torch.tensor(steps(offsets, text))
+    expected = torch.zeros(len(ids))
+    for n in number.unique():
+        expected[(number == n).nonzero()[-1]] = delta[number == n].sum()
+
+    def placed(reward):
+        return place(
+            delta[None],
+            tokenizer,
+            rollout,
+            SENTENCE_OR_LINE,
+            Namespace(reward=reward, missing_eos_penalty=0.0),
+        )[0]
+
+    assert_close(placed("prm"), expected)
+    assert (
+        expected.tolist().count(0) == len(ids) - 1
+    )  # Ana + 27 = 0 in the first sentence, Porto = 1 in the second
+    assert_close(placed("span"), delta)
+    assert_close(placed("scalar"), torch.tensor([0.0] * (len(ids) - 1) + [1.0]))
+
+
+# ---- 6 -------------------------------------------------------------------------------------------------------------------
+
+
+def test_exercise_6_a_span_that_cuts_a_token_marks_the_whole_token():
+    """A token is rewarded if it shares one character with a span; where good and poor meet in it, poor wins."""
+    assert locate(TEXT, "7, l") == [
+        (8, 12)
+    ]  # the second half of " 27" to the first letter of " lives"
+    spans, _ = resolve(TEXT, Feedback("Not 7.", good=["is 2"], poor=["7, l"]))
+    assert span_rewards(OFFSETS, spans).tolist() == [0, 1, -1, -1, -1, 0, 0, 0]
+
+
+# ---- 7 -------------------------------------------------------------------------------------------------------------------
+
+
+def test_exercise_7_a_split_into_microbatches_changes_nothing_and_a_mean_of_means_would():
+    """With the minibatch's token count in every microbatch, losses add up; rows of unlike length show it."""
+    mask = torch.arange(8) < torch.tensor([8, 2, 5])[:, None]
+    new, old, target = noise(7, 3, 3, 8) * 0.3 * mask
+    for loss in (policy_loss, value_loss):
+        whole, _ = loss(new, old, target, mask, 0.2)
+        parts = [[tensor[rows] for tensor in (new, old, target, mask)] for rows in ([0], [1, 2])]
+        assert_close(sum(loss(*part, 0.2, token_count=mask.sum())[0] for part in parts), whole)
+        assert abs(sum(loss(*part, 0.2)[0] for part in parts) / 2 - whole) > 1e-3
+
+
+# ---- 8 -------------------------------------------------------------------------------------------------------------------
+
+
+def critique(example, response):
+    times = Counter(response.rstrip(".").split())
+    twice = [word for word, n in times.items() if n > 1]
+    return Feedback(f"It repeats {', '.join(twice) or 'nothing'}.", good=[], poor=twice)
+
+
+def test_exercise_8_a_critic_is_a_function_that_quotes(tokenizer):
+    """Whatever says a word twice is blamed where it says it for the second time: a poor quote marks its last place."""
+    text = "Ana lives in Porto, lives in Lyon."
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    (said,) = rule_critic(SimpleNamespace(critique=critique))([None], [text])
+    assert Feedback.parse(said.render()) == said and said.poor == ["lives", "in"]
+    delta = span_rewards(token_offsets(tokenizer, ids), resolve(text, said)[0])
+    words = [tokenizer.decode([i]) for i in ids]
+    assert list(zip(words, delta.tolist())) == [
+        ("Ana", 0), (" lives", 0), (" in", 0), (" Porto", 0), (",", 0), (" lives", -1), (" in", -1), (" Lyon", 0), (".", 0)
+    ]  # fmt: skip

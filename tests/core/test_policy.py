@@ -1,0 +1,465 @@
+"""The policy and its sampling, against naive forwards of a tiny random Llama: one row, no padding, no cache."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from t2g import cpu
+from t2g.align import response_text, span_rewards, token_offsets
+from t2g.policy import (
+    Policy,
+    eos_ids,
+    latest_checkpoint,
+    load,
+    positions,
+    response_logits,
+    save,
+    token_stats,
+)
+from t2g.ppo import gae, policy_loss, value_loss
+from t2g.respond import respond
+from t2g.rollout import Rollout, chat_text, draw, encode_prompts, sample
+
+PROMPTS = [
+    "Hi.",
+    "I am 27 years old.",
+    "My name is Ana. I plan to learn chess. My friend Ben has a dog.",
+    "I live in Porto.",
+]
+T = 12
+
+
+@pytest.fixture(scope="module")
+def policy(model):
+    """The model with a value head that has learnt something."""
+    torch.manual_seed(1)
+    policy = Policy(model)
+    torch.nn.init.normal_(policy.value_head.weight)
+    return policy
+
+
+@pytest.fixture(scope="module")
+def rollout(model, tokenizer):
+    """Sampled responses of several lengths, some ended by EOS and some cut off."""
+    for seed in range(20):
+        rollout = sample(
+            model, tokenizer, PROMPTS * 2, T, generator=torch.Generator().manual_seed(seed)
+        )
+        several = len(set(rollout.mask.sum(1).tolist())) > 2
+        if several and rollout.finished.any() and not rollout.finished.all():
+            return rollout
+    pytest.fail("no seed gives responses of several lengths, some of them cut off")
+
+
+def alone(rollout, b):
+    """Row b as a rollout of its own, without any padding."""
+    prompt, response = (
+        rollout.prompt[b, rollout.prompt_mask[b]][None],
+        rollout.response[b, rollout.mask[b]][None],
+    )
+    every_prompt, every_response = (
+        torch.ones_like(prompt, dtype=torch.bool),
+        torch.ones_like(response, dtype=torch.bool),
+    )
+    return Rollout(
+        prompt,
+        every_prompt,
+        response,
+        every_response,
+        rollout.finished[b : b + 1],
+        rollout.texts[b : b + 1],
+    )
+
+
+@torch.no_grad()
+def naive_logits(model, prompt, response):
+    """Logits (n, V) from which the n response tokens were predicted, by one plain forward over the ids of one row."""
+    ids = torch.cat([prompt, response])
+    return model(input_ids=ids[None]).logits[0, len(prompt) - 1 : len(ids) - 1]
+
+
+def naive_rows(model, rollout):
+    """Each row's number, its length, its response and its naive logits."""
+    for b in range(len(rollout)):
+        one = alone(rollout, b)
+        response = one.response[0]
+        yield b, len(response), response, naive_logits(model, one.prompt[0], response)
+
+
+# ---- log-probabilities, entropies, values ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 2.5])
+@torch.no_grad()
+def test_logprobs_and_entropies_are_those_of_a_naive_forward(policy, rollout, temperature):
+    """At a temperature they are those of softmax(logits / temperature), from which tokens are drawn."""
+    stats = policy(rollout, temperature=temperature)
+    for b, n, response, logits in naive_rows(policy.model, rollout):
+        expected = torch.distributions.Categorical(logits=logits / temperature)
+        assert_close(stats.logprobs[b, :n], expected.log_prob(response), atol=1e-5, rtol=0)
+        assert_close(stats.entropy[b, :n], expected.entropy(), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_batching_and_padding_change_nothing(policy, rollout):
+    together = policy(rollout)
+    for b in range(len(rollout)):
+        n = int(rollout.mask[b].sum())
+        for whole, single in zip(together, policy(alone(rollout, b))):
+            assert_close(whole[b, :n], single[0], atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_more_left_padding_changes_nothing(policy, rollout, tokenizer):
+    padded = copy.copy(rollout)
+    padded.prompt = torch.nn.functional.pad(rollout.prompt, (5, 0), value=tokenizer.pad_token_id)
+    padded.prompt_mask = torch.nn.functional.pad(rollout.prompt_mask, (5, 0))
+    for plain, more in zip(policy(rollout), policy(padded)):
+        assert_close(plain, more, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_what_stands_in_padding_changes_nothing(policy, rollout):
+    changed = copy.copy(rollout)
+    changed.prompt = rollout.prompt.masked_fill(~rollout.prompt_mask, 77)
+    changed.response = rollout.response.masked_fill(~rollout.mask, 99)
+    for plain, other in zip(policy(rollout), policy(changed)):
+        assert torch.equal(plain, other)
+
+
+@torch.no_grad()
+def test_off_the_mask_all_is_zero(policy, rollout):
+    for x in policy(rollout):
+        assert x.shape == rollout.response.shape and x.dtype == torch.float32
+        assert not x[~rollout.mask].any() and (x[rollout.mask] != 0).all()
+
+
+@torch.no_grad()
+def test_a_token_changes_nothing_that_stands_before_it(policy, rollout):
+    """V, logprob and entropy at t know the response up to t: V and entropy not even the token t itself."""
+    b, t = int(rollout.mask.sum(1).argmax()), 4
+    changed = copy.copy(rollout)
+    changed.response = rollout.response.clone()
+    changed.response[b, t] = (changed.response[b, t] + 5) % policy.model.config.vocab_size
+    before, after = policy(rollout), policy(changed)
+    assert torch.equal(before.logprobs[b, :t], after.logprobs[b, :t])
+    assert torch.equal(before.values[b, : t + 1], after.values[b, : t + 1])
+    assert torch.equal(before.entropy[b, : t + 1], after.entropy[b, : t + 1])
+    assert before.logprobs[b, t] != after.logprobs[b, t]
+    assert before.values[b, t + 1] != after.values[b, t + 1]
+
+
+@torch.no_grad()
+def test_values_are_the_head_s_reading_of_the_last_state_before_each_token(policy, rollout):
+    values = policy(rollout).values
+    for b in range(len(rollout)):
+        one = alone(rollout, b)
+        ids = torch.cat([one.prompt[0], one.response[0]])
+        states = policy.model.model(input_ids=ids[None]).last_hidden_state[0]
+        P, n = one.prompt.shape[1], one.response.shape[1]
+        assert_close(
+            values[b, :n], policy.value_head(states[P - 1 : P + n - 1])[:, 0], atol=1e-5, rtol=0
+        )
+
+
+@torch.no_grad()
+def test_a_new_value_head_says_zero(model, rollout):
+    assert not Policy(model)(rollout).values.any()
+
+
+def test_entropy_takes_part_in_the_gradient_only_where_asked(policy, rollout):
+    assert policy(rollout).logprobs.requires_grad and not policy(rollout).entropy.requires_grad
+    entropy = policy(rollout, entropy_grad=True).entropy
+    assert entropy.requires_grad
+    with torch.no_grad():
+        assert not policy(rollout, entropy_grad=True).entropy.requires_grad
+
+
+# ---- sampling --------------------------------------------------------------------------------------------------------------
+
+
+def test_greedy_sampling_takes_the_argmax_of_naive_forwards(model, tokenizer):
+    rollout = sample(model, tokenizer, PROMPTS, T, temperature=0)
+    ends = set(eos_ids(tokenizer, model))
+    for b, prompt in enumerate(PROMPTS):
+        ids, tokens = encode_prompts(tokenizer, [prompt])[0].tolist()[0], []
+        while len(tokens) < T and not (tokens and tokens[-1] in ends):
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([ids + tokens])).logits
+            tokens.append(int(logits[0, -1].argmax()))
+        assert rollout.response[b, rollout.mask[b]].tolist() == tokens
+        assert rollout.finished[b] == (tokens[-1] in ends)
+
+
+def test_the_mask_holds_eos_and_nothing_after_it(model, tokenizer, rollout):
+    ends = torch.tensor(eos_ids(tokenizer, model))
+    for response, mask, finished in zip(rollout.response, rollout.mask, rollout.finished):
+        n = int(mask.sum())
+        assert mask[:n].all() and not mask[n:].any()
+        assert torch.isin(response[n - 1], ends) == finished
+        assert not torch.isin(response[: n - 1], ends).any()
+        assert finished or n == response.shape[0] == T
+        assert (response[n:] == tokenizer.pad_token_id).all()
+
+
+def test_sampling_stops_when_all_rows_have_ended(model, tokenizer):
+    """No column that is padding in every row."""
+    for seed in range(8):
+        rollout = sample(
+            model, tokenizer, PROMPTS[:1], 60, generator=torch.Generator().manual_seed(seed)
+        )
+        assert rollout.mask.any(0).all()
+
+
+def test_the_texts_are_those_of_the_sampled_ids(tokenizer, rollout):
+    for b, text in enumerate(rollout.texts):
+        assert text == response_text(tokenizer, rollout.response[b, rollout.mask[b]].tolist())
+
+
+def test_a_seed_gives_the_same_responses_again(model, tokenizer):
+    one, two, other = (
+        sample(model, tokenizer, PROMPTS, T, generator=torch.Generator().manual_seed(s))
+        for s in (5, 5, 6)
+    )
+    assert torch.equal(one.response, two.response)
+    assert one.response.shape != other.response.shape or not torch.equal(
+        one.response, other.response
+    )
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@torch.no_grad()
+def test_tokens_are_drawn_from_the_distribution_whose_logprobs_are_computed(
+    policy, tokenizer, temperature
+):
+    """The mean of -log pi over many draws is the entropy, within five standard errors; of another temperature it is not."""
+    drawn = sample(
+        policy.model,
+        tokenizer,
+        PROMPTS[:1] * 2000,
+        1,
+        temperature,
+        torch.Generator().manual_seed(0),
+    )
+    stats = policy(drawn, temperature=temperature)
+    surprise = -stats.logprobs[:, 0]
+    assert abs(surprise.mean() - stats.entropy[0, 0]) < 5 * surprise.std() / 2000**0.5
+    other = policy(drawn, temperature=1.6 - temperature)
+    assert abs(-other.logprobs.mean() - other.entropy[0, 0]) > 5 * other.logprobs.std() / 2000**0.5
+
+
+@pytest.mark.parametrize("seed", range(4))
+@torch.no_grad()
+def test_without_cache_and_with_every_row_to_the_end_the_tokens_are_the_same(
+    model, tokenizer, seed
+):
+    """And the log-probabilities that they were drawn from are those of one forward over all of them, to 1e-4."""
+    ours = sample(model, tokenizer, PROMPTS * 2, T, 0.8, torch.Generator().manual_seed(seed))
+    generator, ends = torch.Generator().manual_seed(seed), torch.tensor(eos_ids(tokenizer, model))
+    ids, attention = encode_prompts(tokenizer, PROMPTS * 2)
+    logprobs = token_stats(response_logits(model, ours)[0], ours, 0.8)[0]
+    going = torch.ones(len(ids), dtype=torch.bool)
+    for t in range(ours.response.shape[1]):
+        logits = model(
+            input_ids=ids, attention_mask=attention.long(), position_ids=positions(attention)
+        ).logits[:, -1]
+        token = draw(logits, 0.8, torch.rand(len(ids), generator=generator))
+        assert torch.equal(ours.mask[:, t], going) and torch.equal(
+            ours.response[going, t], token[going]
+        )
+        drawn_from = (logits / 0.8).log_softmax(-1).gather(1, token[:, None])[:, 0]
+        assert_close(drawn_from[going], logprobs[going, t], atol=1e-4, rtol=0)
+        going = going & ~torch.isin(token, ends)
+        ids, attention = (
+            torch.cat([ids, token[:, None]], 1),
+            torch.cat([attention, torch.ones_like(attention[:, :1])], 1),
+        )
+    assert torch.equal(ours.finished, ~going)
+
+
+def test_a_token_is_drawn_as_often_as_it_is_likely_and_one_that_cannot_be_never():
+    """Evenly spread numbers pick each token for a share of them that is its probability."""
+    logits = torch.tensor([-math.inf, 1.0, 0.0, -math.inf, 2.0, -1.0, -math.inf])
+    uniform = torch.arange(10_000) / 10_000
+    counts = draw(logits.expand(10_000, -1), 0.7, uniform).bincount(minlength=7) / 10_000
+    assert_close(counts, (logits / 0.7).softmax(-1), atol=2e-4, rtol=0)
+    assert not counts[[0, 3, 6]].any()
+    assert draw(logits[None], 1.0, torch.tensor([1 - 2**-24])).item() == 5
+
+
+def test_prompts_are_padded_on_the_left_and_end_with_the_generation_prompt(tokenizer):
+    prompt, mask = encode_prompts(tokenizer, PROMPTS)
+    for ids, real, text in zip(prompt, mask, PROMPTS):
+        assert real[-1] and not (real[:-1] & ~real[1:]).any()
+        assert (ids[~real] == tokenizer.pad_token_id).all()
+        assert tokenizer.decode(ids[real]) == chat_text(tokenizer, text)
+
+
+def test_respond_answers_in_the_order_of_the_prompts(model, tokenizer):
+    texts, finished = respond(model, tokenizer, PROMPTS, T, batch_size=3, temperature=0)
+    for prompt, text, ended in zip(PROMPTS, texts, finished):
+        one = sample(model, tokenizer, [prompt], T, temperature=0)
+        assert [text] == one.texts and [ended] == one.finished.tolist()
+
+
+def test_a_prompt_beyond_the_context_ends_with_one_sentence(model, tokenizer, capsys):
+    with pytest.raises(SystemExit):
+        sample(model, tokenizer, ["I work as a baker. " * 100], T)
+    assert "context" in capsys.readouterr().err
+
+
+def test_rows_take_the_same_rows_of_everything_and_leave_out_columns_of_padding(rollout):
+    index = [5, 0, 3]
+    part = rollout.rows(torch.tensor(index))
+    assert len(part) == 3 and part.texts == [rollout.texts[i] for i in index]
+    for name in ("response", "mask", "finished"):
+        assert torch.equal(
+            getattr(part, name), torch.stack([getattr(rollout, name)[i] for i in index])
+        )
+    left_out = rollout.prompt.shape[1] - part.prompt.shape[1]
+    assert (
+        left_out > 0
+        and not rollout.prompt_mask[index, :left_out].any()
+        and part.prompt_mask[:, 0].any()
+    )
+    for name in ("prompt", "prompt_mask"):
+        assert torch.equal(getattr(part, name), getattr(rollout, name)[index, left_out:])
+
+
+# ---- gradients -------------------------------------------------------------------------------------------------------------
+
+
+def gradients(policy, loss):
+    return torch.autograd.grad(loss, list(policy.parameters()), allow_unused=True)
+
+
+def assert_same_gradients(ones, others):
+    assert any(g is not None and g.abs().max() > 1e-4 for g in ones)
+    for one, other in zip(ones, others):
+        assert (one is None) == (other is None)
+        if one is not None:
+            assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+def test_without_critic_clip_and_kl_the_step_is_the_natural_language_gradient(
+    policy, tokenizer, rollout
+):
+    """gamma = lam = 0, V = 0, advantages as they are: the gradient is - sum_t delta_t grad log pi(y_t) / count."""
+    delta = torch.zeros(rollout.response.shape)
+    for b, text in enumerate(rollout.texts):
+        n, third = int(rollout.mask[b].sum()), len(text) // 3
+        if third:
+            offsets = token_offsets(tokenizer, rollout.response[b, :n].tolist())
+            delta[b, :n] = span_rewards(offsets, [(0, third, 1.0), (2 * third, len(text), -0.5)])
+    assert (delta > 0).any() and (delta < 0).any() and (delta[rollout.mask] == 0).any()
+
+    stats = policy(rollout)
+    advantages, _ = gae(delta, torch.zeros_like(delta), rollout.mask, 0.0, 0.0)
+    loss, _ = policy_loss(stats.logprobs, stats.logprobs.detach(), advantages, rollout.mask, 0.2)
+    by_ppo = gradients(policy, loss)
+
+    by_hand = [None if g is None else torch.zeros_like(g) for g in by_ppo]
+    for b in range(len(rollout)):
+        one = alone(rollout, b)
+        logits = policy.model(input_ids=torch.cat([one.prompt, one.response], 1)).logits[0]
+        for t, token in enumerate(one.response[0]):
+            log_pi = logits[one.prompt.shape[1] + t - 1].log_softmax(-1)[token]
+            if delta[b, t]:
+                step = torch.autograd.grad(
+                    log_pi, list(policy.parameters()), allow_unused=True, retain_graph=True
+                )
+                by_hand = [
+                    h if s is None else h - delta[b, t] * s / rollout.mask.sum()
+                    for h, s in zip(by_hand, step)
+                ]
+    assert_same_gradients(by_ppo, by_hand)
+
+
+@pytest.mark.parametrize("sizes", [[1] * 8, [3, 5], [6, 1, 1]])
+def test_microbatches_give_the_gradient_of_their_minibatch(policy, rollout, sizes):
+    old = policy(rollout)
+    noise = torch.Generator().manual_seed(7)
+    old_logprobs, old_values = (
+        x.detach() + 0.1 * torch.randn(x.shape, generator=noise) for x in (old.logprobs, old.values)
+    )
+    rewards = torch.randn(rollout.mask.shape, generator=noise)
+    advantages, returns = gae(rewards, old_values, rollout.mask, 1.0, 0.95)
+    count = rollout.mask.sum()
+
+    def loss(rows):
+        part, mask = policy(rollout.rows(rows)), rollout.mask[rows]
+        policy_part, _ = policy_loss(
+            part.logprobs, old_logprobs[rows], advantages[rows], mask, 0.2, count
+        )
+        value_part, _ = value_loss(part.values, old_values[rows], returns[rows], mask, 0.2, count)
+        return policy_part + 0.1 * value_part
+
+    whole = gradients(policy, loss(list(range(8))))
+    parts = [gradients(policy, loss(rows.tolist())) for rows in torch.arange(8).split(sizes)]
+    assert_same_gradients(whole, [sum(part) for part in zip(*parts)])
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_checkpoint_comes_back_as_it_was(policy, tokenizer, rollout, tmp_path):
+    folder = save(policy.model, tokenizer, tmp_path, 3, policy.value_head)
+    assert folder == tmp_path / "checkpoint-3" == latest_checkpoint(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+    expected, weights = policy(rollout), policy.model.state_dict()
+    for path in (tmp_path, folder, str(folder)):
+        loaded_tokenizer, loaded = load(path)
+        assert all(
+            torch.equal(tensor, weights[name]) for name, tensor in loaded.state_dict().items()
+        )
+        assert_close(Policy(loaded)(rollout).logprobs, expected.logprobs, atol=1e-5, rtol=1e-5)
+        assert encode_prompts(loaded_tokenizer, PROMPTS)[0].equal(
+            encode_prompts(tokenizer, PROMPTS)[0]
+        )
+        assert eos_ids(loaded_tokenizer, loaded) == eos_ids(tokenizer, policy.model)
+        assert not loaded.training
+
+
+@torch.no_grad()
+def test_transformers_alone_loads_a_checkpoint(policy, tokenizer, rollout, tmp_path):
+    """The value head, which lies in a folder of its own, is not in its way."""
+    folder = save(policy.model, tokenizer, tmp_path, 3, policy.value_head)
+    plain, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert all(map(torch.equal, plain.state_dict().values(), policy.model.state_dict().values()))
+    assert torch.equal(cpu.use(plain)(rollout.prompt).logits, policy.model(rollout.prompt).logits)
+    text = chat_text(tokenizer, PROMPTS[1])
+    assert AutoTokenizer.from_pretrained(folder).encode(text) == tokenizer.encode(text)
+
+
+def test_the_latest_checkpoint_is_that_of_the_highest_step(tmp_path):
+    assert latest_checkpoint(tmp_path) is None
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-11.unfinished"):
+        (tmp_path / name).mkdir()
+    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+
+
+def test_an_unfinished_checkpoint_of_a_killed_run_is_written_anew(policy, tokenizer, tmp_path):
+    (tmp_path / "checkpoint-3.unfinished" / "value_head").mkdir(parents=True)
+    (tmp_path / "checkpoint-3.unfinished" / "half").write_text("half of a file")
+    folder = save(policy.model, tokenizer, tmp_path, 3, policy.value_head)
+    assert not (folder / "half").exists() and (folder / "value_head").is_dir()
+
+
+def test_a_folder_without_model_ends_with_one_sentence(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        load(tmp_path)
+    assert str(tmp_path) in capsys.readouterr().err
+
+
+def test_a_tokenizer_without_chat_template_is_refused(policy, tokenizer, tmp_path, capsys):
+    bare = copy.deepcopy(tokenizer)
+    bare.chat_template = None
+    with pytest.raises(SystemExit):
+        load(save(policy.model, bare, tmp_path, 1))
+    assert "chat template" in capsys.readouterr().err

@@ -1,0 +1,360 @@
+"""Advantages, whitening and KL, by identity, enumeration and brute force from the definitions; in double precision unless it is the
+point. What the losses' tests in test_losses.py use as well stands here.
+"""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from t2g.ppo import AdaptiveKL, gae, kl_penalty, masked_mean, masked_variance, whiten
+
+seeds = st.integers(0, 2**32 - 1)
+rates = st.floats(0, 1)
+
+
+def noise(seed, *shape, scale=1.0):
+    return scale * torch.randn(
+        *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
+
+
+@st.composite
+def masks(draw, min_tokens=0):
+    """(B, T) bool, a prefix of each row; rows without any token too."""
+    T = draw(st.integers(1, 7))
+    lengths = draw(
+        st.lists(st.integers(0, T), min_size=1, max_size=4).filter(
+            lambda lengths: sum(lengths) >= min_tokens
+        )
+    )
+    return torch.arange(T) < torch.tensor(lengths)[:, None]
+
+
+def row(*values):
+    return torch.tensor([values], dtype=torch.float64)
+
+
+def every(x):
+    """The mask that lets all of x count."""
+    return torch.ones_like(x, dtype=torch.bool)
+
+
+def gradient(loss, x):
+    return torch.autograd.grad(loss, x)[0]
+
+
+# ---- advantages ----------------------------------------------------------------------------------------------------------
+
+
+@given(masks(), seeds, rates, rates)
+def test_gae_is_the_double_sum_of_its_definition(mask, seed, gamma, lam):
+    """A_t = sum_l (gamma lam)^l TD_{t+l}, with TD = r + gamma V' - V, one term after the other."""
+    rewards, values = noise(seed, 2, *mask.shape)
+    advantages, returns = gae(rewards, values, mask, gamma, lam)
+    for b, n in enumerate(mask.sum(1).tolist()):
+        r, v = rewards[b].tolist(), [*values[b, :n].tolist(), 0.0]
+        for t in range(n):
+            expected = sum(
+                (gamma * lam) ** (s - t) * (r[s] + gamma * v[s + 1] - v[s]) for s in range(t, n)
+            )
+            assert advantages[b, t].item() == pytest.approx(expected, abs=1e-9)
+            assert returns[b, t].item() == pytest.approx(expected + v[t], abs=1e-9)
+        assert not advantages[b, n:].any() and not returns[b, n:].any()
+
+
+@given(masks(), seeds)
+def test_without_discount_the_advantage_is_reward_to_go_minus_value(mask, seed):
+    rewards, values = noise(seed, 2, *mask.shape) * mask
+    advantages, returns = gae(rewards, values, mask, 1.0, 1.0)
+    to_go = rewards.flip(1).cumsum(1).flip(1)
+    assert_close(advantages, (to_go - values) * mask)
+    assert_close(returns, to_go * mask)
+
+
+@given(masks(), seeds, rates)
+def test_with_gamma_zero_the_advantage_is_the_reward_alone(mask, seed, lam):
+    rewards, values = noise(seed, 2, *mask.shape) * mask
+    assert_close(gae(rewards, values, mask, 0.0, lam)[1], rewards)
+
+
+@given(masks(), seeds, rates, rates)
+def test_true_values_give_no_advantage(mask, seed, gamma, lam):
+    """Where V is exactly what is still to come, nothing is better than expected."""
+    rewards = noise(seed, *mask.shape) * mask
+    values = gae(rewards, torch.zeros_like(rewards), mask, gamma, 1.0)[0]
+    assert_close(gae(rewards, values, mask, gamma, lam)[0], torch.zeros_like(rewards))
+
+
+@given(masks(), seeds, rates, rates, st.floats(-3, 3), st.floats(-3, 3))
+def test_gae_is_linear_in_rewards_and_values(mask, seed, gamma, lam, a, b):
+    (r1, v1), (r2, v2) = noise(seed, 2, 2, *mask.shape)
+    one, two = gae(r1, v1, mask, gamma, lam), gae(r2, v2, mask, gamma, lam)
+    both = gae(a * r1 + b * r2, a * v1 + b * v2, mask, gamma, lam)
+    for whole, x, y in zip(both, one, two):
+        assert_close(whole, a * x + b * y)
+
+
+@given(masks(min_tokens=1), seeds, rates, rates, st.data())
+def test_a_reward_reaches_back_and_never_forward(mask, seed, gamma, lam, data):
+    rewards, values = noise(seed, 2, *mask.shape)
+    b, t = data.draw(st.sampled_from(mask.nonzero().tolist()))
+    changed = rewards.clone()
+    changed[b, t] += 1
+    before, after = (
+        gae(rewards, values, mask, gamma, lam)[0],
+        gae(changed, values, mask, gamma, lam)[0],
+    )
+    difference = after - before
+    assert torch.equal(after[b, t + 1 :], before[b, t + 1 :])
+    assert_close(
+        difference[b, : t + 1], (gamma * lam) ** torch.arange(t, -1, -1, dtype=torch.float64)
+    )
+    others = [i for i in range(len(mask)) if i != b]
+    assert torch.equal(after[others], before[others])
+
+
+@given(masks(), seeds, rates, rates, st.sampled_from([1e30, math.inf, math.nan]))
+def test_gae_is_blind_to_what_stands_in_padding(mask, seed, gamma, lam, junk):
+    rewards, values = noise(seed, 2, *mask.shape)
+    clean = gae(rewards, values, mask, gamma, lam)
+    dirty = gae(
+        rewards.masked_fill(~mask, junk), values.masked_fill(~mask, -junk), mask, gamma, lam
+    )
+    assert all(torch.equal(x, y) for x, y in zip(clean, dirty))
+
+
+@given(masks(), seeds, rates, rates, st.integers(1, 4))
+def test_more_padding_changes_nothing(mask, seed, gamma, lam, more):
+    rewards, values = noise(seed, 2, *mask.shape)
+    longer = [torch.nn.functional.pad(x, (0, more)) for x in (rewards, values, mask)]
+    for short, long in zip(gae(rewards, values, mask, gamma, lam), gae(*longer, gamma, lam)):
+        assert torch.equal(torch.nn.functional.pad(short, (0, more)), long)
+
+
+def test_a_row_without_tokens_gives_zeros():
+    nothing = torch.zeros(2, 3, dtype=torch.bool)
+    advantages, returns = gae(torch.ones(2, 3), torch.ones(2, 3), nothing, 1.0, 0.95)
+    assert not advantages.any() and not returns.any()
+
+
+@pytest.mark.parametrize("shape", [(2, 0), (0, 3)])
+def test_a_batch_without_rows_or_columns_keeps_its_shape(shape):
+    x = torch.zeros(shape)
+    advantages, returns = gae(x, x, x.bool(), 1.0, 0.95)
+    assert advantages.shape == returns.shape == shape
+
+
+def test_gae_leaves_its_arguments_as_they_are():
+    rewards, values, mask = torch.ones(1, 3), torch.ones(1, 3), torch.tensor([[True, True, False]])
+    gae(rewards, values, mask, 1.0, 0.95)
+    assert torch.equal(rewards, torch.ones(1, 3)) and torch.equal(values, torch.ones(1, 3))
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+@pytest.mark.parametrize("shape", [(2, 4), (3, 3), (1, 3), (2, 3, 1)])
+def test_different_shapes_are_refused(which, shape):
+    """(1, 3) too, which could be broadcast."""
+    shapes = [(2, 3)] * 3
+    shapes[which] = shape
+    rewards, values, mask = (torch.ones(s) for s in shapes)
+    with pytest.raises(ValueError) as refused:
+        gae(rewards, values, mask.bool(), 1.0, 0.95)
+    assert (
+        str(refused.value)
+        == f"shapes differ: rewards {rewards.shape}, values {values.shape}, mask {mask.shape}"
+    )
+
+
+@pytest.mark.parametrize("holes", [[0, 1, 1], [1, 0, 1], [0, 0, 1], [0, 1, 0]])
+def test_a_mask_that_is_no_prefix_is_refused(holes):
+    mask = torch.tensor([[1, 1, 0], holes]).bool()
+    with pytest.raises(ValueError) as refused:
+        gae(torch.ones(2, 3), torch.ones(2, 3), mask, 1.0, 0.95)
+    assert (
+        str(refused.value)
+        == "the mask must be a prefix of each row: True up to and including EOS, False after it"
+    )
+
+
+# ---- whitening -----------------------------------------------------------------------------------------------------------
+
+
+@given(masks(min_tokens=2), seeds, st.floats(0.01, 100), st.floats(-100, 100))
+def test_whitened_values_have_mean_zero_and_variance_one(mask, seed, scale, shift):
+    x = noise(seed, *mask.shape) + 10 * torch.arange(mask.numel()).view(
+        mask.shape
+    )  # never nearly constant
+    white = whiten(scale * x + shift, mask)
+    assert white[mask].mean().item() == pytest.approx(0, abs=1e-6)
+    assert white[mask].var(correction=0).item() == pytest.approx(1, abs=1e-4)
+    assert not white[~mask].any()
+    assert_close(white, whiten(x, mask), atol=1e-4, rtol=0)
+
+
+@given(masks(min_tokens=1), seeds, st.sampled_from([-1e6, 3.0, math.inf, math.nan]))
+def test_statistics_are_blind_to_what_stands_in_padding(mask, seed, junk):
+    x = noise(seed, *mask.shape)
+    dirty = x.masked_fill(~mask, junk)
+    assert_close(whiten(dirty, mask), whiten(x, mask))
+    assert_close(masked_mean(dirty, mask), x[mask].mean())
+    assert_close(masked_variance(dirty, mask), x[mask].var(correction=0))
+
+
+@given(masks(), st.floats(-1, 1, width=32))
+def test_a_constant_becomes_zero(mask, value):
+    """In single precision, and for rewards in their range."""
+    assert_close(
+        whiten(torch.full(mask.shape, value), mask), torch.zeros(mask.shape), atol=1e-2, rtol=0
+    )
+
+
+def test_without_any_token_all_is_zero():
+    nothing = torch.zeros(2, 3, dtype=torch.bool)
+    assert not whiten(torch.ones(2, 3), nothing).any()
+    assert masked_mean(torch.ones(2, 3), nothing) == 0
+
+
+# ---- KL ------------------------------------------------------------------------------------------------------------------
+
+SAMPLED = ["k1", "k2", "k3", "abs"]
+
+
+def two_policies(seed, requires_grad=False):
+    """Log-softmaxes over a vocabulary of five tokens at two places: pi and pi_ref."""
+    logits = noise(seed, 2, 1, 2, 5).requires_grad_(requires_grad)
+    return logits[0].log_softmax(-1), logits[1].log_softmax(-1).detach(), logits
+
+
+def each_token(logprobs, ref_logprobs, kind):
+    """The estimate that each token of the vocabulary would give if it were the sampled one."""
+    return torch.stack(
+        [
+            kl_penalty(logprobs[..., v], ref_logprobs[..., v], kind)
+            for v in range(logprobs.shape[-1])
+        ],
+        dim=-1,
+    )
+
+
+@given(seeds)
+def test_full_kl_is_the_kl_divergence(seed):
+    logprobs, ref_logprobs, _ = two_policies(seed)
+    expected = torch.distributions.kl_divergence(
+        torch.distributions.Categorical(logits=logprobs),
+        torch.distributions.Categorical(logits=ref_logprobs),
+    )
+    assert_close(kl_penalty(logprobs, ref_logprobs, "full"), expected)
+
+
+@given(seeds, st.sampled_from(["k1", "k3"]))
+def test_k1_and_k3_are_unbiased(seed, kind):
+    logprobs, ref_logprobs, _ = two_policies(seed)
+    expectation = (logprobs.exp() * each_token(logprobs, ref_logprobs, kind)).sum(-1)
+    assert_close(expectation, kl_penalty(logprobs, ref_logprobs, "full"))
+
+
+@given(seeds)
+def test_k2_has_the_gradient_of_the_kl_and_k1_has_none(seed):
+    """The expectation, over tokens drawn from pi, of the gradient of the estimate."""
+    logprobs, ref_logprobs, logits = two_policies(seed, requires_grad=True)
+    of_kl = gradient(kl_penalty(logprobs, ref_logprobs, "full").sum(), logits)
+    probabilities = logprobs.exp().detach()
+    for kind, expected in (("k2", of_kl), ("k1", torch.zeros_like(of_kl))):
+        logprobs = logits[0].log_softmax(-1)
+        assert_close(
+            gradient((probabilities * each_token(logprobs, ref_logprobs, kind)).sum(), logits),
+            expected,
+        )
+
+
+@given(seeds)
+def test_k2_comes_near_the_kl_of_policies_that_are_near(seed):
+    far, ref_logprobs, _ = two_policies(seed)
+    logprobs = (0.99 * ref_logprobs + 0.01 * far).log_softmax(-1)
+    kl = kl_penalty(logprobs, ref_logprobs, "full")
+    assert_close(
+        (logprobs.exp() * each_token(logprobs, ref_logprobs, "k2")).sum(-1),
+        kl,
+        rtol=0.05,
+        atol=1e-12,
+    )
+
+
+@given(seeds)
+def test_k2_k3_abs_and_full_are_never_negative_and_abs_is_the_size_of_k1(seed):
+    logprobs, ref_logprobs, _ = two_policies(seed)
+    for kind in ("k2", "k3", "abs"):
+        assert (each_token(logprobs, ref_logprobs, kind) >= 0).all()
+    assert (kl_penalty(logprobs, ref_logprobs, "full") >= 0).all()
+    k1, size = each_token(logprobs, ref_logprobs, "k1"), each_token(logprobs, ref_logprobs, "abs")
+    assert torch.equal(torch.maximum(k1, -k1), size)
+    assert (k1 > 0).any() and (k1 < 0).any()
+
+
+@pytest.mark.parametrize("kind", [*SAMPLED, "full"])
+def test_a_policy_has_no_kl_from_itself(kind):
+    logprobs, _, _ = two_policies(0)
+    assert not kl_penalty(logprobs, logprobs, kind).any()
+
+
+def test_k3_is_exact_where_policies_almost_agree():
+    """In single precision pi_ref / pi - 1 loses all of its digits; the estimate must not."""
+    step = torch.tensor([[1e-4]])
+    assert_close(kl_penalty(step, torch.zeros_like(step), "k3"), step**2 / 2, rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["", "k4", "K1", "kl", None])
+def test_an_unknown_estimator_is_refused(kind):
+    with pytest.raises(ValueError) as refused:
+        kl_penalty(torch.zeros(1, 1), torch.zeros(1, 1), kind)
+    assert str(refused.value) == f"unknown KL estimator {kind!r}: use k1, k2, k3, abs or full"
+
+
+# ---- the KL coefficient --------------------------------------------------------------------------------------------------
+
+kls = st.floats(0, 1e6)
+
+
+@given(st.floats(0.01, 10), st.floats(0.1, 100), kls, st.integers(1, 1000), st.floats(1000, 1e6))
+def test_the_coefficient_follows_the_kl_within_its_bounds(init, target, kl, n, horizon):
+    steered = AdaptiveKL(init, target=target, horizon=horizon)
+    steered.update(kl, n)
+    change = steered.value / init - 1
+    assert abs(change) <= 0.2 * n / horizon + 1e-12
+    assert math.copysign(1, kl - target) * change >= 0
+
+
+@pytest.mark.parametrize(
+    ("kl", "factor"),
+    [(6.0, 1.0), (6.6, 1.01), (5.4, 0.99), (1e9, 1.02), (math.inf, 1.02), (0.0, 0.98)],
+)
+def test_a_tenth_of_the_horizon_moves_it_by_a_tenth_of_the_error(kl, factor):
+    """The error is relative to the target, and a fifth at most."""
+    steered = AdaptiveKL(0.5, target=6.0, horizon=1000)
+    steered.update(kl, 100)
+    assert steered.value == pytest.approx(0.5 * factor)
+
+
+def test_the_horizon_is_ten_thousand_responses_unless_told():
+    steered = AdaptiveKL(1.0, target=1.0)
+    steered.update(2.0, 100)
+    assert steered.value == pytest.approx(1 + 0.2 * 100 / 10_000, abs=1e-12)
+
+
+def test_the_coefficient_keeps_moving_while_the_kl_is_off_target():
+    steered, seen = AdaptiveKL(0.1, target=6.0, horizon=100), []
+    for kl in (20, 20, 20, 1, 1, 1):
+        steered.update(kl, 10)
+        seen.append(steered.value)
+    assert 0.1 < seen[0] < seen[1] < seen[2] > seen[3] > seen[4] > seen[5] > 0
+
+
+@given(kls, st.integers(1, 1000))
+def test_an_infinite_horizon_keeps_the_coefficient(kl, n):
+    fixed = AdaptiveKL(0.05)
+    fixed.update(kl, n)
+    assert fixed.value == 0.05
