@@ -1,4 +1,4 @@
-"""t2g/tasks/products.py: a product described in one sentence."""
+"""examples/products.py: a product described in one sentence."""
 
 import re
 

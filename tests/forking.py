@@ -1,6 +1,8 @@
 """Scripts in processes of their own, forked from one that has done the imports: to start Python anew takes seconds."""
 
+import contextlib
 import importlib
+import io
 import multiprocessing
 import resource
 import sys
@@ -26,3 +28,16 @@ def forked(script, flags, **options):
     process = context.Process(target=main, args=(script, flags), kwargs=options)
     process.start()
     return process
+
+
+def run(script, flags):
+    """A script in this process: its exit code, and what it printed."""
+    before, printed, errors, code = sys.argv, io.StringIO(), io.StringIO(), 0
+    try:
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors):
+            main(script, flags)
+    except SystemExit as stopped:
+        code = stopped.code or 0
+    finally:
+        sys.argv = before
+    return code, printed.getvalue() + errors.getvalue()
