@@ -125,7 +125,8 @@ def parameters(run) -> int:
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as weights:
             total += sum(
-                int(np.prod(weights.get_slice(name).get_shape())) for name in weights.keys()  # noqa: SIM118
+                int(np.prod(weights.get_slice(name).get_shape()))
+                for name in weights.keys()  # noqa: SIM118
             )
     return total
 
