@@ -211,7 +211,7 @@ def main():
         )
 
     with (
-        cli.advice(),
+        cli.friendly_errors(),
         checkpoint.run_folder(args, args.resume) as folder,
         checkpoint.sigterm() as sigterm,
     ):

@@ -1,4 +1,4 @@
-"""What the scripts share: their command line, one clear sentence for bad input, a folder for their output."""
+"""Command-line helpers of the scripts: one-line flags, one-sentence errors, output folders."""
 
 import argparse
 import errno
@@ -12,35 +12,45 @@ from pathlib import Path
 import torch
 import transformers
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
 
 def fail(sentence: str):
-    """Ends the program with one sentence that says what is wrong and what to do, and exit code 2."""
+    """Prints one sentence that says what is wrong and what to do, and exits with code 2."""
     print(f"error: {sentence}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 
-def parser(doc: str) -> argparse.ArgumentParser:
-    """A parser whose help opens with the script's own docstring and shows every default. The console is for our own lines."""
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the line breaks of the description and shows the default of every flag that has one."""
 
+    def _get_help_string(self, action):
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose add_argument also takes a flag as the add() of flags() does."""
+
+    def add_argument(self, *names, **options):
+        if len(names) > 1 and not str(names[1]).startswith("-"):
+            return flags(self)(*names, **options)
+        return super().add_argument(*names, **options)
+
+
+def parser(doc: str) -> argparse.ArgumentParser:
+    """Returns a parser whose help starts with doc, and silences the messages of transformers."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-
-    class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        def _get_help_string(self, action):
-            return (
-                action.help
-                if action.default is None or action.default is False
-                else super()._get_help_string(action)
-            )
-
-    return argparse.ArgumentParser(description=doc, formatter_class=Help, allow_abbrev=False)
+    return Parser(description=doc, formatter_class=Help, allow_abbrev=False)
 
 
 def flags(parser):
-    """add(name, default, help, kind) adds a flag to a parser, in one line.
+    """Returns add(name, default, help, kind), which adds a flag to the parser in one line.
 
-    kind: a function from a text to a value, or a tuple of choices. If it is not given, it follows
-    from the default: False makes a switch, an int or a float must be above 0, all else is a text.
+    kind is a tuple of choices or a function from a string to a value. By default it follows from
+    the default value: False is a switch, an int or a float must be positive, the rest are strings.
 
     >>> parser = argparse.ArgumentParser()
     >>> add = flags(parser)
@@ -51,8 +61,10 @@ def flags(parser):
     Namespace(max_steps=5, reward='span', bf16=True)
     """
 
-    def add(name, default, help, kind=None):
-        if default is False and kind is None:
+    def add(name, default=None, help=None, kind=None, **options):
+        if options:
+            parser.add_argument(name, default=default, help=help, **options)
+        elif default is False and kind is None:
             parser.add_argument(name, action="store_true", help=help)
         elif isinstance(kind, tuple):
             parser.add_argument(name, default=default, choices=kind, help=help)
@@ -63,19 +75,8 @@ def flags(parser):
     return add
 
 
-@functools.cache
-def load_file(path, flag: str, built_in):
-    """The module in a .py file of the user's own; `flag` named it, beside the names built in."""
-    if not path.endswith(".py") or not Path(path).is_file():
-        fail(f"{flag} {path}: give a path of a .py file or one of {', '.join(built_in)}")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def positive(kind):
-    """An argument type: a number of this kind above zero."""
+    """An argument type: a number of this kind above 0."""
 
     def convert(text):
         value = kind(text)
@@ -99,32 +100,36 @@ def between(low, high):
     return convert
 
 
+@functools.cache
+def load_file(path, flag: str, built_in):
+    """Imports the .py file that a user names with flag, beside the built-in names."""
+    if not path.endswith(".py") or not Path(path).is_file():
+        fail(f"{flag} {path}: give a path of a .py file or one of {', '.join(built_in)}")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def make_folder(path, flag: str):
-    """The folder and those above it, unless they are there; flag is the one to change if that cannot be."""
+    """Creates a folder and its parents; flag is the one to change if that fails."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        fail(f"the folder {path} cannot be made ({error.strerror}); choose another {flag}")
+        fail(f"the folder {path} cannot be created ({error.strerror}); choose another {flag}")
 
 
 def fresh_folder(path) -> Path:
-    """An empty folder at path. An earlier run that stands there is moved aside; a folder of anything else is left alone."""
+    """Creates an empty folder. Moves an earlier run aside and refuses a folder of anything else."""
     path = Path(path).resolve()
     try:
-        if (
-            path.exists()
-            and not (path / "metrics.jsonl").is_file()
-            and (not path.is_dir() or any(path.iterdir()))
-        ):
-            fail(f"{path} holds something that is no run of ours; choose another --output_dir")
         if (path / "metrics.jsonl").is_file():
-            aside = next(
-                p
-                for n in itertools.count(1)
-                if not (p := path.with_name(f"{path.name}.{n}")).exists()
-            )
+            names = (path.with_name(f"{path.name}.{n}") for n in itertools.count(1))
+            aside = next(name for name in names if not name.exists())
             path.rename(aside)
-            print(f"{path} held an earlier run: moved to {aside}", flush=True)
+            print(f"the earlier run in {path} was moved to {aside}", flush=True)
+        elif path.exists() and not (path.is_dir() and not any(path.iterdir())):
+            fail(f"{path} holds something that is not a run; choose another --output_dir")
     except OSError as error:
         fail(f"the folder {path} cannot be used ({error.strerror}); choose another --output_dir")
     make_folder(path, "--output_dir")
@@ -132,30 +137,24 @@ def fresh_folder(path) -> Path:
 
 
 @contextmanager
-def advice():
-    """Where memory or the disk runs out, or somebody presses Ctrl-C, the program ends with a sentence that says what to do."""
+def friendly_errors():
+    """Ends the program with one clear line for out of memory, a full disk and Ctrl-C."""
     try:
         yield
     except KeyboardInterrupt:
-        print(
-            "\nInterrupted; the same command goes on from the last checkpoint, if there is one",
-            file=sys.stderr,
-            flush=True,
-        )
+        resume = "the same command resumes from the last checkpoint, if there is one"
+        print(f"\ninterrupted; {resume}", file=sys.stderr, flush=True)
         raise SystemExit(130) from None
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+        if error.errno not in DISK_FULL:
             raise
-        fail(
-            f"No room is left to write ({error}); make some and start again. Earlier checkpoints stay"
-        )
+        fail(f"cannot write to the disk ({error}); free some space and run the same command again")
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(
-            error
-        ):
+        allocation = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+        if not allocation:
             raise
         fail(
-            "out of memory. Lower --per_device_train_batch_size and raise --gradient_accumulation_steps by as much, or lower "
-            "--response_length; --gradient_checkpointing, --lora_r, --bf16 and more processes save memory too. Earlier checkpoints "
-            "stay, and the same command with another batch split or --gradient_checkpointing goes on from them"
+            "out of memory; halve --per_device_train_batch_size and double "
+            "--gradient_accumulation_steps, lower --response_length, or use "
+            "--gradient_checkpointing, --lora_r or --bf16. The run resumes from its last checkpoint"
         )

@@ -260,7 +260,7 @@ def test_ctrl_c_ends_with_a_sentence(start, tmp_path, monkeypatch):
 
     monkeypatch.setattr(train_ppo, "sample", interrupted)
     code, printed = run((*FLAGS, "--policy", start, "--output_dir", tmp_path / "ppo"))
-    assert code == 130 and "the same command goes on from the last checkpoint" in printed
+    assert code == 130 and "the same command resumes from the last checkpoint" in printed
 
 
 def test_other_data_are_refused(stopped):
@@ -303,7 +303,7 @@ def test_a_resumed_checkpoint_must_be_of_the_run(stopped, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "file_size, what", [(90_000, "checkpoint-6 cannot be written"), (4_000, "No room is left")]
+    "file_size, what", [(90_000, "checkpoint-6 cannot be written"), (4_000, "free some space")]
 )
 def test_a_full_disk_ends_the_run_with_a_sentence_and_keeps_what_there_is(
     stopped, never_stopped, tmp_path, file_size, what

@@ -495,7 +495,7 @@ def test_annotations_that_are_none(refuse, toy_run, tmp_path):
 def test_a_folder_that_is_no_run_is_left_alone(refuse, toy_run, tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     flags = ("--critic", "rule", "--policy", toy_run / "sft", "--output_dir", tmp_path)
-    assert "holds something that is no run" in refuse("train_ppo", *flags)
+    assert "holds something that is not a run" in refuse("train_ppo", *flags)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
