@@ -10,7 +10,6 @@ Stopped, the same command goes on bit for bit. With torchrun --nproc_per_node N 
 
 import copy
 import itertools
-import random
 import time
 from collections import defaultdict
 from contextlib import nullcontext
@@ -21,7 +20,6 @@ import torch
 from tqdm import tqdm
 
 from extras.scale import plan
-from extras.studies import ablations
 from t2g import adapters, checkpoint, cli, critics, dist, policy, stages, tasks
 from t2g import page as report
 from t2g.align import (
@@ -68,7 +66,6 @@ def parse_args():
         default="uniform",
         help="how a span's score is shared out among its tokens",
     )
-    ablations.add_flags(add)
     add(
         "--max_steps",
         type=cli.positive(int),
@@ -299,9 +296,7 @@ def train(task, args, actor, reference, critic, tokenizer, pool, heldout, folder
         clock.append(now())
 
         # 3. Spans -> token rewards delta in {-1, 0, +1}.
-        delta, quotes = token_rewards(
-            tokenizer, rollout, feedback, args, random.Random(rng.random() + dist.rank())
-        )
+        delta, quotes = token_rewards(tokenizer, rollout, feedback, args)
         placed = place(delta, tokenizer, rollout, step_end, args)
 
         # 4. KL penalty: r_t = placed_t - kl_coef KL_t, and what the policy and V were before the update. From here to the update
@@ -378,7 +373,7 @@ def train(task, args, actor, reference, critic, tokenizer, pool, heldout, folder
     return pages
 
 
-def token_rewards(tokenizer, rollout, feedback, args, rng):
+def token_rewards(tokenizer, rollout, feedback, args):
     """delta (B, T) from each sample's feedback, and how many quotes were found in which way."""
     delta, counts = torch.zeros(rollout.mask.shape), dict.fromkeys((*MATCH_KINDS, "ambiguous"), 0)
     for row, (text, said) in enumerate(zip(rollout.texts, feedback)):
@@ -388,7 +383,6 @@ def token_rewards(tokenizer, rollout, feedback, args, rng):
             delta[row, rollout.mask[row].sum() - 1] = said
             continue
         spans, found = resolve(text, said, severities=args.span_weights == "severity")
-        spans = ablations.change(spans, text, args, rng)
         offsets = token_offsets(tokenizer, rollout.response[row][rollout.mask[row]].tolist())
         delta[row, : len(offsets)] = span_rewards(offsets, spans, args.span_weights)
         counts = {kind: counts[kind] + found[kind] for kind in counts}

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 
-from extras.studies import ablations
 from t2g import cli, critics, policy, stages, supervised, tasks
 from t2g.feedback import Feedback, reward_prompt
 from t2g.notes import read_annotations
@@ -23,13 +22,12 @@ from t2g.notes import read_annotations
 def read_pairs(
     path,
     no_critique=False,
-    dense=False,
     ask=lambda prompt, response, z: reward_prompt(prompt, response),
 ):
     """(prompt, z) pairs from annotations whose status is "ok"; each z is one that the parser will take.
 
-    Two ablations of the paper: z without its critique, or with dense labels. `ask` makes what the
-    reward model is asked of a prompt, a response and z.
+    no_critique leaves the critique out of z, an ablation of the paper. `ask` makes what the reward
+    model is asked of a prompt, a response and z.
     """
     pairs, records = [], read_annotations(path)
     for record in records:
@@ -37,8 +35,6 @@ def read_pairs(
             continue
         if no_critique:
             feedback = Feedback("", feedback.good, feedback.poor)
-        if dense:
-            feedback = ablations.dense_feedback(record["response"], feedback)
         z = feedback.render()
         pairs.append((ask(record["prompt"], record["response"], z), z))
     print(f"{len(pairs)} of {len(records)} annotations are of use")
@@ -59,11 +55,6 @@ def main():
     )
     add("--output_dir", help="where the run goes; runs/TASK/rm if not given")
     add("--no_critique", action="store_true", help="learn the span map alone, the paper's ablation")
-    add(
-        "--dense",
-        action="store_true",
-        help="learn dense labels, most words good or poor, the paper's ablation",
-    )
     supervised.add_flags(add, validation_share=0.05)
     task, args = tasks.parse(parser, "train_rm")
     args.output_dir = args.output_dir or f"runs/{task.NAME}/rm"
@@ -83,9 +74,7 @@ def main():
         )  # for EOS
         return critics.fitting_prompt(tokenizer, prompt, response, room)
 
-    pairs = read_pairs(
-        args.annotations or root / "annotations.jsonl", args.no_critique, args.dense, ask
-    )
+    pairs = read_pairs(args.annotations or root / "annotations.jsonl", args.no_critique, ask)
     random.Random(args.seed).shuffle(pairs)
     saved = supervised.finetune(model, tokenizer, pairs, args, desc="reward model")
     print(f"reward model: {saved} ({time.perf_counter() - start:.0f} s)")

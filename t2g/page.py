@@ -7,7 +7,6 @@ models go into the page as JSON and reach the screen as text, never as markup.
 
 import json
 import re
-from argparse import Namespace
 from difflib import SequenceMatcher
 from itertools import accumulate
 from pathlib import Path
@@ -78,10 +77,7 @@ class Samples:
                 args.bf16,
             )
         feedback = critic(examples, rollout.texts)
-        as_said = Namespace(
-            **vars(args) | {"dense": False, "span_noise": None}
-        )  # whatever training makes of it
-        delta, _ = token_rewards(tokenizer, rollout, feedback, as_said, None)
+        delta, _ = token_rewards(tokenizer, rollout, feedback, args)
         _, _, value, kl = score(rollout, args)
         if dist.rank() == 0:
             self.add(
@@ -265,8 +261,8 @@ def grouped(runs) -> dict[tuple, list]:
 def in_words(name, value) -> str:
     """A setting in words.
 
-    >>> in_words("reward", "span"), in_words("span_noise", ["flip", 0.3]), in_words("span_noise", None)
-    ('span rewards', 'span noise flip:0.3', 'no span noise')
+    >>> in_words("reward", "span"), in_words("noise", ["flip", 0.3]), in_words("kl_target", None)
+    ('span rewards', 'noise flip:0.3', 'no kl target')
     """
     if name == "reward" and value in REWARDS:
         return REWARDS[value]

@@ -94,7 +94,7 @@ def parse_args():
         help="of sampling and of all log-probabilities",
     )
     add("--tensorboard", action="store_true", help="also write TensorBoard's files")
-    for_the_log = dict(kl_estimator="full", span_weights="uniform", dense=False, span_noise=None)
+    for_the_log = dict(kl_estimator="full", span_weights="uniform")
     parser.set_defaults(**for_the_log)
     task, args = tasks.parse(parser, "train_sdpo")
     args.output_dir = args.output_dir or f"runs/{task.NAME}/sdpo"
@@ -149,7 +149,7 @@ def main():
         mask = rollout.mask & fits[:, None]
 
         # 4. Measure what train_ppo.py learns from, and here is only written down.
-        delta, quotes = token_rewards(tokenizer, rollout, feedback, args, rng=None)
+        delta, quotes = token_rewards(tokenizer, rollout, feedback, args)
         old_logprobs, entropy, _, kl = score(actor, reference, rollout, args)
         clock.append(now())
 

@@ -154,13 +154,13 @@ ROWS = {
     "adaptive KL, target 6": ["--kl_coef", "0.2", "--kl_target", "6"],
     "KL k1": ["--kl_estimator", "k1"],
     "no penalty without EOS": ["--missing_eos_penalty", "0"],
-    "dense": ["--dense"],
+    "dense": ["--critic", "extras/studies/dense.py", "--dense_critic", "rule"],
     "first": ["--span_weights", "first"],
     "inverse_length": ["--span_weights", "inverse_length"],
     "decayed": ["--span_weights", "decayed"],
     "severity": ["--span_weights", "severity"],
     **{
-        f"{kind}:{rate}": ["--span_noise", f"{kind}:{rate}"]
+        f"{kind}:{rate}": ["--critic", "extras/studies/noisy.py", "--noise", f"{kind}:{rate}"]
         for rate in (0.1, 0.3)
         for kind in ("flip", "drop", "shift", "random")
     },

@@ -265,7 +265,7 @@ def test_one_run_has_means_without_intervals_under_its_main_settings(runs, tmp_p
 
 def test_labels_name_what_differs_and_a_setting_that_is_off_is_as_good_as_absent(tmp_path):
     folders = [
-        make_run(tmp_path / "a", span_noise=["flip", 0.3], kl_coef=0.1),
+        make_run(tmp_path / "a", noise=["flip", 0.3], kl_coef=0.1),
         make_run(
             tmp_path / "b",
             kl_coef=0.1,
@@ -273,14 +273,14 @@ def test_labels_name_what_differs_and_a_setting_that_is_off_is_as_good_as_absent
             policy=str(tmp_path / "sft"),
             reward_model=str(tmp_path / "rm"),
         ),
-        make_run(tmp_path / "c", span_noise=None, kl_coef=0.1, seed=1),
+        make_run(tmp_path / "c", noise=None, kl_coef=0.1, seed=1),
         make_run(tmp_path / "d", kl_coef=0.2),
     ]
     groups = data_of(folders, tmp_path / "page.html")["groups"]
     assert [(group["label"], group["settings"], len(group["seeds"])) for group in groups] == [
-        ("kl coef 0.1", "span noise flip:0.3", 1),
-        ("kl coef 0.1", "no span noise", 2),
-        ("kl coef 0.2", "no span noise", 1),
+        ("kl coef 0.1", "noise flip:0.3", 1),
+        ("kl coef 0.1", "no noise", 2),
+        ("kl coef 0.2", "no noise", 1),
     ]
 
 

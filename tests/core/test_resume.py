@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("posts")
 STEPS = 6
 FLAGS = (
     "--critic", "rule", "--max_steps", STEPS, "--per_device_train_batch_size", 2, "--num_ppo_epochs", 2, "--response_length", 12,
-    "--eval_samples", 2, "--save_steps", 2, "--kl_target", 0.5, "--kl_horizon", 20, "--span_noise", "flip:0.3",
+    "--eval_samples", 2, "--save_steps", 2, "--kl_target", 0.5, "--kl_horizon", 20,
 )  # fmt: skip
 
 

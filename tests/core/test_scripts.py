@@ -235,17 +235,14 @@ def learnt(tmp_path, **flags):
     return Feedback.parse(z)
 
 
-def test_the_reward_model_s_ablations_learn_other_texts(tmp_path):
+def test_the_reward_model_may_learn_to_write_no_critique(tmp_path):
     assert learnt(tmp_path) == Feedback(NOTE["critique"], NOTE["good_spans"], NOTE["poor_spans"])
     assert learnt(tmp_path, no_critique=True) == Feedback(
         "", NOTE["good_spans"], NOTE["poor_spans"]
     )
-    dense = learnt(tmp_path, dense=True)
-    assert dense.critique == NOTE["critique"]
-    assert len(" ".join([*dense.good, *dense.poor]).split()) == 7  # of nine words
 
 
-def test_flags_of_weights_and_ablations_reach_the_rewards(tokenizers):
+def test_flags_of_weights_reach_the_rewards(tokenizers):
     tokenizer = tokenizers["byte_level"]
     response = torch.tensor([tokenizer.encode(NOTE["response"], add_special_tokens=False)])
     mask = torch.ones_like(response, dtype=torch.bool)
@@ -255,20 +252,13 @@ def test_flags_of_weights_and_ablations_reach_the_rewards(tokenizers):
     said = [Feedback(NOTE["critique"], NOTE["good_spans"], NOTE["poor_spans"])]
 
     def delta(**flags):
-        args = argparse.Namespace(
-            **{"span_weights": "uniform", "dense": False, "span_noise": None} | flags
-        )
-        rewards, quotes = train_ppo.token_rewards(tokenizer, rollout, said, args, random.Random(0))
+        args = argparse.Namespace(**{"span_weights": "uniform"} | flags)
+        rewards, quotes = train_ppo.token_rewards(tokenizer, rollout, said, args)
         assert quotes["exact"] == 2
         return rewards
 
     plain = delta()
     assert set(plain.unique().tolist()) == {-1, 0, 1}
-    assert (
-        torch.equal(delta(span_noise=("flip", 1.0)), -plain)
-        and not delta(span_noise=("drop", 1.0)).any()
-    )
-    assert (delta(dense=True) != 0).float().mean() > 0.6 > (plain != 0).float().mean()
     assert torch.equal(delta(span_weights="severity"), plain.where(plain > 0, plain / 2))
     assert (delta(span_weights="first") == 1).sum() == 1 < (plain == 1).sum()
 
@@ -422,10 +412,6 @@ def test_bad_flags(refuse):
     assert "--learning_rat" in refuse("train_ppo", "--learning_rat", "1")
     assert "between 0 and 1" in refuse("train_ppo", "--lam", "2")
     assert "no task 'toi'" in refuse("train_ppo", "--task", "toi")
-    for noise in ("flip", "flip:2", "twist:0.3", "flip:nan"):
-        assert "a kind of flip, drop, shift, random and a rate in [0, 1]" in refuse(
-            "train_ppo", "--span_noise", noise
-        )
     assert "alignment needs --data" in refuse("eval", "alignment")
     assert "these are of none" in refuse("eval", "page")
 

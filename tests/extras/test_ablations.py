@@ -1,105 +1,121 @@
-"""Spans that are spoilt or made dense on purpose: what each kind does, how often, and that a seed settles it."""
+"""Critics that wrap a critic: noisy.py makes errors of a given kind and rate, dense.py spreads labels."""
 
+import argparse
+import json
 import random
-from argparse import ArgumentTypeError
 
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from extras.studies.ablations import DENSE_SHARE, KINDS, dense, dense_feedback, kind_and_rate, spoil
+from extras.studies import dense, noisy
 from t2g.align import resolve
-from t2g.feedback import Feedback, Span
+from t2g.feedback import Feedback, Span, quoted
+from t2g.notes import read_annotations
+from t2g.tasks import Example, toy
 
-LENGTH = 40
-places = (
-    st.tuples(st.integers(0, LENGTH), st.integers(0, LENGTH))
-    .map(sorted)
-    .filter(lambda place: place[0] < place[1])
-)
-spans_of_a_text = st.lists(
-    st.builds(lambda place, score: Span(*place, score), places, st.sampled_from([1.0, -1.0])),
-    max_size=6,
-)
-seeds = st.integers(0, 2**32)
+WORDS = "Ana lives in Porto since 1927 and likes old chess books".split()
+TEXT = " ".join(WORDS)
+FEEDBACK = Feedback("c", ["Porto", "chess"], [{"text": "1927", "severity": 0.5}, "Ana"])
+texts = st.lists(st.sampled_from(["a", "bb", "ccc,", "27"]), min_size=1, max_size=20).map(" ".join)
 
 
-@given(spans_of_a_text, st.sampled_from(KINDS), seeds)
-def test_rate_zero_spoils_nothing(spans, kind, seed):
-    assert spoil(spans, LENGTH, kind, 0.0, random.Random(seed)) == spans
+def spoil(kind, rate=1.0, seed=0):
+    return noisy.spoil(TEXT, FEEDBACK, kind, rate, random.Random(seed))
 
 
-@given(spans_of_a_text, st.sampled_from(KINDS), st.floats(0, 1), seeds)
-def test_the_same_seed_spoils_the_same_spans_in_the_same_way(spans, kind, rate, seed):
-    assert spoil(spans, LENGTH, kind, rate, random.Random(seed)) == spoil(
-        spans, LENGTH, kind, rate, random.Random(seed)
+def places(feedback):
+    return resolve(TEXT, feedback, severities=True)[0]
+
+
+# ---- noisy.py ----------------------------------------------------------------------------------
+
+
+def test_at_rate_one_each_kind_does_what_its_name_says():
+    assert spoil("flip") == Feedback("c", FEEDBACK.poor, FEEDBACK.good)
+    assert spoil("drop") == Feedback("c")
+    for seed in range(20):
+        for kind in ("shift", "random"):
+            for old, new in zip(places(FEEDBACK), places(spoil(kind, seed=seed))):
+                assert new.score == old.score and 0 <= new.start < new.end <= len(TEXT)
+    shifted = {places(spoil("shift", seed=seed))[0] for seed in range(20)}
+    assert {TEXT[start:end] for start, end, _ in shifted} == {"s in", "since"[:4]}
+
+
+def test_a_random_quote_may_land_anywhere():
+    starts = {places(spoil("random", seed=seed))[0].start for seed in range(2000)}
+    assert len(starts) > 35  # of 51 places, white space at an end is no part of a quote
+
+
+@pytest.mark.parametrize("kind", noisy.KINDS)
+def test_the_rate_is_the_share_of_quotes_that_are_spoilt(kind):
+    assert spoil(kind, rate=0.0) == FEEDBACK
+    kept = 0
+    for seed in range(1000):
+        spoilt = spoil(kind, 0.3, seed)
+        kept += sum(quote in spoilt.good for quote in FEEDBACK.good)
+        kept += sum(quote in spoilt.poor for quote in FEEDBACK.poor)
+    assert kept / 4000 == pytest.approx(0.7, abs=0.04)
+
+
+def test_a_quote_that_stands_nowhere_stays():
+    feedback = Feedback("c", ["Lisbon"])
+    assert noisy.spoil(TEXT, feedback, "shift", 1.0, random.Random(0)) == feedback
+
+
+def test_errors_depend_on_the_seed_and_the_text_alone(tmp_path):
+    """A resumed run, or one on more processes, meets the same errors, in whatever order it asks."""
+    rng = random.Random(0)
+    examples = [toy.make_example(rng) for _ in range(40)]
+    responses = [example.reference for example in examples]
+
+    def ask(seed, order):
+        args = dict(seed=seed, noise=("flip", 0.5), noisy_critic="rule", output_dir=tmp_path / "x")
+        critic = noisy.critic(toy, argparse.Namespace(**args))
+        answers = critic([examples[i] for i in order], [responses[i] for i in order])
+        return dict(zip(order, answers))
+
+    order = list(range(40))
+    assert ask(0, order) == ask(0, order[::-1]) != ask(1, order)
+
+
+def test_what_is_no_feedback_passes_through(tmp_path):
+    file = tmp_path / "numbers.py"
+    file.write_text("def critic(task, args):\n    return lambda examples, responses: [None, 0.5]\n")
+    args = argparse.Namespace(
+        seed=0,
+        noise=("flip", 1.0),
+        noisy_critic=str(file),
+        dense_critic=str(file),
+        output_dir=tmp_path / "x",
     )
-
-
-@given(spans_of_a_text, st.floats(0, 1), seeds)
-def test_spoilt_spans_keep_their_length_and_stay_in_the_text(spans, rate, seed):
-    for kind in ("flip", "shift", "random"):
-        spoilt = spoil(spans, LENGTH, kind, rate, random.Random(seed))
-        assert [end - start for start, end, _ in spoilt] == [end - start for start, end, _ in spans]
-        assert all(0 <= start < end <= LENGTH for start, end, _ in spoilt)
-
-
-@given(spans_of_a_text, seeds)
-def test_at_rate_one_each_kind_does_what_its_name_says(spans, seed):
-    spoilt = {kind: spoil(spans, LENGTH, kind, 1.0, random.Random(seed)) for kind in KINDS}
-    assert spoilt["flip"] == [(start, end, -score) for start, end, score in spans]
-    assert spoilt["drop"] == []
-    for (start, end, score), moved in zip(spans, spoilt["shift"]):
-        left, right = max(start - (end - start), 0), min(end, LENGTH - (end - start))
-        assert moved in ((left, left + end - start, score), (right, right + end - start, score))
-    assert [span.score for span in spoilt["random"]] == [span.score for span in spans]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_rate_is_the_share_of_spans_that_are_spoilt(kind):
-    spans = [Span(20, 23, 1.0)] * 4000
-    kept = sum(span == spans[0] for span in spoil(spans, 1000, kind, 0.3, random.Random(0)))
-    assert kept / len(spans) == pytest.approx(0.7, abs=0.03)
-
-
-def test_a_random_span_may_land_anywhere():
-    starts = {
-        span.start for span in spoil([Span(0, 2, 1.0)] * 500, 10, "random", 1.0, random.Random(0))
-    }
-    assert starts == set(range(9))
+    examples = [Example("p", "", {})] * 2
+    for study in (noisy, dense):
+        assert study.critic(toy, args)(examples, ["a", "b"]) == [None, 0.5]
 
 
 def test_flags_of_noise():
-    assert kind_and_rate("flip:0.3") == ("flip", 0.3)
+    assert noisy.kind_and_rate("flip:0.3") == ("flip", 0.3)
     for text in ("flip", "flip:", "flip:2", "flip:-0.1", "flip:nan", "twist:0.3", ":0.3", ""):
-        with pytest.raises(ArgumentTypeError):
-            kind_and_rate(text)
+        with pytest.raises(argparse.ArgumentTypeError):
+            noisy.kind_and_rate(text)
 
 
-texts = st.lists(st.sampled_from(["a", "bb", "ccc,", "27"]), min_size=1, max_size=20).map(" ".join)
+# ---- dense.py ----------------------------------------------------------------------------------
 
 
 @given(st.data(), texts)
 def test_dense_labels_keep_every_label_and_cover_the_share(data, text):
     words = text.split()
-    given_places = st.tuples(st.integers(0, len(text)), st.integers(0, len(text))).map(sorted)
-    solid = given_places.filter(lambda place: text[slice(*place)].strip())
-    spans = [
-        Span(*place, score)
-        for place, score in data.draw(
-            st.lists(st.tuples(solid, st.sampled_from([1.0, -1.0])), min_size=1)
-        )
-    ]
-    grown = dense(spans, text)
-    before = sum(
-        any(s < end and start < e for s, e, _ in spans)
-        for start, end, _ in dense([Span(0, len(text), 1.0)], text)
-    )
-    assert (
-        max(DENSE_SHARE * len(words), before)
-        <= len(grown)
-        < max(DENSE_SHARE * len(words), before) + 1
-    )
+    ends = st.tuples(st.integers(0, len(text)), st.integers(0, len(text))).map(sorted)
+    solid = ends.filter(lambda place: text[slice(*place)].strip())
+    drawn = data.draw(st.lists(st.tuples(solid, st.sampled_from([1.0, -1.0])), min_size=1))
+    spans = [Span(*place, score) for place, score in drawn]
+    grown = dense.dense(spans, text)
+    every_word = dense.dense([Span(0, len(text), 1.0)], text)
+    touched = [any(s < end and start < e for s, e, _ in spans) for start, end, _ in every_word]
+    expected = max(dense.SHARE * len(words), sum(touched))
+    assert expected <= len(grown) < expected + 1
     for start, end, score in grown:
         touching = [s for a, b, s in spans if a < end and start < b]
         assert score == min(touching) if touching else score in {s for _, _, s in spans}
@@ -107,41 +123,40 @@ def test_dense_labels_keep_every_label_and_cover_the_share(data, text):
 
 def test_labels_spread_to_their_neighbours_evenly():
     text = "one two three four five six seven eight nine ten"
-    labels = {
-        text[s:e]: score for s, e, score in dense([Span(4, 7, 1.0), Span(34, 39, -1.0)], text)
-    }
-    assert labels == dict.fromkeys(["one", "two", "three", "four"], 1.0) | dict.fromkeys(
-        ["seven", "eight", "nine"], -1.0
-    )
-
-
-def test_without_spans_there_is_nothing_to_spread():
-    assert dense([], "some words") == [] == dense([], "")
+    grown = dense.dense([Span(4, 7, 1.0), Span(34, 39, -1.0)], text)
+    good = [text[start:end] for start, end, score in grown if score > 0]
+    poor = [text[start:end] for start, end, score in grown if score < 0]
+    assert good == ["one", "two", "three", "four"] and poor == ["seven", "eight", "nine"]
+    assert dense.dense([], "some words") == [] == dense.dense([], "")
 
 
 @given(st.data())
-def test_dense_feedback_says_in_quotes_what_dense_says_in_spans(data):
-    words = data.draw(
-        st.lists(
-            st.sampled_from("Ana lives in Porto since 1927 and likes chess".split()),
-            min_size=2,
-            max_size=9,
-            unique=True,
-        )
-    )
+def test_dense_feedback_marks_in_quotes_what_dense_marks_in_spans(data):
+    words = data.draw(st.lists(st.sampled_from(WORDS), min_size=2, max_size=9, unique=True))
     text = " ".join(words)
     cut = data.draw(st.integers(0, len(words) - 1))
     feedback = Feedback("c", good=words[:cut][:1], poor=words[cut:][:1])
-    dense_one = dense_feedback(text, feedback)
-    assert dense_one.critique == "c"
-    assume(all(text.count(quote) == 1 for quote in [*dense_one.good, *dense_one.poor]))
-    marked = {
-        i: score
-        for s, e, score in resolve(text, dense_one)[0]
-        for i in range(s, e)
-        if not text[i].isspace()
-    }
-    expected = {
-        i: score for s, e, score in dense(resolve(text, feedback)[0], text) for i in range(s, e)
-    }
-    assert marked == expected
+    spread = dense.dense_feedback(text, feedback)
+    assert spread.critique == "c"
+    assume(all(text.count(quote) == 1 for quote in [*spread.good, *spread.poor]))
+
+    def marked(spans):
+        ranges = [(range(start, end), score) for start, end, score in spans]
+        return {i: score for places, score in ranges for i in places if not text[i].isspace()}
+
+    by_spans = dense.dense(resolve(text, feedback)[0], text)
+    assert marked(resolve(text, spread)[0]) == marked(by_spans)
+
+
+def test_annotations_are_rewritten_with_dense_labels(tmp_path, monkeypatch):
+    record = {"prompt": "p", "response": TEXT, "critique": "c", "kinds": ["wrong", "late"]}
+    record |= {"good_spans": FEEDBACK.good, "poor_spans": FEEDBACK.poor, "status": "ok"}
+    failed = {"id": "1", "status": "failed"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(record) + "\n" + json.dumps(failed) + "\n")
+    argv = ["dense", str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
+    monkeypatch.setattr("sys.argv", argv)
+    dense.main()
+    spread, other = read_annotations(tmp_path / "b.jsonl")
+    assert spread["feedback"].critique == "c" and other["feedback"] is None
+    quotes = [*spread["feedback"].good, *spread["feedback"].poor]
+    assert len(" ".join(quoted(quote)[0] for quote in quotes).split()) == 8  # of eleven words

@@ -128,10 +128,8 @@ def test_the_steps_of_the_toy_are_its_clauses():
 def test_a_learned_number_is_the_reward_of_the_last_token(tokenizers):
     tokenizer = tokenizers["byte_level"]
     rollout = rollout_of(tokenizer, [TEXT, "Ana.", "Bo."])
-    args = argparse.Namespace(span_weights="uniform", dense=False, span_noise=None)
-    delta, quotes = train_ppo.token_rewards(
-        tokenizer, rollout, [1.5, None, -0.5], args, random.Random(0)
-    )
+    args = argparse.Namespace(span_weights="uniform")
+    delta, quotes = train_ppo.token_rewards(tokenizer, rollout, [1.5, None, -0.5], args)
     last = rollout.mask.sum(1) - 1
     assert (
         delta.gather(1, last[:, None])[:, 0].tolist() == [1.5, 0, -0.5]

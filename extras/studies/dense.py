@@ -1,0 +1,88 @@
+"""Dense labels, an ablation of the paper: labels spread to the neighbouring words until 70% of them are labelled.
+
+It wraps another critic, or rewrites annotations for a reward model that learns to write dense labels:
+
+python train_ppo.py --critic extras/studies/dense.py --output_dir runs/toy/ppo_dense
+python -m extras.studies.dense runs/toy/annotations.jsonl runs/toy/dense.jsonl
+python train_rm.py --annotations runs/toy/dense.jsonl --output_dir runs/toy/rm_dense
+"""
+
+import argparse
+import re
+from pathlib import Path
+
+from t2g import critics, policy
+from t2g.align import resolve
+from t2g.critics import quote_of
+from t2g.feedback import Feedback, Span
+from t2g.notes import read_annotations, write_whole
+
+SHARE = 0.7  # of the words (Text2Grad, table of ablations: about 70%)
+
+
+def add_flags(add):
+    add("--dense_critic", "rm", "the critic whose labels are spread")
+
+
+def critic(task, args):
+    inner_args = argparse.Namespace(**vars(args) | {"critic": args.dense_critic})
+    inner = critics.load_critic(task, inner_args, Path(args.output_dir).parent, policy.device())
+
+    def dense_critic(examples, responses):
+        feedback = inner(examples, responses)
+        return [
+            dense_feedback(response, one) if isinstance(one, Feedback) else one
+            for response, one in zip(responses, feedback)
+        ]
+
+    return dense_critic
+
+
+def dense(spans, text: str) -> list[Span]:
+    """Returns one span per labelled word: labels spread word by word until SHARE of the words have one."""
+    words = [word.span() for word in re.finditer(r"\S+", text)]
+    labels = [
+        min((score for s, e, score in spans if s < end and start < e), default=0)
+        for start, end in words
+    ]
+    missing = SHARE * len(words) - sum(map(bool, labels))
+    while missing > 0 and any(labels):
+        before = labels.copy()
+        for i, label in enumerate(before):
+            neighbours = [*before[max(i - 1, 0) : i], *before[i + 1 : i + 2]]
+            nearby = [neighbour for neighbour in neighbours if neighbour]
+            if not label and nearby and missing > 0:
+                labels[i] = nearby[0]
+                missing -= 1
+    return [Span(*word, label) for word, label in zip(words, labels) if label]
+
+
+def dense_feedback(text: str, feedback: Feedback) -> Feedback:
+    """Returns the same critique with dense labels; neighbouring words of one label make one quote."""
+    places, last = {1.0: [], -1.0: []}, None
+    for start, end, score in dense(resolve(text, feedback)[0], text):
+        if last and last[2] == score and not text[last[1] : start].strip():
+            places[score].pop()
+            start = last[0]
+        places[score].append((start, end))
+        last = start, end, score
+    good, poor = ([quote_of(text, *place) for place in places[score]] for score in (1.0, -1.0))
+    return Feedback(feedback.critique, good, poor)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("annotations", help="records as annotate.py writes them")
+    parser.add_argument("out", help="the file of the records with dense labels")
+    args = parser.parse_args()
+    records = read_annotations(args.annotations)
+    for record in records:
+        record.pop("kinds", None)  # one per quote of the record, and the quotes change
+        if feedback := record.pop("feedback"):
+            spread = dense_feedback(record["response"], feedback)
+            record |= {"good_spans": spread.good, "poor_spans": spread.poor}
+    write_whole(Path(args.out), records)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""A critic with errors made on purpose, to measure what a wrong critic costs.
+
+It wraps another critic and spoils each of its quotes with a given probability:
+
+    flip      a good quote becomes poor, a poor quote becomes good
+    drop      the quote is removed
+    shift     the quote moves by its own length, left or right, within the text
+    random    the quote moves to a random place of the text
+
+python train_ppo.py --critic extras/studies/noisy.py --noise flip:0.3 --output_dir runs/toy/ppo_flip
+
+The errors depend on the seed, the prompt and the response alone, so a resumed run makes the same ones.
+"""
+
+import argparse
+import random
+import re
+from pathlib import Path
+
+from t2g import critics, policy
+from t2g.align import resolve
+from t2g.critics import quote_of
+from t2g.feedback import Feedback, quoted
+
+KINDS = ("flip", "drop", "shift", "random")
+
+
+def add_flags(add):
+    add("--noise", "flip:0.3", "KIND:RATE, the kind of error and its probability", kind_and_rate)
+    add("--noisy_critic", "rule", "the critic whose quotes are spoilt")
+
+
+def kind_and_rate(text: str) -> tuple[str, float]:
+    """An argument type: "flip:0.3" -> ("flip", 0.3)."""
+    match = re.fullmatch(rf"({'|'.join(KINDS)}):(\d*\.?\d+)", text)
+    if not match or float(match[2]) > 1:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not KIND:RATE with a kind of {', '.join(KINDS)} and a rate in [0, 1]"
+        )
+    return match[1], float(match[2])
+
+
+def critic(task, args):
+    inner_args = argparse.Namespace(**vars(args) | {"critic": args.noisy_critic})
+    inner = critics.load_critic(task, inner_args, Path(args.output_dir).parent, policy.device())
+
+    def noisy_critic(examples, responses):
+        spoilt = []
+        feedback = inner(examples, responses)
+        for example, response, one in zip(examples, responses, feedback):
+            if isinstance(one, Feedback):
+                rng = random.Random(f"{args.seed} {example.prompt} {response}")
+                one = spoil(response, one, *args.noise, rng)
+            spoilt.append(one)
+        return spoilt
+
+    return noisy_critic
+
+
+def spoil(text: str, feedback: Feedback, kind: str, rate: float, rng) -> Feedback:
+    """Returns the feedback with each of its quotes spoilt with probability `rate`.
+
+    A quote that stands nowhere in the text cannot move and stays as it is.
+    """
+    good, poor = [], []
+    for quotes, same, other in ((feedback.good, good, poor), (feedback.poor, poor, good)):
+        for quote in quotes:
+            if rng.random() >= rate:
+                same.append(quote)
+            elif kind == "flip":
+                other.append(quote)
+            elif kind != "drop":
+                same.append(moved(text, quote, kind, rng))
+    return Feedback(feedback.critique, good, poor)
+
+
+def moved(text: str, quote, kind: str, rng):
+    """Returns a quote of equal length and severity from another place of the text."""
+    spans, _ = resolve(text, Feedback("", good=[quote]))
+    if not spans:
+        return quote
+    start, end, _ = spans[0]
+    size = end - start
+    if kind == "shift":
+        start += rng.choice((-size, size))
+    else:
+        start = rng.randint(0, len(text) - size)
+    start = min(max(start, 0), len(text) - size)
+    place = quote_of(text, start, start + size)
+    return place if isinstance(quote, str) else {"text": place, "severity": quoted(quote)[1]}
