@@ -1,4 +1,11 @@
 """Text2Grad in plain PyTorch: critique -> quoted spans -> token rewards -> PPO.
 
-Read in this order: feedback, align, ppo, then ../train_ppo.py. Nothing here runs on import.
+    feedback, align, ppo          the idea and the maths: no model, no file, no network
+    policy, rollout, critics      a model and its log-probabilities; sampling; where feedback is from
+    supervised, annotator         the one supervised loop; annotation by any OpenAI-compatible server
+    dist, checkpoint              many processes as one; resuming a killed run
+    data, log, cli, page          rows of data; metrics; flags and errors; the page of a run
+    tasks                         toy, summarize, qa: prompts, scores and rules
+
+Read feedback, align, ppo, then ../train_ppo.py. Nothing here runs on import.
 """

@@ -1,6 +1,7 @@
 """Where spans and tokens meet: which tokens a span rewards, and how its score is shared out among them."""
 
 import itertools
+import re
 import time
 
 import pytest
@@ -138,9 +139,8 @@ def test_ten_thousand_spans_are_no_trouble():
 
 @pytest.mark.parametrize("offsets", [[(3, 6), (0, 3)], [(0, 6), (1, 2)], [(3, 0), (3, 6)]])
 def test_offsets_out_of_order_are_refused(offsets):
-    with pytest.raises(ValueError) as refused:
+    with pytest.raises(ValueError, match="out of order"):
         span_rewards(offsets, [(0, 1, 1.0)])
-    assert str(refused.value) == "the offsets of the tokens are out of order"
 
 
 @pytest.mark.parametrize("weights", SPAN_WEIGHTS)
@@ -162,14 +162,8 @@ BAD_SCORES = [1.01, -1.01, float("inf"), -float("inf"), float("nan")]
 )
 def test_a_bad_span_is_refused(span):
     """Empty, reversed, outside the text, or with a score that is no number in [-1, 1]."""
-    start, end, score = span
-    sentences = (
-        f"the span ({start}, {end}) is empty, reversed or outside the text of 6 characters",
-        f"the score {score} of the span ({start}, {end}) is no number in [-1, 1]",
-    )
-    with pytest.raises(ValueError) as refused:
+    with pytest.raises(ValueError, match=re.escape(str(span))):
         span_rewards([(0, 3), (3, 6)], [(0, 3, 1.0), span])
-    assert str(refused.value) == sentences[0 if -1 <= score <= 1 else 1]
 
 
 def test_without_spans_or_tokens_there_are_no_rewards():
