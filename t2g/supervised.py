@@ -1,9 +1,9 @@
-"""Supervised fine-tuning on (prompt, completion) pairs, the loss on the completion only: for policies and for reward models.
+"""Supervised fine-tuning on (prompt, completion) pairs, for policies and for reward models.
 
-    L = - E[ log p(completion | prompt) ]        mean over the completions' tokens of an optimiser step, EOS included
+    L = - E[ log p(completion | prompt) ]      mean over all completion tokens of an optimiser step
 
-A run that was stopped goes on where it stood when it is started again with the same flags and data. train() is the loop of the
-scripts with another loss as well: they bring an Objective of their own.
+EOS is part of a completion. A run that was stopped resumes with the same flags and data, and the
+result is bit-identical. Baselines use the same loop with an Objective of their own.
 """
 
 import hashlib
@@ -28,56 +28,98 @@ from t2g.policy import autocast, context_length, now, response_logits
 from t2g.rollout import Rollout, chat_text
 
 
+def add_flags(add, validation_share=0.0):
+    """Adds the flags of supervised training, named as in TRL's SFTConfig."""
+    add("--learning_rate", 1e-5, "peak learning rate, after warm-up")
+    add("--lr_scheduler_type", "linear", "how the learning rate falls to 0", ("linear", "cosine"))
+    add("--warmup_ratio", 0.05, "share of the steps in which the rate rises", between(0, 1))
+    add("--max_steps", 200, "optimiser steps")
+    add("--per_device_train_batch_size", 8, "sequences per microbatch")
+    add("--gradient_accumulation_steps", 1, "microbatches per optimiser step")
+    add("--max_length", None, "maximum tokens of a text (default: the context)", positive(int))
+    add("--optimizer", "adamw", "muon is for models from scratch", ("adamw", "muon"))
+    add("--max_grad_norm", 1.0, "maximum norm of the gradient; longer ones are clipped")
+    adapters.add_flags(add)
+    add("--validation_share", validation_share, "share of pairs held out", between(0, 0.5))
+    add("--eval_steps", 50, "steps between two validation losses")
+    add("--early_stopping_patience", 5, "stop after this many validation losses without a new best")
+    add("--save_steps", 100, "steps between two states from which a stopped run resumes")
+
+
 def encode_pairs(tokenizer, pairs) -> list[tuple[list[int], list[int]]]:
-    """Pairs of texts as token ids: the prompt through the chat template, the completion with EOS behind it."""
-    prompts = tokenizer(
-        [chat_text(tokenizer, prompt) for prompt, _ in pairs], add_special_tokens=False
-    )["input_ids"]
-    completions = tokenizer([completion for _, completion in pairs], add_special_tokens=False)[
-        "input_ids"
-    ]
-    return [
-        (prompt, [*completion, tokenizer.eos_token_id])
-        for prompt, completion in zip(prompts, completions)
-    ]
+    """Tokenises pairs: the prompt through the chat template, the completion followed by EOS."""
+    chats = [chat_text(tokenizer, prompt) for prompt, _ in pairs]
+    texts = [completion for _, completion in pairs]
+    prompts = tokenizer(chats, add_special_tokens=False)["input_ids"]
+    completions = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    eos = tokenizer.eos_token_id
+    return [(prompt, [*completion, eos]) for prompt, completion in zip(prompts, completions)]
 
 
 def as_rollout(rows, pad_token_id, device) -> tuple[Rollout, torch.Tensor]:
-    """Rows of token ids as a batch, and which response tokens are learnt, (B, T) bool.
+    """Collates rows of token ids (prompt, completion), padded on the left only.
 
-    All padding is on the left and the last T columns count as responses, T being the longest completion: before a shorter one
-    stands the end of its prompt. So a row is padded for its whole length once, and not for its prompt and its completion apart.
+    The T response columns fit the longest completion. In front of a shorter one stands the end of
+    its prompt, for example "pad p p | p c" beside "p p p | c c"; only completions are trained on.
+
+    Returns: the batch, and trained, (B, T) bool.
     """
-    T, length = (
-        max(len(completion) for _, completion in rows),
-        max(len(prompt) + len(completion) for prompt, completion in rows),
-    )
-    length = max(length, T + 1)
-    ids = [
-        [pad_token_id] * (length - len(prompt) - len(completion)) + prompt + completion
-        for prompt, completion in rows
-    ]
-    there = [
-        [False] * (length - len(prompt) - len(completion)) + [True] * len(prompt + completion)
-        for prompt, completion in rows
-    ]
-    learnt = [[False] * (T - len(completion)) + [True] * len(completion) for _, completion in rows]
-    ids, there, learnt = (torch.tensor(table, device=device) for table in (ids, there, learnt))
-    batch = Rollout(
-        ids[:, :-T], there[:, :-T], ids[:, -T:], there[:, -T:], learnt.any(1), [""] * len(rows)
-    )
-    return batch, learnt
+    T = max(len(completion) for _, completion in rows)
+    width = max(T + 1, max(len(prompt) + len(completion) for prompt, completion in rows))
+    ids = torch.full((len(rows), width), pad_token_id)
+    real = torch.zeros(ids.shape, dtype=torch.bool)
+    trained = torch.zeros_like(real)
+    for row, (prompt, completion) in enumerate(rows):
+        start = width - len(prompt) - len(completion)
+        ids[row, start:] = torch.tensor(prompt + completion)
+        real[row, start:] = True
+        trained[row, width - len(completion) :] = True
+    ids, real, trained = ids.to(device), real.to(device), trained[:, -T:].to(device)
+    prompt, prompt_mask, response, mask = ids[:, :-T], real[:, :-T], ids[:, -T:], real[:, -T:]
+    texts = [""] * len(rows)
+    return Rollout(prompt, prompt_mask, response, mask, trained.any(1), texts), trained
 
 
 def length(row) -> int:
-    """Tokens of a row: its lists are token ids, whatever else it holds is not."""
+    """Returns the number of tokens of a row; only its lists are token ids."""
     return sum(len(part) for part in row if isinstance(part, list))
 
 
-def in_batches(rows, batch_size, seed, window=32):
-    """Batches without end; the first pass keeps the order of the rows, each later one is shuffled.
+def longest_text(model, args) -> int:
+    """Returns the maximum tokens of a training text: --max_length, or less if the context is."""
+    return min(args.max_length or context_length(model), context_length(model))
 
-    Within a window of 32 batches, rows of like length go together: little padding, and still the order of the whole.
+
+def drop_long(rows, limit, size=length):
+    """Drops the rows of more than limit tokens, by size(row), and prints how many there are."""
+    kept = [row for row in rows if size(row) <= limit]
+    if not kept:
+        fail(f"all {len(rows)} training texts have more than {limit} tokens; raise --max_length")
+    if len(kept) < len(rows):
+        dropped = len(rows) - len(kept)
+        print(f"{dropped} of {len(rows)} training texts have more than {limit} tokens: dropped")
+    return kept
+
+
+def split(rows, args):
+    """Returns the first --validation_share of the rows, for validation, and the others."""
+    count = round(args.validation_share * len(rows))
+    heldout, rows = rows[:count], rows[count:]
+    print(f"{len(rows)} pairs for training, {len(heldout)} for validation", flush=True)
+    args.data_hash = hashlib.sha256(json.dumps([heldout, rows]).encode()).hexdigest()
+    return heldout, rows
+
+
+def by_length(rows, args) -> list[list]:
+    """Returns all rows in batches of similar length."""
+    size, rows = args.per_device_train_batch_size, sorted(rows, key=length)
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+def in_batches(rows, batch_size, seed, window=32):
+    """Yields batches endlessly. The first pass keeps the order of the rows; later ones shuffle it.
+
+    Within a window of 32 batches, rows of similar length share a batch, which saves padding.
     """
     rng, queue = random.Random(seed), list(rows)
     while True:
@@ -92,133 +134,92 @@ def in_batches(rows, batch_size, seed, window=32):
 
 
 class Objective(NamedTuple):
-    """What train() lowers: a mean over units, which are tokens, texts or pairs, of all microbatches of an optimiser step."""
+    """What train() minimises: a mean over the units (tokens, texts, pairs) of an optimiser step."""
 
-    unit: str  # the metric under which their number is logged
-    collate: Callable  # (rows, pad_token_id, device) -> microbatch; its first two parts are those of as_rollout()
-    count: Callable  # (*microbatch) -> its units
-    loss: Callable  # (model, *microbatch, args) -> sum of their losses, and sums of other metrics
-    measure: Callable = (
-        lambda model, tokenizer, rows, args: {}
-    )  # further metrics of rows that are not trained on
+    unit: str  # the metric under which the number of units is logged
+    collate: Callable  # (rows, pad_token_id, device) -> microbatch, starts with those of as_rollout
+    count: Callable  # (*microbatch) -> number of its units
+    loss: Callable  # (model, *microbatch, args) -> sum of losses, and sums of other metrics
+    measure: Callable = lambda model, tokenizer, rows, args: {}  # further metrics of held-out rows
 
 
-def token_loss(model, batch, learnt, args):
-    """Sum of -log p over the tokens that are learnt."""
+def token_loss(model, batch, trained, args):
+    """Returns the sum of -log p over the trained tokens."""
     with autocast(args.bf16):
         logits, _ = response_logits(model, batch)
-    return F.cross_entropy(logits[learnt].float(), batch.response[learnt], reduction="sum")
+    return F.cross_entropy(logits[trained].float(), batch.response[trained], reduction="sum")
 
 
 NEXT_TOKEN = Objective(
     unit="tokens",
     collate=as_rollout,
-    count=lambda batch, learnt: int(learnt.sum()),
+    count=lambda batch, trained: int(trained.sum()),
     loss=lambda *microbatch: (token_loss(*microbatch), {}),
 )
 
 
-def make_optimizers(model, kind, learning_rate):
-    """AdamW for all weights, or Muon for the matrices of the blocks and AdamW for the rest (for models from scratch)."""
-
-    def is_matrix(name, p):
-        return kind == "muon" and p.ndim == 2 and "embed" not in name and "head" not in name
-
-    weights = checkpoint.trainable(model)
-    matrices = [p for name, p in weights.items() if is_matrix(name, p)]
-    rest = [p for name, p in weights.items() if not is_matrix(name, p)]
-    optimizers = (
-        [torch.optim.AdamW(rest, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
-        if rest
-        else []
-    )
-    if matrices:  # updates are scaled to the size of AdamW's, so that one learning rate serves both
-        optimizers.append(
-            torch.optim.Muon(
-                matrices, lr=learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
-            )
-        )
-    return optimizers
+@torch.no_grad()
+def validation_loss(model, tokenizer, rows, args, objective=NEXT_TOKEN) -> float:
+    """Returns the mean loss of rows that are not trained on."""
+    device, loss, count = next(model.parameters()).device, 0.0, 0
+    for batch in by_length(rows, args):
+        microbatch = objective.collate(batch, tokenizer.pad_token_id, device)
+        loss += objective.loss(model, *microbatch, args)[0].item()
+        count += objective.count(*microbatch)
+    return loss / count
 
 
 def finetune(model, tokenizer, pairs, args, desc) -> Path:
-    """Trains for args.max_steps optimiser steps, or until the validation loss has stopped falling, and saves the best model.
+    """Trains on pairs and returns the checkpoint, a plain model even if adapters were trained.
 
-    Returns: the checkpoint, a plain model whatever was trained of it.
+    With held-out pairs, training stops early and keeps the model of the lowest validation loss.
     """
     if not pairs:
-        fail("the data set is empty: there is no pair to train on")
-    heldout, rows = parted(
-        that_fit(encode_pairs(tokenizer, pairs), longest_text(model, args)), args
-    )
+        fail("there are no training pairs")
+    rows = drop_long(encode_pairs(tokenizer, pairs), longest_text(model, args))
+    heldout, rows = split(rows, args)
     model = adapters.added(model, args)
     with run_folder(args) as folder:
         step = train(model, tokenizer, rows, heldout, args, folder, desc)
         return save(model, tokenizer, folder, step, args)
 
 
-def parted(rows, args):
-    """The rows for validation, the first --validation_share of them, and those to train on."""
-    count = round(args.validation_share * len(rows))
-    heldout, rows = rows[:count], rows[count:]
-    print(f"{len(rows)} pairs to train on, {len(heldout)} for the validation loss", flush=True)
-    args.data_hash = hashlib.sha256(json.dumps([heldout, rows]).encode()).hexdigest()
-    return heldout, rows
-
-
-def save(model, tokenizer, folder, step, args, value_head=None) -> Path:
-    """The checkpoint at the end of a run, adapters merged; what a stopped run would have gone on from is no longer needed."""
-    model = model.merge_and_unload() if args.lora_r else model
-    saved = policy.save(model.eval(), tokenizer, folder, step, value_head)
-    for name in (STATE, BEST):
-        (folder / name).unlink(missing_ok=True)
-    return saved
-
-
 def train(model, tokenizer, rows, heldout, args, folder, desc, objective=NEXT_TOKEN) -> int:
-    """The loop. Returns: the step whose weights the model has at the end: the best on the held-out rows, or else the last."""
+    """Trains the model. Returns the step of its weights: the best step if heldout, or the last."""
     device = next(model.parameters()).device
-    optimizers, reached = (
-        make_optimizers(model, args.optimizer, args.learning_rate),
-        {"step": 0, "best_step": 0, "best_loss": math.inf},
-    )
+    optimizers = make_optimizers(model, args.optimizer, args.learning_rate)
+    reached = {"step": 0, "best_step": 0, "best_loss": math.inf}
     if (folder / STATE).is_file():
         reached = checkpoint.load(folder / STATE, model, optimizers)
-        print(f"goes on after step {reached['step']} of {args.output_dir}", flush=True)
+        print(f"resuming after step {reached['step']} of {args.output_dir}", flush=True)
+    first, accumulate = reached["step"] + 1, args.gradient_accumulation_steps
     log = Logger(folder, args, keep_until=reached["step"])
     batches = in_batches(rows, args.per_device_train_batch_size, args.seed)
-    batches = itertools.islice(batches, reached["step"] * args.gradient_accumulation_steps, None)
-    bar = tqdm(
-        total=args.max_steps, initial=reached["step"], desc=desc, unit="step", mininterval=0.5
-    )
+    batches = itertools.islice(batches, reached["step"] * accumulate, None)
+    bar = tqdm(range(first, args.max_steps + 1), desc, args.max_steps, initial=first - 1)
     model.train()
-    for step in range(reached["step"] + 1, args.max_steps + 1):
-        start, parts = now(), itertools.islice(batches, args.gradient_accumulation_steps)
-        microbatches = [objective.collate(some, tokenizer.pad_token_id, device) for some in parts]
+    for step in bar:
+        start = now()
+        parts = itertools.islice(batches, accumulate)
+        microbatches = [objective.collate(part, tokenizer.pad_token_id, device) for part in parts]
         metrics = train_step(model, microbatches, args, objective)
-        metrics["learning_rate"] = rate = args.learning_rate * schedule(step, args)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        metrics["learning_rate"] = args.learning_rate * schedule(step, args)
+        apply_gradients(optimizers, metrics["learning_rate"])
         reached["step"], metrics["seconds_update"] = step, now() - start
         if heldout and (step % args.eval_steps == 0 or step == args.max_steps):
-            metrics |= measured(model, tokenizer, heldout, args, objective)
-            if metrics["validation_loss"] < reached["best_loss"]:
-                reached |= {"best_step": step, "best_loss": metrics["validation_loss"]}
+            model.eval()
+            loss = validation_loss(model, tokenizer, heldout, args, objective)
+            measured = objective.measure(model, tokenizer, heldout, args)
+            metrics |= {"validation_loss": loss, **measured}
+            model.train()
+            if loss < reached["best_loss"]:
+                reached |= {"best_step": step, "best_loss": loss}
                 checkpoint.save(folder / BEST, model)
         log(step, metrics)
         bar.set_postfix_str(f"loss {metrics['loss']:.3f}", refresh=False)
-        bar.update()
-        if (
-            heldout
-            and step - reached["best_step"] >= args.early_stopping_patience * args.eval_steps
-        ):
-            print(
-                f"\nthe validation loss was lowest at step {reached['best_step']}: stopped early",
-                flush=True,
-            )
+        patience = args.early_stopping_patience * args.eval_steps
+        if heldout and step - reached["best_step"] >= patience:
+            print(f"\nstopped early: the best step was {reached['best_step']}", flush=True)
             break
         if step % args.save_steps == 0:
             checkpoint.save(folder / STATE, model, optimizers, **reached)
@@ -229,150 +230,57 @@ def train(model, tokenizer, rows, heldout, args, folder, desc, objective=NEXT_TO
 
 
 def train_step(model, microbatches, args, objective=NEXT_TOKEN) -> dict:
-    """The gradient of the mean over all units of the microbatches, however they are spread over them; clipped."""
-    sums, count = (
-        defaultdict(float),
-        sum(objective.count(*microbatch) for microbatch in microbatches),
-    )
+    """Computes the clipped gradient of the mean over all units, whatever the split, and metrics."""
+    sums, count = defaultdict(float), sum(objective.count(*batch) for batch in microbatches)
     for microbatch in microbatches:
         loss, stats = objective.loss(model, *microbatch, args)
         (loss / count).backward()
         for name, value in {"loss": loss.item(), **stats}.items():
             sums[name] += value / count
-    grad_norm = torch.nn.utils.clip_grad_norm_(
+    norm = torch.nn.utils.clip_grad_norm_(
         model.parameters(), args.max_grad_norm, error_if_nonfinite=True
     )
-    places = [mask for batch, *_ in microbatches for mask in (batch.prompt_mask, batch.mask)]
-    read = sum(int(mask.sum()) for mask in places)
-    padding = 1 - read / sum(mask.numel() for mask in places)
-    return {
-        **sums,
-        "grad_norm": grad_norm.item(),
-        objective.unit: count,
-        "update_tokens": read,
-        "padding": padding,
-    }
+    masks = [mask for batch, *_ in microbatches for mask in (batch.prompt_mask, batch.mask)]
+    tokens = sum(int(mask.sum()) for mask in masks)
+    padding = 1 - tokens / sum(mask.numel() for mask in masks)
+    sizes = {objective.unit: count, "update_tokens": tokens, "padding": padding}
+    return {**sums, "grad_norm": norm.item(), **sizes}
 
 
-def measured(model, tokenizer, rows, args, objective) -> dict:
-    """Metrics of rows that are not trained on, the validation loss among them."""
-    model.eval()
-    found = {"validation_loss": validation_loss(model, tokenizer, rows, args, objective)}
-    found |= objective.measure(model, tokenizer, rows, args)
-    model.train()
-    return found
+def make_optimizers(model, kind, learning_rate):
+    """Returns AdamW for all weights, or Muon for the matrices of the blocks and AdamW for others."""
+
+    def is_matrix(name, p):
+        return kind == "muon" and p.ndim == 2 and "embed" not in name and "head" not in name
+
+    weights = checkpoint.trainable(model)
+    matrices = [p for name, p in weights.items() if is_matrix(name, p)]
+    rest = [p for name, p in weights.items() if not is_matrix(name, p)]
+    adamw = dict(lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    muon = dict(lr=learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    optimizers = [torch.optim.AdamW(rest, **adamw)] if rest else []
+    return optimizers + ([torch.optim.Muon(matrices, **muon)] if matrices else [])
 
 
-@torch.no_grad()
-def validation_loss(model, tokenizer, rows, args, objective=NEXT_TOKEN) -> float:
-    """The mean loss of rows that are not trained on."""
-    device = next(model.parameters()).device
-    parts = [
-        objective.collate(some, tokenizer.pad_token_id, device) for some in by_length(rows, args)
-    ]
-    loss = sum(objective.loss(model, *part, args)[0].item() for part in parts)
-    return loss / sum(objective.count(*part) for part in parts)
-
-
-def by_length(rows, args) -> list[list]:
-    """All rows in batches, those of like length together."""
-    size, rows = args.per_device_train_batch_size, sorted(rows, key=length)
-    return [rows[i : i + size] for i in range(0, len(rows), size)]
+def apply_gradients(optimizers, learning_rate):
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
 
 def schedule(step, args) -> float:
-    """The share of the learning rate at a step: up linearly over warmup_ratio of the steps, down to 0 by a line or a cosine."""
+    """Returns the factor of the learning rate: linear warm-up, then linear or cosine decay to 0."""
     warmup, done = max(1, round(args.warmup_ratio * args.max_steps)), (step - 1) / args.max_steps
-    down = 1 - done if args.lr_scheduler_type == "linear" else (1 + math.cos(math.pi * done)) / 2
-    return min(step / warmup, down)
+    decay = 1 - done if args.lr_scheduler_type == "linear" else (1 + math.cos(math.pi * done)) / 2
+    return min(step / warmup, decay)
 
 
-def longest_text(model, args) -> int:
-    """Most tokens of a training text: --max_length, and never more than the model's context."""
-    return min(args.max_length or context_length(model), context_length(model))
-
-
-def that_fit(rows, limit, size=length):
-    """The rows of at most `limit` tokens by size(row); how many are left out is said."""
-    kept = [row for row in rows if size(row) <= limit]
-    if len(kept) < len(rows):
-        print(
-            f"{len(rows) - len(kept)} of {len(rows)} training texts have more than {limit} tokens and are left out"
-        )
-    if not kept:
-        fail(
-            f"there is no training text of at most {limit} tokens; raise --max_length, if the model's context allows it"
-        )
-    return kept
-
-
-def add_flags(add, validation_share=0.0):
-    """The flags of supervised training, under the names of TRL's SFTConfig."""
-    add(
-        "--learning_rate",
-        type=positive(float),
-        default=1e-5,
-        help="peak learning rate, after warm-up",
-    )
-    add(
-        "--lr_scheduler_type",
-        choices=("linear", "cosine"),
-        default="linear",
-        help="how the learning rate falls to 0",
-    )
-    add(
-        "--warmup_ratio",
-        type=between(0, 1),
-        default=0.05,
-        help="share of the steps over which the learning rate rises",
-    )
-    add("--max_steps", type=positive(int), default=200, help="optimiser steps")
-    add(
-        "--per_device_train_batch_size",
-        type=positive(int),
-        default=8,
-        help="sequences of a microbatch",
-    )
-    add(
-        "--gradient_accumulation_steps",
-        type=positive(int),
-        default=1,
-        help="microbatches of an optimiser step",
-    )
-    add(
-        "--max_length",
-        type=positive(int),
-        help="most tokens of a training text; the model's context if not given",
-    )
-    add(
-        "--optimizer",
-        choices=("adamw", "muon"),
-        default="adamw",
-        help="muon is for models that start from scratch",
-    )
-    add(
-        "--max_grad_norm",
-        type=positive(float),
-        default=1.0,
-        help="gradients are clipped to this norm",
-    )
-    adapters.add_flags(add)
-    add(
-        "--validation_share",
-        type=between(0, 0.5),
-        default=validation_share,
-        help="share of the pairs kept for the validation loss",
-    )
-    add("--eval_steps", type=positive(int), default=50, help="steps between two validation losses")
-    add(
-        "--early_stopping_patience",
-        type=positive(int),
-        default=5,
-        help="validation losses in a row without a new lowest before it stops",
-    )
-    add(
-        "--save_steps",
-        type=positive(int),
-        default=100,
-        help="steps between two states from which a stopped run goes on",
-    )
+def save(model, tokenizer, folder, step, args, value_head=None) -> Path:
+    """Writes the final checkpoint, with adapters merged, and deletes what a resumed run needs."""
+    model = model.merge_and_unload() if args.lora_r else model
+    saved = policy.save(model.eval(), tokenizer, folder, step, value_head)
+    for name in (STATE, BEST):
+        (folder / name).unlink(missing_ok=True)
+    return saved

@@ -224,7 +224,7 @@ def main():
     )
 
     # 2. Reference log-probabilities, once.
-    rows = supervised.that_fit(
+    rows = supervised.drop_long(
         encode(tokenizer, pairs), supervised.longest_text(model, args), longest
     )
     before = policy.now()
@@ -232,7 +232,7 @@ def main():
     read = sum(2 * len(row[0]) + len(row[1]) + len(row[2]) for row in rows)
     stats |= {"reference_tokens": read, "seconds_reference": policy.now() - before}
     random.Random(args.seed).shuffle(rows)  # samples come in order of their prompts' length
-    heldout, rows = supervised.parted(rows, args)
+    heldout, rows = supervised.split(rows, args)
 
     # 3. DPO.
     model = adapters.added(model, args)

@@ -119,7 +119,7 @@ def main():
     rows = [
         (text, eos, (s - mean) / std) for (text, eos), s in zip(encode(tokenizer, asked), targets)
     ]
-    heldout, rows = supervised.parted(supervised.that_fit(rows, room), args)
+    heldout, rows = supervised.split(supervised.drop_long(rows, room), args)
     scorer.model = adapters.added(model, args)
     with checkpoint.run_folder(args) as folder:
         step = supervised.train(

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import extras.baselines.scalar_rm as train_scalar_rm
 from extras.baselines import scalar_critic, scalar_head
 from extras.baselines.scalar_rm import REGRESSION, agreement, collate, target
-from t2g import policy, supervised
+from t2g import cli, policy, supervised
 from t2g.feedback import Feedback, reward_prompt
 from t2g.log import METRICS, read_jsonl
 from t2g.policy import Policy
@@ -151,7 +151,7 @@ def test_it_learns_what_can_be_learnt(tmp_path):
         for word, row in zip(words, scalar_head.encode(tokenizer, words))
     ]
     flags = argparse.ArgumentParser()
-    supervised.add_flags(flags.add_argument)
+    supervised.add_flags(cli.flags(flags))
     args = flags.parse_args([])
     vars(args).update(
         output_dir=str(tmp_path),
