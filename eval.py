@@ -19,7 +19,7 @@ import torch
 
 from extras.human import families
 from extras.human import spans as human_spans
-from t2g import annotator, card, cli, critics, policy, stages, tasks
+from t2g import card, cli, critics, policy, stages, tasks
 from t2g import page as report
 from t2g.align import MATCH_KINDS
 from t2g.log import METRICS, read_jsonl
@@ -187,6 +187,8 @@ def critique_of(name, task, records, args):
     tokenizer, model = policy.load(name, policy.device())
     settings = dict(critique_length=args.critique_length, bf16=args.bf16, desc=f"{name} criticises")
     if args.prompted:
+        from t2g import annotator  # here, for it needs the package openai
+
         critic = annotator.prompted_critic(
             model, tokenizer, getattr(task, "CRITERIA", annotator.CRITERIA), **settings
         )

@@ -19,7 +19,6 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from extras.scale import plan
 from t2g import adapters, checkpoint, cli, critics, dist, policy, stages, tasks
 from t2g import page as report
 from t2g.align import (
@@ -159,10 +158,6 @@ def parse_args():
     adapters.add_flags(add)
     dist.add_flags(add)
     checkpoint.add_flags(add)
-    add(
-        "--plan",
-        help="run nothing: say what each of so many processes needs, and how long a step takes: 8xH100-80, 1xcpu",
-    )
     add("--tensorboard", action="store_true", help="also write TensorBoard's files")
     task, args = tasks.parse(parser, "train_ppo")
     args.output_dir = args.output_dir or f"runs/{task.NAME}/ppo"
@@ -176,8 +171,6 @@ def parse_args():
 
 def main():
     task, args = parse_args()
-    if args.plan:
-        return plan.show(args)
     root = Path(args.output_dir).parent
     needed = ["sft", *critics.stages_before(args)]
     seconds = dist.start(
