@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 from extras.human.records import records
-from extras.speed.given import random_model, sentences
 from extras.speed.gpu import HERE
 from t2g.log import read_jsonl, write_text
 from t2g.tasks import summarize
@@ -105,6 +104,8 @@ def write_lines(path, rows):
 
 def rehearsal(folder):
     """A small model with random weights, and DeFacto's fields with made-up texts."""
+    from extras.speed.given import random_model, sentences  # here, for it takes seconds to load
+
     random_model("tiny", folder / "model", max_position_embeddings=512)
     texts = sentences(24, words=8)
     rows = []

