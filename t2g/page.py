@@ -1,8 +1,9 @@
-"""The page of a run, or of several runs side by side: one HTML file without network, made from the runs' folders alone.
+"""The page of runs of train_ppo.py: one HTML file, made from the runs' folders, that needs no network.
 
-Step by step, the tokens of sampled responses coloured by delta or another of their numbers, and the critique, whose quotes are
-tied to the tokens that they mark; whether the criticised tokens moved; held-out prompts before and after; the curves. Texts of
-models go into the page as JSON and reach the screen as text, never as markup.
+It shows the tokens of sampled responses coloured by delta or another of their numbers, with the
+critique and its quotes; whether the criticised tokens moved; held-out prompts before and after
+training; and the curves. Texts of models are put on the page as text, never as markup.
+eval.py page writes the page of several runs, and eval.py rm that of critics (t2g/card.py).
 """
 
 import json
@@ -19,30 +20,19 @@ from t2g.checkpoint import UNLIKE
 from t2g.cli import fail
 from t2g.feedback import Feedback, quoted
 from t2g.log import METRICS, cut, read_jsonl, write_json, write_text
-from t2g.metrics import mean_interval
 from t2g.rollout import sample
 
-SAMPLES_PER_STEP, STEPS_SHOWN, POINTS_SHOWN, HELDOUT_SHOWN, GROUPS_SHOWN = (
-    4,
-    12,
-    400,
-    6,
-    4,
-)  # a page stays small and legible
+# A page stays small and legible.
+STEPS_SHOWN, SAMPLES_PER_STEP, POINTS_SHOWN, HELDOUT_SHOWN, GROUPS_SHOWN = 12, 4, 400, 6, 4
 SHIFTS = ("shift_good", "shift_rest", "shift_poor")
 AGAINST = ("shift_poor_above", "shift_good_below")
-CURVES = ("reward", "kl", "entropy", "tokens_good", "tokens_poor", "response_tokens", "eos_rate", "approx_kl", "clipfrac",
-          "value_explained", "unparsable", "quotes_lost")  # fmt: skip
+CURVES = (
+    *("reward", "kl", "entropy", "tokens_good", "tokens_poor", "response_tokens", "eos_rate"),
+    *("approx_kl", "clipfrac", "value_explained", "unparsable", "quotes_lost"),
+)
 FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "heldout.jsonl", "result.json")
-REWARDS = {
-    "span": "span rewards",
-    "prm": "rewards by sentence",
-    "scalar": "one scalar",
-}  # settings of --reward, in words
-NO_SETTING = UNLIKE | {
-    "seed",
-    "batch_size",
-}  # the seed, the place, how it was run, and what follows from others
+REWARDS = {"span": "span rewards", "prm": "rewards by sentence", "scalar": "one scalar"}
+NO_SETTING = UNLIKE | {"seed", "batch_size"}  # the latter follows from other settings
 
 
 class Samples:
@@ -151,29 +141,22 @@ class Samples:
 
 
 def write_page(path, folders) -> str:
-    """The page of finished runs of train_ppo.py on one task; runs that differ in nothing but seed and places form a group.
+    """Writes the page of finished runs of train_ppo.py on one task; returns the path.
 
-    Of a group the page shows means, with 95% intervals where it has two runs or more, and the texts of its first run.
-
-    Returns: the path.
+    Runs that differ in seed and folders alone form a group. Of a group the page shows the mean and
+    each seed, and the texts of its first run.
     """
     if len({Path(folder).resolve() for folder in folders}) < len(folders):
-        fail("a run is named twice, and an interval needs independent runs")
+        fail("a run is named twice; name independent runs")
     runs = [read_run(folder) for folder in folders]
     task_names = sorted({run["config"]["task"] for run in runs})
     if len(task_names) != 1:
-        fail(
-            f"a page needs finished runs of one task, and these are of {' and '.join(task_names) or 'none'}"
-        )
-    groups, task_metrics = grouped(runs), tasks.load_task(task_names[0]).METRICS
+        fail(f"a page needs runs of one task; these are of {' and '.join(task_names) or 'none'}")
+    groups = grouped(runs)
     if len(groups) > GROUPS_SHOWN:
-        fail(
-            f"a page shows {GROUPS_SHOWN} settings side by side, and these runs have {len(groups)}"
-        )
+        fail(f"a page shows {GROUPS_SHOWN} settings side by side; these runs have {len(groups)}")
+    task_metrics = tasks.load_task(task_names[0]).METRICS
     names = list(dict.fromkeys((*SHIFTS, *task_metrics, *CURVES)))
-    values = {
-        name: [row[name] for run in runs for row in run["metrics"] if name in row] for name in names
-    }
     data = {
         "task": task_names[0],
         "title": f"{task_names[0]}: {' against '.join(map(', '.join, groups))}",
@@ -182,79 +165,63 @@ def write_page(path, folders) -> str:
             for (label, *settings), members in groups.items()
         ],
         "learned": any(run["config"].get("critic") in ("rm", "openai") for run in runs),
-        "limits": {
-            name: [min(seen), max(seen)] for name, seen in values.items() if seen
-        },  # of the runs, not of the intervals
         "meanings": METRICS | task_metrics,
     }
-    write_html(path, "page.html", data)
+    write_html(path, data)
     return str(path)
 
 
-def write_html(path, template, data):
-    """A page: one of the templates beside this file with its data in it, as JSON that no text of a model can end."""
+def write_html(path, data):
+    """Writes page.html with `data` in it, as JSON that no text of a model can end."""
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
-    html = (Path(__file__).parent / template).read_text(encoding="utf-8").replace("/*DATA*/", text)
+    template = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
     try:
-        write_text(Path(path), html)
+        write_text(Path(path), template.replace("/*DATA*/", text))
     except OSError as error:
         fail(f"{path} cannot be written ({error.strerror})")
 
 
 def read_run(folder) -> dict:
-    """What a finished run left in its folder, by the stem of each file's name."""
+    """The files of a finished run, by the stem of each file's name."""
     run = {}
     for path in (Path(folder) / name for name in FILES):
         if not path.is_file():
             fail(f"{folder} is no finished run of train_ppo.py: it has no {path.name}")
         try:
-            run[path.stem] = (
-                read_jsonl(path)
-                if path.suffix == ".jsonl"
-                else json.loads(path.read_text(encoding="utf-8"))
-            )
+            lines = path.suffix == ".jsonl"
+            run[path.stem] = read_jsonl(path) if lines else json.loads(path.read_text("utf-8"))
         except ValueError as error:
             fail(f"{path} is no JSON: {error}")
     if not isinstance(run["config"], dict) or "task" not in run["config"] or not run["metrics"]:
-        fail(
-            f"{folder} is no finished run of train_ppo.py: its config.json names no task, or its metrics.jsonl is empty"
-        )
+        fail(f"{folder} is no run of train_ppo.py: config.json has no task, or there are no steps")
     return run
 
 
 def grouped(runs) -> dict[tuple, list]:
-    """Lists of runs with the same settings, each under those in which the lists differ, in words, or else the main ones."""
+    """Runs with the same settings, under the settings in which the groups differ, in words."""
     groups = {}
     for run in runs:
+        config = run["config"]
         settings = {
-            k: v
-            for k, v in run["config"].items()
-            if k not in NO_SETTING and v is not None and v is not False
+            name: value
+            for name, value in config.items()
+            if name not in NO_SETTING and value is not None and value is not False
         }
-        beside = Path(run["config"]["output_dir"]).parent
-        for name in (
-            "policy",
-            "reward_model",
-        ):  # those that lie beside the run were made for its seed
-            if name in settings and Path(settings[name]).parent == beside:
+        for name in ("policy", "reward_model"):  # one beside the run was made for its seed
+            if (
+                name in settings
+                and Path(settings[name]).parent == Path(config["output_dir"]).parent
+            ):
                 del settings[name]
         members = groups.setdefault(json.dumps(settings, sort_keys=True), [])
-        if run["config"]["seed"] in [other["config"]["seed"] for other in members]:
-            fail(
-                f"two of the runs have the same settings and the seed {run['config']['seed']}; an interval needs independent runs"
-            )
+        if config["seed"] in [other["config"]["seed"] for other in members]:
+            fail(f"two of the runs have the same settings and the seed {config['seed']}")
         members.append(run)
     settings = [json.loads(key) for key in groups]
-    names = [
-        name
-        for name in sorted(set().union(*settings))
-        if any(s.get(name) != settings[0].get(name) for s in settings)
-    ]
-    names.sort(key=lambda name: name != "reward")  # what most pages compare comes first
-    labels = [
-        tuple(in_words(name, s.get(name)) for name in names or ("reward", "critic"))
-        for s in settings
-    ]
+    names = sorted(set().union(*settings), key=lambda name: (name != "reward", name))
+    names = [name for name in names if any(s.get(name) != settings[0].get(name) for s in settings)]
+    names = names or ["reward", "critic"]
+    labels = [tuple(in_words(name, s.get(name)) for name in names) for s in settings]
     return dict(zip(labels, groups.values()))
 
 
@@ -273,30 +240,28 @@ def in_words(name, value) -> str:
 
 
 def group_data(runs, names) -> dict:
-    """What the page shows of runs with the same settings. A metric's curve has the steps at which all of them have it."""
-    curves, means, result = {}, {}, {}
-    for name in runs[0]["result"]["after"]:
-        result[name] = [
-            interval([run["result"][when][name] for run in runs]) for when in ("before", "after")
+    """What the page shows of runs with the same settings.
+
+    A metric's curve has the steps at which all runs have it; a number is [mean, each seed's value].
+    """
+    curves, means, results = {}, {}, [run["result"] for run in runs]
+    steps = list(zip(*(run["metrics"] for run in runs)))
+    for name in names:
+        shared = [rows for rows in steps if all(name in row for row in rows)]
+        shown = [shared[i - 1] for i in spread(POINTS_SHOWN, len(shared))]
+        curves[name] = [
+            [rows[0]["step"], *mean_and_seeds([row[name] for row in rows])] for rows in shown
         ]
     for name in (*SHIFTS, *AGAINST, "shift_rank"):
-        seen = [[row[name] for row in run["metrics"] if name in row] for run in runs]
-        means[name] = (
-            interval([sum(values) / len(values) for values in seen]) if all(seen) else None
-        )
-    for name in names:
-        rows = [
-            rows
-            for rows in zip(*(run["metrics"] for run in runs))
-            if all(name in row for row in rows)
-        ]
-        rows = [rows[i - 1] for i in spread(POINTS_SHOWN, len(rows))]
-        curves[name] = [
-            [at_step[0]["step"], *interval([row[name] for row in at_step])] for at_step in rows
-        ]
+        logged = [[row[name] for row in run["metrics"] if name in row] for run in runs]
+        if all(logged):
+            means[name] = mean_and_seeds([sum(values) / len(values) for values in logged])
     return {
         "seeds": [run["config"]["seed"] for run in runs],
-        "result": result,
+        "result": {
+            name: [mean_and_seeds([r[when][name] for r in results]) for when in ("before", "after")]
+            for name in results[0]["after"]
+        },
         "curves": curves,
         "means": means,
         "samples": [sample | quotes_with_tokens(sample) for sample in runs[0]["samples"]],
@@ -307,57 +272,52 @@ def group_data(runs, names) -> dict:
     }
 
 
+def mean_and_seeds(values) -> list[float]:
+    """[mean], or [mean, each value] of several runs; five digits are enough for a screen."""
+    numbers = [sum(values) / len(values), *(values if len(values) > 1 else ())]
+    return [float(f"{number:.5g}") for number in numbers]
+
+
 def quotes_with_tokens(sample) -> dict[str, list]:
-    """The good and the poor quotes of a sample, each with the numbers of the tokens that it marks; none if it stands nowhere."""
+    """The good and poor quotes of a sample, each with the numbers of the tokens that it marks."""
     words = [token["text"] for token in sample["tokens"]]
     if words and not sample["tokens"][-1]["delta"]:
-        words[-1] = ""  # EOS, as a rule: its name is no part of the text
-    text, ends, found = "".join(words), list(accumulate(map(len, words))), {"good": [], "poor": []}
-    for kind in found:
+        words[-1] = ""  # mostly EOS, whose name is no part of the text
+    text, ends = "".join(words), list(accumulate(map(len, words)))
+    found = {"good": [], "poor": []}
+    for kind, quotes in found.items():
         given = [quoted(quote)[0] for quote in sample.get(kind, ())]
         for quote, plain in zip(sample.get(kind, ()), given):
-            alone = {
-                "good": [],
-                "poor": [],
-                kind: [plain] * given.count(plain),
-            }  # a quote that is given k times marks k places
-            spans, _ = resolve(text, Feedback("", **alone))
-            tokens = [
+            # a quote that is given k times marks k places
+            alone = Feedback("", **{kind: [plain] * given.count(plain)})
+            spans, _ = resolve(text, alone)
+            marked = [
                 i
-                for i, end in enumerate(ends)
-                if any(s.start < end and end - len(words[i]) < s.end for s in spans)
+                for i, (word, end) in enumerate(zip(words, ends))
+                if any(span.start < end and end - len(word) < span.end for span in spans)
             ]
-            found[kind].append(
-                (quote if isinstance(quote, dict) else {"text": quote}) | {"tokens": tokens}
-            )
+            entry = quote if isinstance(quote, dict) else {"text": quote}
+            quotes.append(entry | {"tokens": marked})
     return found
 
 
 def changed_words(before, after) -> dict[str, list]:
-    """Both texts in pieces [text, changed]: 1 for words that the other text does not have there.
+    """Both texts in pieces [text, changed]; 1 for words that the other text does not have there.
 
     >>> changed_words("Ana is 27, in Porto.", "Ana is 41, in Porto.")["after"]
     [['Ana is', 0], [' 41', 1], [', in Porto.', 0]]
     """
     old, new = (re.findall(r"\s*(?:\w+|[^\w\s])", text) for text in (before, after))
     plain = ([word.strip() for word in words] for words in (old, new))
-    changes = SequenceMatcher(None, *plain, autojunk=False).get_opcodes()
-    return {
-        "before": [
-            ["".join(old[i:j]), int(change != "equal")] for change, i, j, _, _ in changes if i < j
-        ],
-        "after": [
-            ["".join(new[i:j]), int(change != "equal")] for change, _, _, i, j in changes if i < j
-        ],
-    }
-
-
-def interval(values) -> list[float]:
-    """[mean], or [mean, low, high] of two runs or more; five digits are enough for a screen."""
-    return [float(f"{x:.5g}") for x in (mean_interval(values) if len(values) > 1 else values)]
+    pieces = {"before": [], "after": []}
+    for change, a, b, c, d in SequenceMatcher(None, *plain, autojunk=False).get_opcodes():
+        for when, words in (("before", old[a:b]), ("after", new[c:d])):
+            if words:
+                pieces[when].append(["".join(words), int(change != "equal")])
+    return pieces
 
 
 def spread(count, n) -> list[int]:
-    """Up to so many of the numbers 1 to n, spread evenly, both ends among them."""
+    """Up to `count` of the numbers 1 to n, evenly spread, the first and the last among them."""
     count = min(count, n)
     return [1 + round(i * (n - 1) / max(count - 1, 1)) for i in range(count)]
