@@ -1,4 +1,7 @@
-"""How good a policy is on held-out prompts, and whether criticised tokens moved: thin sums over scores and well-kept libraries."""
+"""Measurements: a policy's scores, whether the criticised tokens moved, intervals, and ROUGE.
+
+Left out: the card of a critic (t2g/card.py) and the measurements of the update (t2g/ppo.py).
+"""
 
 from functools import cache
 
@@ -15,13 +18,12 @@ from t2g.respond import respond
 def evaluate(
     task, model, tokenizer, examples, response_length, bf16=False, desc=None, seed=0, critic=None
 ) -> tuple[dict, list[str]]:
-    """The task's scores, averaged over examples: one sampled response each (temperature 1) and one greedy one (..._greedy).
+    """The task's scores of one response per example, sampled at temperature 1, and greedy (_greedy).
 
-    With a critic these are second tries: the model rewrites each response after the critique of it.
+    With a critic these are second tries: the model rewrites each response after its critique.
+    Sampling has a generator of its own, so measuring does not change the run.
 
-    Sampling has its own generator, so that measuring changes nothing else and is the same whatever came before.
-
-    Returns: the means, with "eos_rate" and its greedy twin; and the sampled texts.
+    Returns: the means over examples, with eos_rate; and the sampled texts.
     """
     generator = torch.Generator(dist.device()).manual_seed(seed)
     prompts, means, texts = [example.prompt for example in examples], {}, {}
@@ -47,84 +49,86 @@ def mean_scores(task, examples, texts) -> dict[str, float]:
 
 
 def token_counts(tokenizer, rollout, feedback) -> dict[str, float]:
-    """Mean tokens of prompts, responses and readable critiques, all by the policy's tokenizer: what a step costs goes by them. And
-    the share of responses that ended by themselves. Over all processes, so collective.
+    """Mean tokens of prompts, responses and critiques by the policy's tokenizer, and eos_rate.
+
+    Collective: the means are over all ranks. Unreadable critiques do not count.
     """
-    critiques = [said.render() for said in feedback if isinstance(said, Feedback)]
+    critiques = [one.render() for one in feedback if isinstance(one, Feedback)]
+    tokens = tokenizer(critiques, add_special_tokens=False)["input_ids"] if critiques else []
     sums = {
         "prompt_tokens": rollout.prompt_mask.sum().item(),
         "response_tokens": rollout.mask.sum().item(),
         "eos_rate": rollout.finished.sum().item(),
-        "critique_tokens": sum(
-            map(len, tokenizer(critiques, add_special_tokens=False)["input_ids"])
-        )
-        if critiques
-        else 0,
+        "critique_tokens": sum(map(len, tokens)),
     }
-    sums = dist.totals(sums | {"responses": len(rollout), "critiques": len(critiques)})
-    responses, critiques = sums.pop("responses"), max(sums.pop("critiques"), 1)
-    return {
-        name: value / (critiques if name == "critique_tokens" else responses)
-        for name, value in sums.items()
-    }
+    totals = dist.totals(sums | {"responses": len(rollout), "critiques": len(critiques)})
+    means = {name: totals[name] / totals["responses"] for name in sums}
+    return means | {"critique_tokens": totals["critique_tokens"] / max(totals["critiques"], 1)}
 
 
-def shift(change, delta, mask):
-    """Did the tokens move that were criticised? The change of log pi over an update, apart by what was said of the tokens.
+def shift(change, delta, mask) -> dict[str, float]:
+    """Did the criticised tokens move? The change of log pi over an update, by the sign of delta.
 
-        shift_poor, shift_rest, shift_good    mean of log pi_new(y_t) - log pi_old(y_t) where delta_t < 0, = 0, > 0
-        shift_poor_above, shift_good_below    the same for poor tokens of responses whose sum of delta is above the batch's mean,
-                                              and good tokens of the others: there, one number for the response speaks against it
-        shift_rank                            Spearman's rank correlation of delta_t with that change
+        shift_poor, shift_rest, shift_good    mean of log pi_new(y_t) - log pi_old(y_t)
+                                              where delta_t < 0, = 0, > 0
+        shift_poor_above, shift_good_below    the same for poor tokens of responses whose sum of
+                                              delta is above the batch's mean, and good tokens of
+                                              the others: one number per response would move
+                                              these the other way
+        shift_rank                            Spearman's rank correlation of delta_t and change
 
     Args: change (B, T) in nats; delta (B, T); mask (B, T) bool.
-    Returns: a dict of these six; a mean without tokens is left out, and so is a correlation where one of the two is constant.
+    Returns: these six. A mean over no tokens is left out, and so is a correlation with a constant.
     """
-    from scipy.stats import spearmanr
-
     reward, read = (delta * mask).sum(1), mask.any(1)
     above = (reward > masked_mean(reward, read))[:, None]
     groups = {"poor": delta < 0, "rest": delta == 0, "good": delta > 0}
     groups |= {"poor_above": groups["poor"] & above, "good_below": groups["good"] & ~above}
-    seen = {name: mask & group for name, group in groups.items() if (mask & group).any()}
-    means = {f"shift_{name}": masked_mean(change, tokens).item() for name, tokens in seen.items()}
+    means = {}
+    for name, group in groups.items():
+        if (tokens := mask & group).any():
+            means[f"shift_{name}"] = masked_mean(change, tokens).item()
     x, y = delta[mask], change[mask]
     if len(x) and (x != x[0]).any() and (y != y[0]).any():
+        from scipy.stats import spearmanr  # takes most of a second to import
+
         means["shift_rank"] = float(spearmanr(x.cpu(), y.cpu()).statistic)
     return means
 
 
-def mean_interval(values) -> tuple[float, float, float]:
-    """Mean and 95% interval of a few independent runs, by Student's t; at least two."""
+def interval(values) -> dict:
+    """The mean of independent runs and its 95% interval by Student's t, as a dict.
+
+    With one run low and high are None, and without any the mean is None, too.
+    """
     from scipy.stats import t
 
-    values = np.asarray(values, dtype=float)
-    half = t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
-    return float(values.mean()), float(values.mean() - half), float(values.mean() + half)
+    values = [float(value) for value in values]
 
-
-def interval(values) -> dict:
-    """mean_interval() as results hold it: {"mean", "low", "high", "seeds"}."""
-    return dict(zip(("mean", "low", "high"), mean_interval(values))) | {"seeds": len(values)}
+    mean, low, high = float(np.mean(values)) if values else None, None, None
+    if len(values) > 1:
+        half = t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
+        low, high = float(mean - half), float(mean + half)
+    return {"mean": mean, "low": low, "high": high, "seeds": len(values), "values": values}
 
 
 DRAWS = 1000  # of the bootstrap
 
 
 def resamples(number, seed=0) -> np.ndarray:
-    """How often each of `number` examples counts, (1 + DRAWS, number): once in the first row, as a bootstrap draws it in the rest.
+    """How often each example counts, (1 + DRAWS, number): once, then in each bootstrap draw.
 
-    A figure that is made of sums over examples is had for all draws together by resamples(n) @ table; two systems that answered
-    the same examples are compared on the same draws.
+    A figure that is made of sums over examples is computed for all draws by resamples(n) @ table.
+    Two systems that answered the same examples are compared on the same draws.
     """
     draws = np.random.default_rng(seed).multinomial(number, np.full(number, 1 / number), DRAWS)
     return np.vstack([np.ones(number), draws])
 
 
 def bootstrapped(values) -> dict:
-    """{"value", "low", "high"}: a figure and its 95% interval, from its values on the rows of resamples().
+    """{"value", "low", "high"}: a figure and its 95% interval, from its values on resamples().
 
-    What would divide by 0 is nan: such draws say nothing, and a figure that does so itself is None.
+    Draws that are nan are left out; a figure that is nan itself is None.
     """
     if np.isnan(values[0]):
         return dict.fromkeys(("value", "low", "high"))
@@ -133,7 +137,7 @@ def bootstrapped(values) -> dict:
 
 
 def mean_bootstrap(values, weights) -> np.ndarray:
-    """The mean of values (n,) on each row of resamples(n); those that are nan are left out."""
+    """The mean of values (n,), nan left out, on each row of weights = resamples(n)."""
     there = ~np.isnan(values)
     sums, counts = weights[:, there] @ values[there], weights[:, there].sum(1)
     return np.divide(sums, counts, out=np.full(len(counts), np.nan), where=counts > 0)
@@ -146,13 +150,11 @@ def rouge_scorer(*kinds):
     return RougeScorer(kinds, use_stemmer=True)
 
 
-def rouge_l(reference: str, text: str) -> float:
-    """F1 of ROUGE-L, by the package rouge-score."""
-    return rouge(reference, text, "rougeL")["rougeL"]
-
-
 def rouge(reference: str, text: str, *kinds) -> dict[str, float]:
-    """F1 of each of these kinds of ROUGE, such as rouge1 or rougeL, of stemmed words, by the package rouge-score."""
-    return {
-        kind: score.fmeasure for kind, score in rouge_scorer(*kinds).score(reference, text).items()
-    }
+    """F1 of kinds of ROUGE, such as rouge1 or rougeL, of stemmed words, by rouge-score."""
+    scores = rouge_scorer(*kinds).score(reference, text)
+    return {kind: score.fmeasure for kind, score in scores.items()}
+
+
+def rouge_l(reference: str, text: str) -> float:
+    return rouge(reference, text, "rougeL")["rougeL"]

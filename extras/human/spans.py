@@ -1,17 +1,23 @@
 """Is credit assigned right on spans that people marked? Each one is given back as a quote, and what the quote marks is compared.
 
-    python eval.py alignment --data FILE [TOKENIZER ...]      # folders, hub ids or .gguf files; if none, small ones are trained
+    python -m extras.human.spans --data FILE [TOKENIZER ...]
+
+Tokenizers are folders, hub ids or .gguf files; if none is given, small ones are trained. The last line printed is a JSON object.
 
 Each line of FILE is an object in one of three forms: {"response": text, "spans": [[start, end], ...]}; FineGrainedRLHF's QA
 feedback (character offsets of errors); DeFacto (instructions that say what to remove or replace, and a corrected text).
 """
 
 import difflib
+import json
 import random
 import re
 from collections import Counter, defaultdict
+from pathlib import Path
 from typing import NamedTuple
 
+from extras.human import families
+from t2g import cli
 from t2g.align import (
     MATCH_KINDS,
     find,
@@ -24,6 +30,7 @@ from t2g.align import (
 from t2g.cli import fail
 from t2g.critics import quote_of
 from t2g.feedback import Feedback
+from t2g.log import read_jsonl
 
 INSTRUCTION = re.compile(
     r"(?:Remove|Replace) the information about (.+?)(?: from the summary| with the information about .+)\.?"
@@ -286,3 +293,49 @@ def tokens_in(text, offsets, ranges) -> set[int]:
     """The tokens with a character in the ranges, white space at their ends apart."""
     inside = characters(without_space(text, *place) for place in ranges)
     return {t for t, (start, end) in enumerate(offsets) if inside & set(range(start, end))}
+
+
+def main():
+    parser = cli.parser(__doc__)
+    parser.add_argument("tokenizers", nargs="*", help="folders, hub ids or .gguf files")
+    parser.add_argument("--data", required=True, help="responses with spans that people marked")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the garbled quotes")
+    args = parser.parse_intermixed_args()
+    print(json.dumps(measure(args.data, args.tokenizers, args.seed)))
+
+
+def measure(data, tokenizers=(), seed=0) -> dict:
+    """What quotes mark, against the spans that people marked."""
+    responses, verbatim = read(read_jsonl(data), data)
+    shares = how_found(responses)
+    print_table({"share of quotes": shares})
+    if not verbatim:
+        corrections = against_corrections(responses)
+        print_table(corrections)
+        return {"quotes": shares, "corrections": corrections}
+    if tokenizers:
+        short = len({Path(name).name for name in tokenizers}) == len(tokenizers)
+        loaded = {Path(name).name if short else name: families.load(name) for name in tokenizers}
+    else:
+        texts = [marked.text for marked in responses]
+        loaded = {name: train(texts) for name, train in families.FAMILIES.items()}
+    rules, garbled = rules_for_ambiguous_quotes(responses), garbled_quotes(responses, seed)
+    tokens = {name: tokens_marked(responses, tokenizer) for name, tokenizer in loaded.items()}
+    for table in (rules, garbled["ways"], garbled["found"]):
+        print_table(table)
+    for name in ("verbatim", "all"):
+        print(f"\ntokens of {name} quotes")
+        print_table({key: table[name] for key, table in tokens.items()})
+    return {"quotes": shares, "rules": rules, "garbled": garbled, "tokenizers": tokens}
+
+
+def print_table(columns):
+    """Prints {column: {row: number}}."""
+    print("\n" + " " * 24 + "".join(f"{name:>24}" for name in columns))
+    for row in next(iter(columns.values())):
+        cells = (f"{column[row]:24.5g}" for column in columns.values())
+        print(f"{row:24}" + "".join(cells))
+
+
+if __name__ == "__main__":
+    main()

@@ -303,7 +303,7 @@ def test_flags_that_do_not_go_together_end_in_one_sentence(run, tmp_path):
     assert "--annotations" in run(truth, refuse=True)
     assert "no record whose status is ok" in run(truth, "--annotations", failed, refuse=True)
     assert "none.jsonl" in run(truth, "--annotations", tmp_path / "none.jsonl", refuse=True)
-    assert "cannot be written" in run(truth, "--annotations", truth, "--out", ".", refuse=True)
+    assert "cannot be written" in run(truth, "--annotations", truth, "--out", tmp_path, refuse=True)
     assert "has no rule" in run("--task", "qa", refuse=True)
 
 

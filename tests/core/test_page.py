@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from extras.speed import paired
 from t2g.feedback import Feedback
 from t2g.log import read_jsonl, write_json
 from t2g.page import (
@@ -351,32 +350,6 @@ def test_what_cannot_be_shown_is_one_clear_sentence(runs, wrong, sentence, tmp_p
     assert stop.value.code == 2 and re.fullmatch(
         f"error: {sentence.format(re.escape(str(folder)))}\n", said
     ), said
-
-
-def test_runs_are_compared_seed_by_seed(runs, monkeypatch, capsys):
-    flags = ["paired", *map(str, runs[:3]), "--against", *map(str, runs[3:]), "--steps", "2"]
-    monkeypatch.setattr("sys.argv", flags)
-    paired.main()
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    ends = [
-        [json.loads((run / "result.json").read_text())["after"]["perfect"] for run in part]
-        for part in (runs[:3], runs[3:])
-    ]
-    difference = sum(a - b for a, b in zip(*ends)) / 3
-    assert result["perfect"]["difference"]["mean"] == pytest.approx(difference)
-    assert (
-        result["perfect"]["difference"]["low"]
-        < difference
-        < result["perfect"]["difference"]["high"]
-    )
-    steps = [
-        [
-            json.loads(line)["shift_poor"]
-            for line in (run / "metrics.jsonl").read_text().splitlines()[:2]
-        ]
-        for run in runs[:3]
-    ]
-    assert result["shift_poor"]["runs"]["mean"] == pytest.approx(sum(map(sum, steps)) / 6)
 
 
 ARGS = {

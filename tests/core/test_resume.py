@@ -16,9 +16,7 @@ import pytest
 import torch
 from forking import forked, main
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
-import eval as evaluation
 import train_ppo
 from t2g import checkpoint, policy
 from t2g.log import read_jsonl
@@ -430,11 +428,7 @@ def test_adapters_are_saved_as_peft_does_resumed_and_merged(start, tmp_path):
     file = "checkpoint-4/adapter_model.safetensors"
     assert (tmp_path / "ppo" / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
 
-    sys_argv = ["eval.py", "merge", str(tmp_path / "ppo"), "--out", str(tmp_path / "merged")]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", sys_argv)
-        evaluation.main()
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    _, plain = policy.load(tmp_path / "ppo")
     assert all(
         weights.equal(trained.state_dict()[name]) for name, weights in plain.state_dict().items()
     )

@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_ppo
 import train_rm
-from extras.human.families import FAMILIES
 from t2g.feedback import Feedback, quoted, reward_prompt
 from t2g.log import METRICS, read_jsonl
 from t2g.policy import latest_checkpoint
@@ -295,25 +294,6 @@ def test_one_page_compares_runs(toy_run, rule_run, tmp_path):
     assert "critic rm" in (tmp_path / "both.html").read_text()
 
 
-def test_alignment_is_measured_on_spans_of_a_file(tmp_path):
-    rows = [
-        {
-            "response": f"Ana is {age}, lives in Porto and is {age} again.",
-            "spans": [[19, 24], [32, 34]],
-        }
-        for age in range(20, 60)
-    ]
-    (tmp_path / "spans.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    result = json.loads(
-        run("eval", "alignment", "--data", tmp_path / "spans.jsonl").splitlines()[-1]
-    )
-    assert result["quotes"]["exact"] == 1 and result["quotes"]["ambiguous"] == 0.5
-    assert result["rules"]["last"]["precision"] == 1 and result["rules"]["first"]["precision"] == 0
-    assert {
-        name for name, table in result["tokenizers"].items() if table["all"]["wrong"] == 0
-    } == set(FAMILIES)
-
-
 def test_evaluation_of_policies_and_reward_model(toy_run):
     rows = json.loads(
         run("eval", "policy", toy_run / "sft", toy_run / "ppo", "--eval_samples", 8).splitlines()[
@@ -412,7 +392,6 @@ def test_bad_flags(refuse):
     assert "--learning_rat" in refuse("train_ppo", "--learning_rat", "1")
     assert "between 0 and 1" in refuse("train_ppo", "--lam", "2")
     assert "no task 'toi'" in refuse("train_ppo", "--task", "toi")
-    assert "alignment needs --data" in refuse("eval", "alignment")
     assert "these are of none" in refuse("eval", "page")
 
 
