@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from t2g import adapters
 from t2g.cli import fail
 from t2g.log import read_jsonl
-from t2g.metrics import interval, mean_interval
+from t2g.metrics import interval
 from t2g.policy import latest_checkpoint, pretrained
 
 SMOOTH = 5  # steps over which a learning curve is averaged
@@ -176,7 +176,7 @@ def summarise(found, recipe, rows) -> dict:
             for unit in cells[0]["ledger"][part]:
                 values[f"{part}_{unit}"] = [cell["ledger"][part][unit] for cell in cells]
         table[name] = {
-            metric: over_seeds([value for value in column if value is not None])
+            metric: interval([value for value in column if value is not None])
             for metric, column in values.items()
         }
     return {"rows": table}
@@ -194,7 +194,7 @@ def stage_seconds(jobs, rows) -> dict[str, dict]:
         if job.name not in rows:
             done = json.loads((job.folder / f"{job.name}.done.json").read_text(encoding="utf-8"))
             seconds.setdefault(job.name, []).append(done["seconds"])
-    return {name: over_seeds(column) for name, column in seconds.items()}
+    return {name: interval(column) for name, column in seconds.items()}
 
 
 def first(curve, level) -> int | None:
@@ -212,13 +212,6 @@ def gain_at_equal_kl(cell, other) -> float:
         np.interp(kl, np.maximum.accumulate(run["kl"]), run["curve"]) for run in (cell, other)
     )
     return float(ours - theirs)
-
-
-def over_seeds(values) -> dict:
-    """metrics.interval(); of one value the mean alone, of none nothing."""
-    if len(values) > 1:
-        return interval(values)
-    return {"mean": values[0] if values else None, "low": None, "high": None, "seeds": len(values)}
 
 
 def markdown(result, recipe, rows) -> str:
@@ -378,4 +371,5 @@ def apart(heights, gap) -> dict[str, float]:
 
 
 def bounds(values) -> tuple[float, float, float]:
-    return mean_interval(values) if len(values) > 1 else (values[0],) * 3
+    row = interval(values)
+    return (row["mean"], row["low"], row["high"]) if len(values) > 1 else (values[0],) * 3

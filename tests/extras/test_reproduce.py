@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 import extras.reproduce as reproduce
 from extras import table
 from t2g import adapters
+from t2g.metrics import interval
 
 STAND_IN = """
 import json, sys, time
@@ -271,10 +272,9 @@ def test_at_equal_kl_a_run_is_read_where_it_had_gone_as_far_as_the_other_at_its_
 
 
 def test_of_one_seed_there_is_a_mean_and_no_interval():
-    assert table.over_seeds([0.5]) == {"mean": 0.5, "low": None, "high": None, "seeds": 1}
+    assert interval([0.5]) == {"mean": 0.5, "low": None, "high": None, "seeds": 1, "values": [0.5]}
     assert (
-        table.shown(table.over_seeds([0.5]), 2, 1) == "0.50"
-        and table.shown(table.over_seeds([]), 2, 3) == "never"
+        table.shown(interval([0.5]), 2, 1) == "0.50" and table.shown(interval([]), 2, 3) == "never"
     )
 
 
