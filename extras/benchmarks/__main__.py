@@ -37,9 +37,9 @@ def main():
     )
     own = set()
 
-    def add(flag, **settings):
+    def add(flag, *spec, **settings):
         own.add(flag)
-        parser.add_argument(flag, **settings)
+        parser.add_argument(flag, *spec, **settings)
 
     benchmark.add_flags(add)
     for flag, settings in COMMON.items():

@@ -15,7 +15,7 @@ import pytest
 
 from extras.code import sandbox, unit_tests
 from extras.code import task as code
-from t2g import data, stages, tasks
+from t2g import cli, data, stages, tasks
 from t2g.tasks import qa, summarize
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -68,7 +68,7 @@ ILF = {
 def flags(task, path, *more):
     """The arguments of a script with --task, --data and more flags."""
     parser = argparse.ArgumentParser()
-    tasks.add_flags(parser.add_argument)
+    tasks.add_flags(cli.flags(parser))
     return parser.parse_args(["--task", task, "--data", str(path), *map(str, more)])
 
 
@@ -414,7 +414,7 @@ def test_earlier_stages_are_given_the_same_flags(monkeypatch, tmp_path):
     monkeypatch.setattr(
         stages, "run", lambda title, command: commands.append(" ".join(command)) or 0.0
     )
-    args = flags("code", "a.jsonl", "--heldout_data", "b.jsonl", "--allow_code_execution", "--bf16")
+    args = flags("qa", "a.jsonl", "--heldout_data", "b.jsonl", "--allow_code_execution", "--bf16")
     stages.ensure(["sft", "annotate"], args, tmp_path)
     assert (
         all(

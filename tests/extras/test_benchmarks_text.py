@@ -10,7 +10,7 @@ import torch
 from annotating import write
 
 from extras.benchmarks import text
-from t2g import policy
+from t2g import cli, policy
 from t2g.metrics import bootstrapped, mean_bootstrap, resamples, rouge
 from t2g.tasks import toy
 from t2g.tasks.toy import new_model
@@ -23,7 +23,7 @@ FOX, DOG = (
 
 def arguments(*flags, models=()):
     parser = argparse.ArgumentParser()
-    text.add_flags(parser.add_argument)
+    text.add_flags(cli.flags(parser))
     args = parser.parse_args(list(map(str, flags)))
     args.models = [str(model) for model in models]
     return args

@@ -17,7 +17,7 @@ import pytest
 from annotating import write
 
 from extras.benchmarks import mt_bench, win_rate
-from t2g import policy
+from t2g import cli, policy
 from t2g.log import read_jsonl
 from t2g.metrics import resamples
 from t2g.tasks import toy
@@ -78,7 +78,7 @@ def arguments(module, *flags, models=()):
             name, type=int if name == "--seed" else str, default=0 if name == "--seed" else None
         )
     parser.add_argument("--bf16", action="store_true")
-    module.add_flags(parser.add_argument)
+    module.add_flags(cli.flags(parser))
     args = parser.parse_args(
         list(map(str, ("--judge", "j", "--timeout", 5, "--max_retries", 2, *flags)))
     )
