@@ -33,15 +33,10 @@ def parse_args():
     add("--prompted", False, "rm: ask models that are no reward models as annotate.py asks")
     add("--annotations", None, "rm: records of annotate.py that are the truth instead of the rule")
     add("--response_length", 64, "maximum tokens of a response")
-    critics.add_flags(add)
-    add("--reflect", False, "policy: measure a second try, after --critic's critique of the first")
+    add("--critique_length", 200, "rm: maximum tokens of a critique")
     add("--eval_samples", 256, "held-out prompts; all records of --annotations if not given")
     add("--out", None, "page: the file, page.html if not given; rm: the same, card.html beside it")
     task, args = tasks.parse(parser, "eval")
-    if not (args.what == "policy" and args.reflect) and (
-        args.reflect or args.reward_model or args.base_url
-    ):
-        cli.fail("--reflect is for policy, and --reward_model and --base_url are for --reflect")
     return task, args
 
 
@@ -56,18 +51,11 @@ def policies(task, args) -> dict:
     if not args.runs:
         stages.ensure(["sft", "ppo"], args, f"runs/{task.NAME}")
     rows, examples = {}, task.load(args)[1]
-    critic = None
-    if args.reflect:
-        root = Path(args.runs[0]).parent if args.runs else Path(f"runs/{task.NAME}")
-        stages.ensure(critics.stages_before(args), args, root)
-        critic = critics.load_critic(task, args, root, policy.device())
     for run in args.runs or [f"runs/{task.NAME}/sft", f"runs/{task.NAME}/ppo"]:
         tokenizer, model = policy.load(run, policy.device())
         heldout = tasks.short_enough(examples, tokenizer, args.max_prompt_length)
         heldout, length = heldout[: args.eval_samples], args.response_length
-        rows[run], _ = evaluate(
-            task, model, tokenizer, heldout, length, args.bf16, run, args.seed, critic
-        )
+        rows[run], _ = evaluate(task, model, tokenizer, heldout, length, args.bf16, run, args.seed)
     print_table(rows)
     return rows
 

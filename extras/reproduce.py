@@ -181,8 +181,7 @@ def jobs_of(recipe, rows, seed, root, kind) -> list[Job]:
         places = {"root": folder, "out": folder / name.replace(" ", "_")}
         places = {place: shlex.quote(str(path)) for place, path in places.items()}
         words = line.format(**places, seed=seed, learning_rate=learning_rate)
-        script = next(word for word in words.split() if word.endswith(".py"))
-        return f"{words} {extra.get(Path(script).stem, '')}".strip()
+        return f"{words} {extra.get(script_of(words), '')}".strip()
 
     def add_stage(name):
         for need in stages[name].get("needs", []):
@@ -208,6 +207,18 @@ def jobs_of(recipe, rows, seed, root, kind) -> list[Job]:
             [command(line, name, row.get("learning_rate", "")) for line in lines],
         )
     return list(jobs.values())
+
+
+def script_of(line) -> str:
+    """The name of the script or of the module that a command runs.
+
+    >>> script_of("train_ppo.py --seed 0"), script_of("-m extras.baselines.dpo --seed 0")
+    ('train_ppo', 'dpo')
+    """
+    words = line.split()
+    if "-m" in words:
+        return words[words.index("-m") + 1].rpartition(".")[2]
+    return Path(next(word for word in words if word.endswith(".py"))).stem
 
 
 def run_all(jobs, at_once):

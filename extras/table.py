@@ -112,7 +112,8 @@ def ledger(run, steps) -> dict[str, dict[str, float]]:
 
 def critic_of(run, config):
     """The folder of the reward model of a run, None if its critic is none of ours."""
-    beside = {"rm": "rm", "scalar": "rm_scalar"}.get(config.get("critic"))
+    beside = {"rm": "rm", "extras/baselines/scalar_critic.py": "rm_scalar"}
+    beside = beside.get(config.get("critic"))
     return config["reward_model"] or run.parent / beside if beside else None
 
 

@@ -16,6 +16,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 REWARD_PROMPT = "{prompt}\n\n### Response\n{response}\n\n### Critique and quotes"
+REVISION_PROMPT = (
+    "{prompt}\n\n### Response\n{response}\n\n### Critique\n{critique}\n\n### Better response"
+)
 
 
 class FeedbackError(ValueError):
@@ -115,3 +118,8 @@ def _unique_keys(pairs) -> dict:
 def reward_prompt(prompt: str, response: str) -> str:
     """Returns the input of the reward model: the prompt and the response as text, never as ids."""
     return REWARD_PROMPT.format(prompt=prompt, response=response)
+
+
+def revision_prompt(prompt: str, response: str, feedback: Feedback) -> str:
+    """Returns the prompt that asks a policy to rewrite its response after the critique."""
+    return REVISION_PROMPT.format(prompt=prompt, response=response, critique=feedback.critique)

@@ -8,7 +8,6 @@ from functools import cache
 import numpy as np
 import torch
 
-from extras.baselines.revision import second_try
 from t2g import dist
 from t2g.feedback import Feedback
 from t2g.ppo import masked_mean
@@ -16,11 +15,10 @@ from t2g.respond import respond
 
 
 def evaluate(
-    task, model, tokenizer, examples, response_length, bf16=False, desc=None, seed=0, critic=None
+    task, model, tokenizer, examples, response_length, bf16=False, desc=None, seed=0
 ) -> tuple[dict, list[str]]:
     """The task's scores of one response per example, sampled at temperature 1, and greedy (_greedy).
 
-    With a critic these are second tries: the model rewrites each response after its critique.
     Sampling has a generator of its own, so measuring does not change the run.
 
     Returns: the means over examples, with eos_rate; and the sampled texts.
@@ -31,10 +29,6 @@ def evaluate(
         label = desc and f"{desc}, {'greedy' if suffix else 'sampled'}"
         sampling = dict(temperature=temperature, bf16=bf16, generator=generator, desc=label)
         texts[suffix], finished = respond(model, tokenizer, prompts, response_length, **sampling)
-        if critic:
-            texts[suffix], finished = second_try(
-                model, tokenizer, examples, texts[suffix], critic, response_length, **sampling
-            )
         means |= {
             name + suffix: mean for name, mean in mean_scores(task, examples, texts[suffix]).items()
         }

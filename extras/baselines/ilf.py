@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from extras.baselines import offline
-from extras.baselines.revision import fitting_revision
+from extras.baselines.reflection import fitting_revision
 from t2g import cli, critics, policy, stages, supervised, tasks
 from t2g.log import write_json
 

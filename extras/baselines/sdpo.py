@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from extras.baselines.revision import revision_prompt
 from t2g import cli, critics, policy, stages, tasks
+from t2g.feedback import revision_prompt
 from t2g.log import Logger
 from t2g.metrics import mean_scores, shift, token_counts
 from t2g.policy import Policy, autocast, context_length, now, response_logits

@@ -12,9 +12,8 @@ from typing import NamedTuple
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from extras.baselines.revision import revision_prompt
 from t2g.critics import quote_of
-from t2g.feedback import Feedback, reward_prompt
+from t2g.feedback import Feedback, revision_prompt, reward_prompt
 from t2g.tasks import Example
 
 NAMES = "Ana Ben Carla David Elena Felix Grace Hugo Iris Jonas Kira Leo Maya Nils Olga Paul Rosa Sam Tara Viktor".split()

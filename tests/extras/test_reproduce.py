@@ -348,6 +348,13 @@ def flags_of(source) -> set[str]:
     return set(re.findall(r"""["'](--\w+)["']""", source))
 
 
+def files_of(line) -> list[Path]:
+    """The files with the flags of a command: its script, the package of its module, its critic."""
+    module = re.search(r"-m ([\w.]+)", line)
+    package = reproduce.HERE.joinpath(*module[1].split(".")[:-1]).glob("*.py") if module else []
+    return [*package, *(reproduce.HERE / word for word in line.split() if word.endswith(".py"))]
+
+
 def test_every_recipe_in_the_repository_can_be_read_and_names_stages_and_scripts_that_exist():
     for folder in sorted((reproduce.HERE / "recipes").iterdir()):
         recipe, rows = reproduce.read_recipe(str(folder), None, "")
@@ -357,9 +364,8 @@ def test_every_recipe_in_the_repository_can_be_read_and_names_stages_and_scripts
             "".join(path.read_text() for path in (reproduce.HERE / "t2g").rglob("*.py"))
         )
         for line in (line for job in jobs for line in job.commands):
-            script = next(reproduce.HERE / word for word in line.split() if word.endswith(".py"))
             flags = set(re.findall(r"(--\w+)", line)) - {"--nproc_per_node"}
-            assert flags <= known | flags_of(script.read_text()), line
+            assert flags <= known | flags_of("".join(map(Path.read_text, files_of(line)))), line
         assert set(recipe["curves"]) <= set(rows) and recipe["against"] in rows
 
 

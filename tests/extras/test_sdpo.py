@@ -15,8 +15,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 import extras.baselines.sdpo as train_sdpo
-from extras.baselines.revision import revision_prompt
-from t2g.feedback import Feedback
+from t2g.feedback import Feedback, revision_prompt
 from t2g.log import METRICS, read_jsonl
 from t2g.policy import save
 from t2g.rollout import chat_text, sample
