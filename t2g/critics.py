@@ -35,6 +35,8 @@ def stages_before(args) -> list[str]:
     """
     if args.critic == "openai" and not (args.base_url and args.reward_model):
         fail("--critic openai needs --base_url and --reward_model, the model's name on that server")
+    if args.critic not in BUILT_IN:
+        load_file(args.critic, "--critic", BUILT_IN)  # a misspelt name fails before hours of stages
     return ["annotate", "rm"] if args.critic == "rm" and not args.reward_model else []
 
 

@@ -1,15 +1,18 @@
-"""DPO, a baseline: of each prompt's responses the critic's best is preferred to its worst, and no word of the critique is read.
+"""DPO, a baseline: for each prompt, the response with the highest reward is preferred to the worst.
 
-    y+, y- ~ pi_ref(. | x), the highest and the lowest sum of delta_t among samples
-    L = - E[ log sigmoid( beta ( log pi(y+|x) / pi_ref(y+|x) - log pi(y-|x) / pi_ref(y-|x) ) ) ]      Rafailov et al. 2023, eq. 7
+    y+, y- ~ pi_ref(. | x), the responses with the highest and the lowest sum of delta_t
+    L = - E[ log sigmoid( beta ( log pi(y+|x) / pi_ref(y+|x) - log pi(y-|x) / pi_ref(y-|x) ) ) ]
+                                                                    Rafailov et al. 2023, eq. 7
 
-    python train_dpo.py                                            # the toy, every earlier stage included, into runs/toy/dpo
-    python train_dpo.py --task summarize --policy HUB_ID --data posts.jsonl --critic rule --output_dir runs/posts/dpo
-    python train_dpo.py --policy HUB_ID --pairs pairs.jsonl --output_dir runs/mine/dpo
+Only the quotes of the feedback count; the critique's words are not read. Pairs are sampled once,
+before training, and written to pairs.jsonl in the run's folder. --pairs trains on such a file:
+{"prompt", "chosen", "rejected"}, and optionally "chosen_finished" and "rejected_finished", which
+are false for a response that was cut off, so that no EOS is learned after it. There is no
+resampling during training.
 
-The pairs are written into the run's folder before training, and --pairs takes them or others: {"prompt", "chosen", "rejected"}, and
-"chosen_finished" and "rejected_finished", false where a response was cut off, so that no EOS is learnt there. Left out: new samples
-while training goes on.
+python -m extras.baselines.dpo                                      # the toy, into runs/toy/dpo
+python -m extras.baselines.dpo --task summarize --policy HUB_ID --data posts.jsonl --critic rule
+python -m extras.baselines.dpo --policy HUB_ID --pairs pairs.jsonl --output_dir runs/mine/dpo
 """
 
 import random
@@ -25,185 +28,176 @@ from t2g.log import read_jsonl, write_json
 from t2g.notes import write_whole
 from t2g.policy import autocast, response_logits
 
+TOY = dict(
+    num_prompts=720, samples_per_prompt=4, response_length=40, learning_rate=5.4e-4,
+    max_steps=180, per_device_train_batch_size=16
+)  # fmt: skip
+
 
 def dpo_loss(logprobs_chosen, logprobs_rejected, ref_chosen, ref_rejected, beta):
-    """Direct preference optimisation, a loss for each pair.
+    """Returns the DPO loss of each pair (Rafailov et al. 2023, eq. 7).
 
         h = beta [(log pi(y+) - log ref(y+)) - (log pi(y-) - log ref(y-))]
-        L = - log sigmoid(h)                                                        Rafailov et al. 2023, eq. 7
+        L = - log sigmoid(h)
 
-    Args: log-probabilities (B,) of whole responses, in nats; beta above 0, without unit.
-    Returns: the losses (B,), and stats of the B pairs: "pair_margin", the mean of h, and "pair_accuracy", the share of h > 0.
+    Args: log-probabilities (B,) of whole responses, in nats; beta > 0, without unit.
+    Returns: the losses (B,), and stats: pair_margin, the mean of h, and pair_accuracy, the share
+    of pairs with h > 0.
 
     >>> losses, stats = dpo_loss(*torch.tensor([[-5.0], [-9.0], [-6.0], [-8.0]]), beta=0.5)
     >>> losses, stats["pair_margin"], stats["pair_accuracy"]
     (tensor([0.3133]), 1.0, 1.0)
     """
     margin = beta * ((logprobs_chosen - ref_chosen) - (logprobs_rejected - ref_rejected))
-    stats = {
-        "pair_margin": margin.mean().item(),
-        "pair_accuracy": (margin > 0).float().mean().item(),
-    }
-    return -F.logsigmoid(margin), stats
+    accuracy = (margin > 0).float().mean().item()
+    return -F.logsigmoid(margin), {"pair_margin": margin.mean().item(), "pair_accuracy": accuracy}
 
 
-def response_logprobs(model, batch, learnt, bf16=False):
-    """log pi (B,) of whole responses: the sum over the tokens that are learnt, in nats and fp32."""
+def sequence_logprobs(model, batch, trained, bf16=False):
+    """Returns log pi (B,) of whole responses, the sum over their trained tokens, in nats."""
     with autocast(bf16):
         logits, _ = response_logits(model, batch)
-    logprobs = -F.cross_entropy(logits[learnt].float(), batch.response[learnt], reduction="none")
-    return torch.zeros(len(batch), device=logprobs.device).index_add(
-        0, learnt.nonzero()[:, 0], logprobs
-    )
+    losses = F.cross_entropy(logits[trained].float(), batch.response[trained], reduction="none")
+    sums = torch.zeros(len(batch), device=losses.device)
+    return sums.index_add(0, trained.nonzero()[:, 0], -losses)
 
 
-# ---- pairs -------------------------------------------------------------------------------------------------------------
+# ---- pairs ---------------------------------------------------------------------------------------
 
 
 def best_and_worst(groups) -> tuple[list[dict], dict]:
-    """A pair from each prompt's responses, and the shares of prompts that give none.
+    """Pairs the best with the worst response of each group, the Scored responses to one prompt.
 
-    "ties": the best is not better than the worst, or they are one text; "unpaired": fewer than two critiques can be read.
+    Returns: the pairs, and the share of prompts that give none: "ties", where the best response
+    is not better than the worst or has the same text, and "unpaired", where fewer than two
+    critiques are readable.
     """
     pairs, ties, unpaired = [], 0, 0
     for group in groups:
-        readable = sorted(
-            (row for row in group if row.reward is not None), key=lambda row: row.reward
-        )
+        readable = [row for row in group if row.reward is not None]
         if len(readable) < 2:
             unpaired += 1
-        elif (worst := readable[0]).reward == (
-            best := readable[-1]
-        ).reward or worst.text == best.text:
+            continue
+        ordered = sorted(readable, key=lambda row: row.reward)
+        worst, best = ordered[0], ordered[-1]
+        if worst.reward == best.reward or worst.text == best.text:
             ties += 1
-        else:
-            pair = {"prompt": best.example.prompt}
-            for name, row in (("chosen", best), ("rejected", worst)):
-                pair |= {
-                    name: row.text,
-                    f"{name}_reward": row.reward,
-                    f"{name}_finished": row.finished,
-                }
-            pairs.append(pair)
-    print(
-        f"{len(groups)} prompts: {len(pairs)} pairs, {ties} ties, {unpaired} with too few readable critiques",
-        flush=True,
-    )
+            continue
+        pair = {"prompt": best.example.prompt}
+        for name, row in (("chosen", best), ("rejected", worst)):
+            pair[name] = row.text
+            pair[f"{name}_reward"], pair[f"{name}_finished"] = row.reward, row.finished
+        pairs.append(pair)
+    counts = f"{len(pairs)} pairs, {ties} ties, {unpaired} with too few readable critiques"
+    print(f"{len(groups)} prompts: {counts}", flush=True)
     return pairs, {"ties": ties / len(groups), "unpaired": unpaired / len(groups)}
 
 
-def sampled(task, args, tokenizer, model, root) -> tuple[list[dict], dict]:
-    """Pairs of the policy's own responses, and the metrics of the sampling."""
+def sample_pairs(task, args, tokenizer, model, root) -> tuple[list[dict], dict]:
+    """Returns pairs of the policy's own responses, and the metrics of the sampling."""
     critic = critics.load_critic(task, args, root, policy.device())
-    examples = offline.prompts_of(task, args, tokenizer)
-    rows, stats = offline.scored(
-        examples, [example.prompt for example in examples], critic, tokenizer, model, args
-    )
-    size = args.samples_per_prompt
+    examples = offline.draw_examples(task, args, tokenizer)
+    prompts, size = [example.prompt for example in examples], args.samples_per_prompt
+    rows, stats = offline.sample_and_score(examples, prompts, critic, tokenizer, model, args)
     pairs, dropped = best_and_worst([rows[i : i + size] for i in range(0, len(rows), size)])
     if not pairs:
-        cli.fail(
-            f"none of {args.num_prompts} prompts gives a pair; raise --num_prompts or --samples_per_prompt, or see --critic"
-        )
+        hint = "raise --num_prompts or --samples_per_prompt, or see --critic"
+        cli.fail(f"none of {args.num_prompts} prompts gives a pair; {hint}")
     return pairs, stats | dropped
 
 
 def read_pairs(path) -> list[dict]:
     pairs = read_jsonl(path)
     for number, pair in enumerate(pairs, 1):
-        if wrong := [
-            name for name in ("prompt", "chosen", "rejected") if not isinstance(pair.get(name), str)
-        ]:
-            cli.fail(f"record {number} of {path} has no {', '.join(wrong)}; each must be a text")
+        for name in ("prompt", "chosen", "rejected"):
+            if not isinstance(pair.get(name), str):
+                cli.fail(f"record {number} of {path} has no text {name!r}")
     if not pairs:
         cli.fail(f"{path} holds no pair")
     return pairs
 
 
 def encode(tokenizer, pairs) -> list[tuple]:
-    """Rows (prompt, chosen, rejected) of token ids, EOS behind the responses that ended by themselves."""
+    """Returns rows (prompt, chosen, rejected) of token ids, with EOS after finished responses."""
     sides = []
     for name in ("chosen", "rejected"):
         rows = supervised.encode_pairs(tokenizer, [(pair["prompt"], pair[name]) for pair in pairs])
-        ended = [pair.get(f"{name}_finished", True) for pair in pairs]
-        sides.append(
-            [(prompt, ids if end else ids[:-1]) for (prompt, ids), end in zip(rows, ended)]
-        )
-    return [(prompt, chosen, rejected) for (prompt, chosen), (_, rejected) in zip(*sides)]
+        finished = [pair.get(f"{name}_finished", True) for pair in pairs]
+        sides.append([ids if end else ids[:-1] for (_, ids), end in zip(rows, finished)])
+    prompts = [prompt for prompt, _ in rows]
+    return list(zip(prompts, *sides))
 
 
-# ---- training ----------------------------------------------------------------------------------------------------------
+# ---- training ------------------------------------------------------------------------------------
 
 
 def collate(rows, pad_token_id, device):
-    """Pairs as a microbatch of 2B responses, the chosen ones first, and the references' log-probabilities (2, B)."""
-    sides = [(row[0], row[side]) for side in (1, 2) for row in rows]
+    """Collates B pairs as 2B responses, the chosen ones first.
+
+    Returns: the batch, the mask of trained tokens, and the reference's log-probabilities (2, B).
+    """
+    responses = [(row[0], row[side]) for side in (1, 2) for row in rows]
     references = torch.tensor([row[3:] for row in rows], device=device)
-    return *supervised.as_rollout(sides, pad_token_id, device), references.T
+    batch, trained = supervised.as_rollout(responses, pad_token_id, device)
+    return batch, trained, references.T
 
 
-def preference(model, batch, learnt, references, args):
-    """The sum of dpo_loss() over a microbatch's pairs, and of its stats."""
-    logprobs = response_logprobs(model, batch, learnt, args.bf16)
+def preference_loss(model, batch, trained, references, args):
+    """Returns the sum of dpo_loss() over the pairs of a microbatch, and the sums of its stats."""
+    logprobs = sequence_logprobs(model, batch, trained, args.bf16)
     losses, stats = dpo_loss(*logprobs.chunk(2), *references, args.beta)
     return losses.sum(), {name: value * len(losses) for name, value in stats.items()}
 
 
-PREFERENCE = supervised.Objective("pairs", collate, lambda batch, *_: len(batch) // 2, preference)
+PREFERENCE = supervised.Objective(
+    "pairs", collate, lambda batch, *_: len(batch) // 2, preference_loss
+)
 
 
 @torch.no_grad()
-def with_references(rows, tokenizer, model, args) -> list[tuple]:
-    """The rows with log ref of the chosen and of the rejected response behind them: the policy's, before it is trained."""
-    found = {}
-    for some in supervised.by_length([(*row, number) for number, row in enumerate(rows)], args):
-        batch, learnt, _ = collate([row[:3] for row in some], tokenizer.pad_token_id, model.device)
-        logprobs = response_logprobs(model, batch, learnt, args.bf16)
-        found |= {
-            row[3]: references
-            for row, references in zip(some, torch.stack(logprobs.chunk(2), 1).tolist())
-        }
-    return [(*row, *found[number]) for number, row in enumerate(rows)]
+def add_references(rows, tokenizer, model, args) -> list[tuple]:
+    """Appends log ref of the chosen and the rejected response to each row, by the initial policy."""
+    references = {}
+    numbered = [(*row, number) for number, row in enumerate(rows)]
+    for part in supervised.by_length(numbered, args):
+        batch, trained, _ = collate([row[:3] for row in part], tokenizer.pad_token_id, model.device)
+        logprobs = sequence_logprobs(model, batch, trained, args.bf16)
+        for row, pair in zip(part, torch.stack(logprobs.chunk(2), 1).tolist()):
+            references[row[3]] = pair
+    return [(*row, *references[number]) for number, row in enumerate(rows)]
 
 
 @torch.no_grad()
 def check_start(model, rows, tokenizer, args):
-    """Before the first update log pi is log ref, within rounding, as the loop of training computes it: every margin is 0."""
-    batch, learnt, references = collate(rows, tokenizer.pad_token_id, model.device)
-    logprobs = response_logprobs(model.train(), batch, learnt, args.bf16)
-    error = ((logprobs - references.flatten()).abs() / learnt.sum(1).clamp(min=1)).max().item()
+    """Checks that log pi equals log ref before the first update, in training mode as well."""
+    batch, trained, references = collate(rows, tokenizer.pad_token_id, model.device)
+    logprobs = sequence_logprobs(model.train(), batch, trained, args.bf16)
+    per_token = (logprobs - references.flatten()).abs() / trained.sum(1).clamp(min=1)
+    error = per_token.max().item()
     if not error <= (0.05 if args.bf16 else 1e-4):
         raise RuntimeError(
-            f"before the first update policy and reference must agree, but log pi differs by {error:.2g} nats a token; "
-            "has the model dropout?"
+            f"policy and reference must agree before the first update, but log pi differs by "
+            f"{error:.2g} nats a token; does the model use dropout?"
         )
 
 
 def longest(row) -> int:
-    """Tokens of a row's prompt with the longer of its responses."""
+    """Returns the tokens of a row's prompt with the longer of its two responses."""
     return len(row[0]) + max(len(row[1]), len(row[2]))
 
 
 def parse_args():
     parser = cli.parser(__doc__)
-    add = parser.add_argument
+    add = cli.flags(parser)
     tasks.add_flags(add)
     offline.add_flags(add, num_prompts=1024, samples_per_prompt=4)
-    add(
-        "--pairs",
-        help="a .jsonl file of pairs to learn from; pairs of the policy's own samples if not given",
-    )
-    add("--output_dir", help="where the run goes; runs/TASK/dpo if not given")
-    add(
-        "--beta",
-        type=cli.positive(float),
-        default=0.1,
-        help="how dear it is to leave the reference",
-    )
+    add("--pairs", None, ".jsonl file of pairs (default: pairs of the policy's own samples)")
+    add("--output_dir", None, "folder of the run (default: runs/TASK/dpo)")
+    add("--beta", 0.1, "strength of the pull towards the reference")
     supervised.add_flags(add)
-    task, args = tasks.parse(parser, "train_dpo")
+    task, args = tasks.parse(parser, "dpo", toy=TOY)
     if args.samples_per_prompt < 2:
-        cli.fail("--samples_per_prompt must be 2 or more: a pair takes two responses to a prompt")
+        cli.fail("--samples_per_prompt must be at least 2: a pair needs two responses to a prompt")
     args.output_dir = args.output_dir or f"runs/{task.NAME}/dpo"
     return task, args
 
@@ -211,30 +205,29 @@ def parse_args():
 def main():
     task, args = parse_args()
     root = Path(args.output_dir).parent
-    stages.ensure(
-        ["sft", *([] if args.pairs else critics.stages_before(args))], args, root, args.policy
-    )
+    needed = ["sft", *([] if args.pairs else critics.stages_before(args))]
+    stages.ensure(needed, args, root, args.policy)
     start = time.perf_counter()
 
-    # 1. Pairs, of samples of the starting policy.
+    # 1. Pairs of responses of the starting policy.
     torch.manual_seed(args.seed)
     tokenizer, model = policy.load(args.policy or root / "sft", policy.device())
-    pairs, stats = (
-        (read_pairs(args.pairs), {}) if args.pairs else sampled(task, args, tokenizer, model, root)
-    )
+    if args.pairs:
+        pairs, stats = read_pairs(args.pairs), {}
+    else:
+        pairs, stats = sample_pairs(task, args, tokenizer, model, root)
 
-    # 2. Reference log-probabilities, once.
-    rows = supervised.drop_long(
-        encode(tokenizer, pairs), supervised.longest_text(model, args), longest
-    )
+    # 2. Log-probabilities of the reference, computed once.
+    limit = supervised.longest_text(model, args)
+    rows = supervised.drop_long(encode(tokenizer, pairs), limit, longest)
     before = policy.now()
-    rows = with_references(rows, tokenizer, model, args)
-    read = sum(2 * len(row[0]) + len(row[1]) + len(row[2]) for row in rows)
-    stats |= {"reference_tokens": read, "seconds_reference": policy.now() - before}
-    random.Random(args.seed).shuffle(rows)  # samples come in order of their prompts' length
+    rows = add_references(rows, tokenizer, model, args)
+    stats["reference_tokens"] = sum(2 * len(row[0]) + len(row[1]) + len(row[2]) for row in rows)
+    stats["seconds_reference"] = policy.now() - before
+    random.Random(args.seed).shuffle(rows)  # the samples are sorted by length
     heldout, rows = supervised.split(rows, args)
 
-    # 3. DPO.
+    # 3. Training.
     model = adapters.added(model, args)
     check_start(model, rows[: args.per_device_train_batch_size], tokenizer, args)
     with checkpoint.run_folder(args) as folder:

@@ -1,4 +1,4 @@
-"""What methods start from that sample once and then train: a policy's responses, what a critic says of them, their rewards."""
+"""Sampling for the methods that sample once and then train: responses, feedback and rewards."""
 
 import random
 from typing import NamedTuple
@@ -14,102 +14,78 @@ from t2g.rollout import sample
 
 
 class Scored(NamedTuple):
-    """A response, what the critic says of it, and that as one number."""
+    """A response with its feedback and its reward, both None if the critique is unreadable."""
 
     example: tasks.Example
     text: str
-    finished: bool  # it ended by itself
-    feedback: Feedback | None  # None where the critique is unreadable
-    reward: float | None  # sum over the response's tokens of delta_t, less what a missing EOS costs
+    finished: bool  # it ended with EOS
+    feedback: Feedback | None
+    reward: float | None  # the sum of delta_t over its tokens, less the penalty of a missing EOS
 
 
 def add_flags(add, num_prompts, samples_per_prompt):
-    add(
-        "--policy",
-        help="the starting policy: a run, a folder, a hub id or a .gguf file; sft beside --output_dir if not given",
-    )
+    add("--policy", None, "starting policy: run, folder, hub id or .gguf file (default: sft)")
     critics.add_flags(add)
-    add(
-        "--num_prompts",
-        type=cli.positive(int),
-        default=num_prompts,
-        help="prompts that the policy is sampled on",
-    )
-    add(
-        "--samples_per_prompt",
-        type=cli.positive(int),
-        default=samples_per_prompt,
-        help="responses to each of them",
-    )
-    add("--response_length", type=cli.positive(int), default=64, help="most tokens of a response")
-    add("--temperature", type=cli.positive(float), default=1.0, help="of sampling")
-    add(
-        "--missing_eos_penalty",
-        type=cli.between(0, 1e6),
-        default=1.0,
-        help="taken from a response that does not end",
-    )
+    add("--num_prompts", num_prompts, "number of prompts that the policy answers")
+    add("--samples_per_prompt", samples_per_prompt, "responses to each prompt")
+    add("--response_length", 64, "maximum tokens of a response")
+    add("--temperature", 1.0, "sampling temperature")
+    add("--missing_eos_penalty", 1.0, "penalty of a response without EOS", cli.between(0, 1e6))
 
 
-def prompts_of(task, args, tokenizer) -> list[tasks.Example]:
-    """--num_prompts training examples, by chance, each as often as it is to be answered; like lengths together."""
+def draw_examples(task, args, tokenizer) -> list[tasks.Example]:
+    """Draws --num_prompts training examples, each --samples_per_prompt times, sorted by length."""
     train = tasks.short_enough(task.load(args)[0], tokenizer, args.max_prompt_length)
-    chosen = random.Random(f"offline {args.seed}").choices(train, k=args.num_prompts)
-    chosen.sort(key=lambda example: (len(example.prompt), example.prompt))
-    return [example for example in chosen for _ in range(args.samples_per_prompt)]
+    drawn = random.Random(f"offline {args.seed}").choices(train, k=args.num_prompts)
+    drawn.sort(key=lambda example: (len(example.prompt), example.prompt))
+    return [example for example in drawn for _ in range(args.samples_per_prompt)]
 
 
-def scored(
-    examples, prompts, critic, tokenizer, model, args, desc="sampling", batch_size=64
-) -> tuple[list[Scored], dict]:
-    """A response to each prompt, criticised as one to its example; and the metrics of this."""
-    rows, stats = [], []
-    for start in tqdm(range(0, len(examples), batch_size), desc=desc, unit="batch"):
-        some, clock = examples[start : start + batch_size], [now()]
-        rollout = sample(
-            model,
-            tokenizer,
-            prompts[start : start + batch_size],
-            args.response_length,
-            args.temperature,
-            bf16=args.bf16,
-        )
+def sample_and_score(examples, prompts, critic, tokenizer, model, args, desc="sampling", size=64):
+    """Samples a response to each prompt, which the critic judges as a response to its example.
+
+    Returns: a list of Scored, and metrics: seconds in total, and means over the responses.
+    """
+    rows, seconds, sums = [], {"seconds_rollout": 0.0, "seconds_critique": 0.0}, {}
+    for start in tqdm(range(0, len(examples), size), desc=desc, unit="batch"):
+        batch, batch_prompts = examples[start : start + size], prompts[start : start + size]
+        clock = [now()]
+        length = args.response_length
+        rollout = sample(model, tokenizer, batch_prompts, length, args.temperature, bf16=args.bf16)
         clock.append(now())
-        feedback = critic(some, rollout.texts)
+        feedback = critic(batch, rollout.texts)
         clock.append(now())
-        rewards = [total(tokenizer, rollout, row, said, args) for row, said in enumerate(feedback)]
-        rows += map(Scored, some, rollout.texts, rollout.finished.tolist(), feedback, rewards)
+        seconds["seconds_rollout"] += clock[1] - clock[0]
+        seconds["seconds_critique"] += clock[2] - clock[1]
+        for row, one in enumerate(feedback):
+            text, finished = rollout.texts[row], bool(rollout.finished[row])
+            reward = total_reward(tokenizer, rollout, row, one, args)
+            rows.append(Scored(batch[row], text, finished, one, reward))
         counts = token_counts(tokenizer, rollout, feedback)
-        own = tokenizer([example.prompt for example in some], add_special_tokens=False)["input_ids"]
-        counts["judged_tokens"] = (
-            sum(map(len, own)) / len(some) + counts["response_tokens"]
-        )  # what the critic reads
-        stats.append(
-            (
-                len(some),
-                {"seconds_rollout": clock[1] - clock[0], "seconds_critique": clock[2] - clock[1]},
-                counts,
-            )
-        )
-    seconds = {name: sum(part[name] for _, part, _ in stats) for name in stats[0][1]}
-    means = {name: sum(n * part[name] for n, _, part in stats) / len(rows) for name in stats[0][2]}
-    readable = [row.reward for row in rows if row.reward is not None]
-    if not readable:
-        cli.fail(
-            f"none of {len(rows)} critiques can be read, so there is nothing to learn from; see --critic and --reward_model"
-        )
-    return rows, {"samples": len(rows)} | seconds | means | {
-        "unparsable": 1 - len(readable) / len(rows),
-        "reward": sum(readable) / len(readable),
-    }
+        own = tokenizer([example.prompt for example in batch], add_special_tokens=False)
+        prompt_tokens = sum(len(ids) for ids in own["input_ids"]) / len(batch)
+        counts["judged_tokens"] = prompt_tokens + counts["response_tokens"]  # the critic's input
+        for name, mean in counts.items():
+            sums[name] = sums.get(name, 0) + len(batch) * mean
+    rewards = [row.reward for row in rows if row.reward is not None]
+    if not rewards:
+        cli.fail(f"none of {len(rows)} critiques is readable; see --critic and --reward_model")
+    means = {name: total / len(rows) for name, total in sums.items()}
+    means["unparsable"] = 1 - len(rewards) / len(rows)
+    means["reward"] = sum(rewards) / len(rewards)
+    return rows, {"samples": len(rows), **seconds, **means}
 
 
-def total(tokenizer, rollout, row, said, args) -> float | None:
-    """The sum of delta over a response's tokens, or the number that a scalar critic says; a missing EOS costs as in PPO."""
-    if said is None:
+def total_reward(tokenizer, rollout, row, feedback, args) -> float | None:
+    """Returns the sum of delta over a response's tokens, less the penalty of a missing EOS.
+
+    Feedback may be a float, the reward of the whole response.
+    """
+    if feedback is None:
         return None
     penalty = 0.0 if rollout.finished[row] else args.missing_eos_penalty
-    if isinstance(said, float):
-        return said - penalty
+    if isinstance(feedback, float):
+        return feedback - penalty
     offsets = token_offsets(tokenizer, rollout.response[row][rollout.mask[row]].tolist())
-    return span_rewards(offsets, resolve(rollout.texts[row], said)[0]).sum().item() - penalty
+    spans, _ = resolve(rollout.texts[row], feedback)
+    return span_rewards(offsets, spans).sum().item() - penalty

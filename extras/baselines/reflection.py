@@ -40,10 +40,10 @@ def revise(model, tokenizer, examples, texts, critic, response_length, **samplin
     prompts = [
         fitting_revision(model, tokenizer, example.prompt, text, one, response_length)
         for example, text, one in zip(examples, texts, feedback)
-        if one
+        if one is not None
     ]
     revisions = zip(*respond(model, tokenizer, prompts, response_length, **sampling))
-    pairs = [next(revisions) if one else (text, True) for text, one in zip(texts, feedback)]
+    pairs = [(text, True) if one is None else next(revisions) for text, one in zip(texts, feedback)]
     return [text for text, _ in pairs], [finished for _, finished in pairs]
 
 

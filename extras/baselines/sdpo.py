@@ -30,6 +30,11 @@ from t2g.ppo import kl_penalty
 from t2g.rollout import encode_prompts, sample, step_rng
 from train_ppo import response_logprobs, score, summary, token_rewards
 
+TOY = dict(
+    learning_rate=1.5e-3, max_steps=45, per_device_train_batch_size=32, num_mini_batches=2,
+    num_ppo_epochs=2, response_length=40
+)  # fmt: skip
+
 
 def parse_args():
     parser = cli.parser(__doc__)
@@ -96,7 +101,7 @@ def parse_args():
     add("--tensorboard", action="store_true", help="also write TensorBoard's files")
     for_the_log = dict(kl_estimator="full", span_weights="uniform")
     parser.set_defaults(**for_the_log)
-    task, args = tasks.parse(parser, "train_sdpo")
+    task, args = tasks.parse(parser, "sdpo", toy=TOY)
     args.output_dir = args.output_dir or f"runs/{task.NAME}/sdpo"
     args.batch_size = (
         args.per_device_train_batch_size * args.gradient_accumulation_steps * args.num_mini_batches

@@ -96,10 +96,11 @@ def short_enough(examples, tokenizer, max_prompt_length) -> list[Example]:
     return kept
 
 
-def parse(parser, script: str):
+def parse(parser, script: str, **defaults):
     """Parses the command line of a script, and returns its task and its arguments.
 
     The task and the critic are imported first, because they may add flags and change defaults.
+    A script that no task knows brings its own defaults, TASK={flag: default}.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--task", default=parser.get_default("task"))
@@ -111,7 +112,8 @@ def parse(parser, script: str):
         files.append(cli.load_file(named.critic, "--critic", critics.BUILT_IN))
     for file in files:
         getattr(file, "add_flags", lambda add: None)(cli.flags(parser))
-    parser.set_defaults(**getattr(task, "DEFAULTS", {}).get(script, {}))
+    own_defaults = getattr(task, "DEFAULTS", {})
+    parser.set_defaults(**own_defaults.get(script, defaults.get(task.NAME, {})))
     args = parser.parse_intermixed_args()  # positional arguments may stand between flags
     if dist.processes() > 1 and script != "train_ppo":
         fail(f"{script}.py runs in one process; start it without --nproc_per_node")

@@ -58,14 +58,6 @@ DEFAULTS = {
                      validation_share=0.02, eval_steps=100),
     "train_ppo": dict(learning_rate=5e-4, max_steps=45, per_device_train_batch_size=32, num_mini_batches=2, num_ppo_epochs=2,
                       response_length=40, eval_samples=256, kl_coef=0.15),
-    "train_scalar_rm": dict(learning_rate=0.006, max_steps=450, per_device_train_batch_size=32, optimizer="muon",
-                            validation_share=0.05, eval_steps=150),
-    "train_dpo": dict(num_prompts=720, samples_per_prompt=4, response_length=40, learning_rate=5.4e-4, max_steps=180,
-                      per_device_train_batch_size=16),
-    "train_sdpo": dict(learning_rate=1.5e-3, max_steps=45, per_device_train_batch_size=32, num_mini_batches=2, num_ppo_epochs=2,
-                       response_length=40),
-    "train_ilf": dict(num_prompts=1440, samples_per_prompt=1, response_length=40, learning_rate=4.5e-3, max_steps=180,
-                      per_device_train_batch_size=32),
     "eval": dict(response_length=40, eval_samples=256),
 }  # fmt: skip
 NUM_TRAIN, NUM_HELDOUT = 20000, 512

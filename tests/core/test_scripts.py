@@ -30,10 +30,6 @@ SCRIPTS = (
     "annotate",
     "train_rm",
     "train_ppo",
-    "train_dpo",
-    "train_ilf",
-    "train_sdpo",
-    "train_scalar_rm",
     "eval",
 )
 

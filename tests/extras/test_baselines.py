@@ -212,9 +212,9 @@ def test_of_a_prompt_the_best_revision_is_learnt_that_is_not_below_what_it_revis
         scored("d2", 9, "q", finished=False),
         scored("e2", None, "r"),
     ]
-    assert train_ilf.chosen(first, second) == [("p", "b2")]
+    assert train_ilf.best_revisions(first, second) == [("p", "b2")]
     with pytest.raises(SystemExit):
-        train_ilf.chosen(first[2:], second[2:])
+        train_ilf.best_revisions(first[2:], second[2:])
 
 
 def test_sampled_responses_are_scored_by_the_sum_of_their_token_rewards(tiny):
@@ -228,8 +228,8 @@ def test_sampled_responses_are_scored_by_the_sum_of_their_token_rewards(tiny):
         return [Feedback("All.", [], [text]) if text.strip() else None for text in texts]
 
     torch.manual_seed(0)
-    rows, stats = offline.scored(
-        examples, [e.prompt for e in examples], critic, tokenizer, model, args, batch_size=2
+    rows, stats = offline.sample_and_score(
+        examples, [e.prompt for e in examples], critic, tokenizer, model, args, size=2
     )
     torch.manual_seed(0)
     rollouts = [
@@ -273,7 +273,7 @@ def test_ilf_from_end_to_end(tmp_path, tiny, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train_ilf.py", *map(str, flags)])
     monkeypatch.setattr(
         train_ilf,
-        "chosen",
+        "best_revisions",
         lambda first, second: [(row.example.prompt, row.text) for row in second],
     )
     train_ilf.main()

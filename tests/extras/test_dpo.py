@@ -15,13 +15,13 @@ from torch.testing import assert_close
 
 import extras.baselines.dpo as train_dpo
 from extras.baselines.dpo import (
+    add_references,
     best_and_worst,
     collate,
     dpo_loss,
     encode,
-    preference,
-    response_logprobs,
-    with_references,
+    preference_loss,
+    sequence_logprobs,
 )
 from extras.baselines.offline import Scored
 from t2g import policy, supervised
@@ -124,7 +124,7 @@ def naive_logprob(model, prompt, response):
 def test_cached_references_are_those_of_each_response_alone(fresh):
     tokenizer, model = fresh()
     rows = encode(tokenizer, PAIRS)
-    found = with_references(rows, tokenizer, model, ARGS)
+    found = add_references(rows, tokenizer, model, ARGS)
     assert [row[:3] for row in found] == rows and len({len(row[1]) for row in rows}) > 2
     for prompt, chosen, rejected, *references in found:
         assert_close(
@@ -146,7 +146,7 @@ def test_the_step_does_not_depend_on_how_the_pairs_are_spread_over_microbatches(
         tokenizer, model = fresh()
         rows = [
             (*row[:3], row[3] + n, row[4])
-            for n, row in enumerate(with_references(encode(tokenizer, PAIRS), *fresh(), ARGS))
+            for n, row in enumerate(add_references(encode(tokenizer, PAIRS), *fresh(), ARGS))
         ]
         rows = iter(
             rows
@@ -170,23 +170,23 @@ def test_the_step_does_not_depend_on_how_the_pairs_are_spread_over_microbatches(
 def test_training_prefers_the_chosen(fresh):
     tokenizer, model = fresh()
     batch = collate(
-        with_references(encode(tokenizer, PAIRS), tokenizer, model, ARGS),
+        add_references(encode(tokenizer, PAIRS), tokenizer, model, ARGS),
         tokenizer.pad_token_id,
         "cpu",
     )
-    before = response_logprobs(model, *batch[:2]).detach().chunk(2)
-    preference(model, *batch, ARGS)[0].backward()
+    before = sequence_logprobs(model, *batch[:2]).detach().chunk(2)
+    preference_loss(model, *batch, ARGS)[0].backward()
     with torch.no_grad():
         for p in model.parameters():
             p -= 1e-4 * p.grad
-    after = response_logprobs(model, *batch[:2]).detach().chunk(2)
+    after = sequence_logprobs(model, *batch[:2]).detach().chunk(2)
     assert ((after[0] - before[0]) - (after[1] - before[1])).sum() > 0
-    assert preference(model, *batch, ARGS)[1]["pair_accuracy"] > 3
+    assert preference_loss(model, *batch, ARGS)[1]["pair_accuracy"] > 3
 
 
 def test_a_policy_that_is_not_its_reference_at_the_start_is_an_error(fresh):
     tokenizer, model = fresh()
-    rows = with_references(encode(tokenizer, PAIRS), tokenizer, model, ARGS)
+    rows = add_references(encode(tokenizer, PAIRS), tokenizer, model, ARGS)
     train_dpo.check_start(model, rows, tokenizer, ARGS)
     with pytest.raises(RuntimeError, match="must agree"):
         train_dpo.check_start(
@@ -285,7 +285,7 @@ def test_flags_and_pairs_of_no_use_end_in_one_sentence(call, capsys, fresh, tmp_
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "half.jsonl").write_text('{"prompt": "a", "chosen": "b"}\n')
     for flags, sentence in (
-        (("--samples_per_prompt", 1), "must be 2 or more"),
+        (("--samples_per_prompt", 1), "must be at least 2"),
         (("--pairs", tmp_path / "empty.jsonl"), "holds no pair"),
         (("--pairs", tmp_path / "half.jsonl"), "record 1 of"),
         (

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 import extras.baselines.scalar_rm as train_scalar_rm
-from extras.baselines import scalar_critic, scalar_head
+from extras.baselines import scalar_critic
 from extras.baselines.scalar_rm import REGRESSION, agreement, collate, target
 from t2g import cli, policy, supervised
 from t2g.feedback import Feedback, reward_prompt
@@ -65,7 +65,7 @@ def rows_of(tokenizer, n=6):
         reward_prompt(record["prompt"][: 20 + 30 * i], record["response"])
         for i, record in enumerate(annotations(n))
     ]
-    return [(*row, 0.5 * i - 1) for i, row in enumerate(scalar_head.encode(tokenizer, asked))]
+    return [(*row, 0.5 * i - 1) for i, row in enumerate(scalar_critic.encode(tokenizer, asked))]
 
 
 def test_the_target_is_good_tokens_minus_poor_tokens(tok):
@@ -93,7 +93,7 @@ def test_a_score_is_read_off_the_last_token_whatever_stands_beside_it_in_the_bat
     tokenizer, scorer = fresh()
     rows = rows_of(tokenizer)
     batch, *_ = collate(rows, tokenizer.pad_token_id, "cpu")
-    together = scalar_head.scores(scorer, batch)
+    together = scalar_critic.scores(scorer, batch)
     for (text, eos, _), score in zip(rows, together):
         assert eos == [tokenizer.eos_token_id]
         last = scorer.model(torch.tensor([text]), output_hidden_states=True).hidden_states[-1][
@@ -148,7 +148,7 @@ def test_it_learns_what_can_be_learnt(tmp_path):
     words = random.Random(0).choices(["yes", "no"], k=200)
     rows = [
         (*row, 1.0 if word == "yes" else -1.0)
-        for word, row in zip(words, scalar_head.encode(tokenizer, words))
+        for word, row in zip(words, scalar_critic.encode(tokenizer, words))
     ]
     flags = argparse.ArgumentParser()
     supervised.add_flags(cli.flags(flags))
@@ -216,7 +216,7 @@ def test_the_critic_speaks_in_the_unit_of_rewards_and_scores_as_in_training(run)
     assert (run / "rm_scalar" / f"checkpoint-{best['step']}").is_dir()
     records = annotations(40)
     random.Random(0).shuffle(records)
-    tokenizer, _ = scalar_head.load(run / "rm_scalar")
+    tokenizer, _ = scalar_critic.load(run / "rm_scalar")
     marks = [Feedback(r["critique"], r["good_spans"], r["poor_spans"]) for r in records[:10]]
     true = torch.tensor([target(tokenizer, r["response"], said) for r, said in zip(records, marks)])
     critic = scalar_critic.scalar_critic(run / "rm_scalar", "cpu", batch_size=3)
@@ -233,7 +233,7 @@ def test_the_critic_speaks_in_the_unit_of_rewards_and_scores_as_in_training(run)
 def test_the_checkpoint_is_a_plain_model_that_says_what_its_head_means(run):
     (folder,) = (run / "rm_scalar").glob("checkpoint-*")
     assert (
-        AutoModelForCausalLM.from_pretrained(folder).config.reward_unit == scalar_head.REWARD_UNIT
+        AutoModelForCausalLM.from_pretrained(folder).config.reward_unit == scalar_critic.REWARD_UNIT
     )
 
 
@@ -253,7 +253,7 @@ def test_a_long_prompt_is_shortened_and_a_response_that_is_too_long_even_so_coun
         [example._replace(prompt=example.prompt + long), example],
         ["Ana is 27.", long],
     )
-    tokenizer, _ = scalar_head.load(run / "rm_scalar")
+    tokenizer, _ = scalar_critic.load(run / "rm_scalar")
     assert (
         len(tokenizer(chat_text(tokenizer, reward_prompt(examples[0].prompt, "")))["input_ids"])
         > 512
@@ -261,14 +261,14 @@ def test_a_long_prompt_is_shortened_and_a_response_that_is_too_long_even_so_coun
     capsys.readouterr()
     (shortened, too_long), _ = critic(examples, responses), critic(examples, responses)
     assert isinstance(shortened, float) and too_long is None
-    assert "".join(capsys.readouterr()).count("1 of 2 responses are too long to be scored") == 1
+    assert "".join(capsys.readouterr()).count("1 of 2 responses do not fit") == 1
 
 
 def test_annotations_that_say_nothing_end_in_one_sentence(run, monkeypatch, capsys, tmp_path):
     same = [{**record, "good_spans": [], "poor_spans": []} for record in annotations(3)]
     for records, sentence in (
         ([{"status": "failed"}], "no annotation to learn from"),
-        (same, "come to the same reward"),
+        (same, "have the same reward"),
     ):
         (tmp_path / "notes.jsonl").write_text(
             "".join(json.dumps(record) + "\n" for record in records)
