@@ -1,11 +1,11 @@
-"""Stage 2: the generative reward model. It learns to write z = [critique ; span map] for a prompt and a response, as one text.
+"""Stage 2: the generative reward model, which learns to write z = [critique ; span map].
 
-L_R = - E[ log p(z | x, y) ]        loss on z only          (Text2Grad, sec. 3.2)
+    L_R = - E[ log p(z | x, y) ]      x: prompt, y: response; loss on z only (Text2Grad, sec. 3.2)
 
-python train_rm.py                                                 # the toy's, started from its policy, into runs/toy/rm
-python train_rm.py --model HUB_ID --annotations notes.jsonl --output_dir runs/posts/rm --lora_r 16 --learning_rate 2e-4
+python train_rm.py                                        # for the toy, into runs/toy/rm
+python train_rm.py --model HUB_ID --annotations notes.jsonl --output_dir runs/posts/rm --lora_r 16
 
-Long prompts are shortened in their middle, never the response.
+Long prompts are shortened in their middle; responses never are.
 """
 
 import random
@@ -15,46 +15,35 @@ from pathlib import Path
 import torch
 
 from t2g import cli, critics, policy, stages, supervised, tasks
-from t2g.feedback import Feedback, reward_prompt
+from t2g.feedback import Feedback
 from t2g.notes import read_annotations
 
 
-def read_pairs(
-    path,
-    no_critique=False,
-    ask=lambda prompt, response, z: reward_prompt(prompt, response),
-):
-    """(prompt, z) pairs from annotations whose status is "ok"; each z is one that the parser will take.
-
-    no_critique leaves the critique out of z, an ablation of the paper. `ask` makes what the reward
-    model is asked of a prompt, a response and z.
-    """
-    pairs, records = [], read_annotations(path)
+def read_targets(path, no_critique=False) -> list[tuple[str, str, str]]:
+    """Returns (prompt, response, z) of the annotations whose status is "ok"."""
+    targets, records = [], read_annotations(path)
     for record in records:
-        if not (feedback := record["feedback"]):
-            continue
-        if no_critique:
+        feedback = record["feedback"]
+        if feedback and no_critique:
             feedback = Feedback("", feedback.good, feedback.poor)
-        z = feedback.render()
-        pairs.append((ask(record["prompt"], record["response"], z), z))
-    print(f"{len(pairs)} of {len(records)} annotations are of use")
-    return pairs
+        if feedback:
+            targets.append((record["prompt"], record["response"], feedback.render()))
+    print(f"{len(targets)} of {len(records)} annotations are usable")
+    return targets
 
 
 def main():
     parser = cli.parser(__doc__)
-    add = parser.add_argument
+    add = cli.flags(parser)
     tasks.add_flags(add)
     add(
         "--model",
-        help="what to start from: a run, a folder, a hub id or a .gguf file; sft beside --output_dir if not given",
+        None,
+        "initial run, folder, hub id or .gguf file (default: sft beside the output)",
     )
-    add(
-        "--annotations",
-        help="records as annotate.py writes them; annotations.jsonl beside --output_dir if not given",
-    )
-    add("--output_dir", help="where the run goes; runs/TASK/rm if not given")
-    add("--no_critique", action="store_true", help="learn the span map alone, the paper's ablation")
+    add("--annotations", None, "of annotate.py (default: annotations.jsonl beside the output)")
+    add("--output_dir", None, "folder of the run (default: runs/TASK/rm)")
+    add("--no_critique", False, "learn the span map alone, an ablation of the paper")
     supervised.add_flags(add, validation_share=0.05)
     task, args = tasks.parse(parser, "train_rm")
     args.output_dir = args.output_dir or f"runs/{task.NAME}/rm"
@@ -65,16 +54,11 @@ def main():
 
     torch.manual_seed(args.seed)
     tokenizer, model = policy.load(args.model or root / "sft", policy.device())
-
-    def ask(prompt, response, z):
-        room = (
-            supervised.longest_text(model, args)
-            - len(tokenizer(z, add_special_tokens=False)["input_ids"])
-            - 1
-        )  # for EOS
-        return critics.fitting_prompt(tokenizer, prompt, response, room)
-
-    pairs = read_pairs(args.annotations or root / "annotations.jsonl", args.no_critique, ask)
+    limit, pairs = supervised.longest_text(model, args), []
+    path = args.annotations or root / "annotations.jsonl"
+    for prompt, response, z in read_targets(path, args.no_critique):
+        room = limit - len(tokenizer(z, add_special_tokens=False)["input_ids"]) - 1  # 1 for EOS
+        pairs.append((critics.fitting_prompt(tokenizer, prompt, response, room), z))
     random.Random(args.seed).shuffle(pairs)
     saved = supervised.finetune(model, tokenizer, pairs, args, desc="reward model")
     print(f"reward model: {saved} ({time.perf_counter() - start:.0f} s)")

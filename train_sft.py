@@ -1,6 +1,6 @@
-"""Stage 0: a starting policy, by supervised fine-tuning on good (or, for the toy, noisy) responses.
+"""Stage 0: a starting policy, by supervised fine-tuning on good (for the toy: noisy) responses.
 
-python train_sft.py                                                # the toy's policy, from scratch, into runs/toy/sft
+python train_sft.py                                       # for the toy, from scratch, runs/toy/sft
 python train_sft.py --task summarize --model HUB_ID --data posts.jsonl --output_dir runs/posts/sft
 """
 
@@ -13,13 +13,14 @@ from t2g import cli, cpu, policy, supervised, tasks
 
 def main():
     parser = cli.parser(__doc__)
-    add = parser.add_argument
+    add = cli.flags(parser)
     tasks.add_flags(add)
     add(
         "--model",
-        help="hub id, folder or .gguf file to start from; without it the task makes a small one from scratch",
+        None,
+        "initial hub id, folder or .gguf file (default: the task makes a small one)",
     )
-    add("--output_dir", help="where the run goes; runs/TASK/sft if not given")
+    add("--output_dir", None, "folder of the run (default: runs/TASK/sft)")
     supervised.add_flags(add)
     task, args = tasks.parse(parser, "train_sft")
     args.output_dir = args.output_dir or f"runs/{task.NAME}/sft"
@@ -33,15 +34,12 @@ def main():
         tokenizer, model = task.new_model(args.seed)
         model = cpu.use(model).to(policy.device())
     else:
-        cli.fail(
-            f"the task {args.task} has no model of its own: name one with --model (in train_ppo.py: --policy)"
-        )
+        cli.fail(f"the task {args.task} needs --model (in train_ppo.py: --policy)")
     examples = tasks.short_enough(examples, tokenizer, args.max_prompt_length)
-    pairs = (
-        task.sft_pairs(args, examples)
-        if hasattr(task, "sft_pairs")
-        else [(e.prompt, e.reference) for e in examples]
-    )
+    if hasattr(task, "sft_pairs"):
+        pairs = task.sft_pairs(args, examples)
+    else:
+        pairs = [(example.prompt, example.reference) for example in examples]
     saved = supervised.finetune(model, tokenizer, pairs, args, desc="starting policy")
     print(f"starting policy: {saved} ({time.perf_counter() - start:.0f} s)")
 

@@ -1,7 +1,8 @@
-"""Rows of data sets and what tasks make of them. Files: .jsonl and .json, also with .gz behind, and .parquet; else a hub id.
+"""Reads data sets and turns their rows into examples of a task.
 
-A hub id may name a split, HuggingFaceH4/ultrafeedback_binarized:train_prefs; it is "train" otherwise. Each kind of bad input ends
-the program with one sentence, and rows that are of no use are counted on the console.
+A data set is a .jsonl, .json (both may be gzipped) or .parquet file, or a hub id with an optional
+split, such as HuggingFaceH4/ultrafeedback_binarized:train_prefs. Unusable rows are counted on the
+console.
 """
 
 import gzip
@@ -20,48 +21,41 @@ ENDINGS = ".jsonl, .json or .parquet"
 
 
 def read_rows(data: str, split="train"):
-    """What a file holds, whatever it is, or the rows of a data set of the hub."""
+    """Returns the content of a file, or the rows of a data set of the hub."""
     path = Path(data)
     ending = next((ending for ending in FILES if path.name.endswith(ending)), None)
-    if ending and not path.is_file():
+    if not ending and not path.exists():
+        return read_hub(data, split)
+    if not ending:
+        fail(f"{data} is not a {ENDINGS} file")
+    if not path.is_file():
         fail(f"there is no file {data}")
-    if ending == ".jsonl":
-        return read_jsonl(path)
-    if ending == ".parquet":
-        try:
+    try:
+        if ending == ".jsonl":
+            return read_jsonl(path)
+        if ending == ".parquet":
             return needed("pyarrow.parquet", "a .parquet file").read_table(path).to_pylist()
-        except (OSError, ValueError) as error:
-            fail(f"{data} is no .parquet file: {error}")
-    if ending:
-        try:
-            text = (
-                gzip.open(path, "rt", encoding="utf-8").read()
-                if ending.endswith(".gz")
-                else path.read_text(encoding="utf-8")
-            )
-            lines = [line for line in text.split("\n") if line.strip()]
-            return json.loads(f"[{','.join(lines)}]" if ending == ".jsonl.gz" else text)
-        except (OSError, EOFError, ValueError) as error:
-            fail(f"{data} is no {ending} file: {error}")
-    if path.exists():
-        fail(f"{data} is no {ENDINGS} file")
+        opened = gzip.open if ending.endswith(".gz") else open
+        with opened(path, "rt", encoding="utf-8") as file:
+            if ending == ".jsonl.gz":
+                return [json.loads(line) for line in file if line.strip()]
+            return json.load(file)
+    except (OSError, EOFError, ValueError) as error:
+        fail(f"{data} is not a {ending} file: {error}")
+
+
+def read_hub(data: str, split: str) -> list[dict]:
     name, _, part = data.partition(":")
-    datasets = needed("datasets", f"{data} (no {ENDINGS} file, so taken for a hub id)")
+    datasets = needed("datasets", f"{data} (not a {ENDINGS} file, so taken for a hub id)")
     try:
         return list(datasets.load_dataset(name, split=part or split))
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-    ) as error:  # RuntimeError: a data set that comes as a script
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: the hub id is a script
         reason = str(error).splitlines()[0].removesuffix(".")
-        fail(
-            f"the data set {data} could not be loaded: {reason}. A split follows a colon, NAME:SPLIT; a downloaded file will do too"
-        )
+        fail(f"cannot load the data set {data}: {reason}. Use NAME:SPLIT or a downloaded file")
 
 
 def needed(module: str, what: str):
-    """An optional package, or a sentence that says how to install it."""
+    """Imports an optional package, or says how to install it."""
     try:
         return importlib.import_module(module)
     except ImportError:
@@ -70,61 +64,56 @@ def needed(module: str, what: str):
 
 
 def load(args, reader):
-    """The examples for training and the held-out ones, each prompt once.
+    """Returns the examples for training and the held-out ones, each prompt once.
 
-    Held out is --heldout_data, or a fifth of --data after a shuffle that does not depend on the seed.
+    Held out are --heldout_data, or a fifth of --data after a shuffle that ignores the seed.
 
-    Args: reader(rows, name), which says how a row is read: it returns a function from a row to an Example, or to None if the row
-        lacks a text, or to what else is wrong with it.
+    Args: reader(rows, name) returns a function from a row to an Example, to None if the row lacks a
+        text, or to a string that says what else is wrong with it.
     """
     if not args.data:
         fail(f"the task {args.task} needs --data: a {ENDINGS} file, or a hub id")
+    train = examples(args.data, reader)
     if args.heldout_data:
         heldout = examples(args.heldout_data, reader)
-        train = [
-            example
-            for prompt, example in examples(args.data, reader).items()
-            if prompt not in heldout
-        ]
+        train = [example for prompt, example in train.items() if prompt not in heldout]
         if not train:
             fail(f"every example of {args.data} is held out by {args.heldout_data}")
         return train, list(heldout.values())
-    found = list(examples(args.data, reader).values())
-    if len(found) < 2:
-        fail(
-            f"{args.data} holds {len(found)} usable example(s); training and measuring need at least two"
-        )
-    random.Random(0).shuffle(found)
-    count = max(1, round(HELDOUT_SHARE * len(found)))
-    return found[count:], found[:count]
+    train = list(train.values())
+    if len(train) < 2:
+        fail(f"{args.data} has {len(train)} usable examples; at least two are needed")
+    random.Random(0).shuffle(train)
+    count = max(1, round(HELDOUT_SHARE * len(train)))
+    return train[count:], train[:count]
 
 
 def examples(data, reader) -> dict:
-    """The usable examples of a file or a data set, by their prompts."""
+    """Returns the usable examples of a data set by their prompts."""
     rows = read_rows(data)
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        fail(f"{data} must hold a list of objects, one an example")
+        fail(f"{data} must contain a list of objects, one per example")
     if not rows:
-        fail(f"{data} holds no example")
-    read, found, left_out = reader(rows, data), {}, Counter()
-    for example in map(read, rows):
+        fail(f"{data} contains no examples")
+    kept, dropped = {}, Counter()
+    for example in map(reader(rows, data), rows):
         if isinstance(example, str):
-            left_out[example] += 1
+            dropped[example] += 1
         elif not example or not (example.prompt.strip() and example.reference.strip()):
-            left_out["they lack a text"] += 1
-        elif found.setdefault(example.prompt, example) is not example:
-            left_out["an earlier one has the same source"] += 1
-    if left_out:
-        reasons = ", ".join(f"{count} ({reason})" for reason, count in left_out.items())
-        print(f"{len(found)} of {len(rows)} rows of {data} are of use; left out: {reasons}")
-    return found
+            dropped["they lack a text"] += 1
+        elif kept.setdefault(example.prompt, example) is not example:
+            dropped["an earlier one has the same source"] += 1
+    if dropped:
+        reasons = ", ".join(f"{count} ({reason})" for reason, count in dropped.items())
+        print(f"{len(kept)} of {len(rows)} rows of {data} are usable; dropped: {reasons}")
+    return kept
 
 
 def has(rows, *fields) -> bool:
-    """True if each field stands in some row: data sets are recognised by their fields."""
+    """Returns True if each field occurs in some row; data sets are recognised by their fields."""
     return all(any(field in row for row in rows) for field in fields)
 
 
 def text(value) -> str:
-    """A text without white space at its ends, "" for what is none."""
+    """Returns a string without white space at its ends, or "" for any other value."""
     return value.strip() if isinstance(value, str) else ""

@@ -83,6 +83,20 @@ def posts():
 
 
 @pytest.fixture
+def refused(capsys):
+    """refused(function, *args) expects exit code 2 and returns the one sentence that is printed."""
+
+    def call(function, *args):
+        with pytest.raises(SystemExit) as stopped:
+            function(*args)
+        assert stopped.value.code == 2
+        (sentence,) = capsys.readouterr().err.splitlines()
+        return sentence.removeprefix("error: ")
+
+    return call
+
+
+@pytest.fixture
 def serve(tmp_path):
     """serve(**settings) starts a server of its own process and returns its address and its log, a list of lines at each call."""
     running = []

@@ -63,7 +63,7 @@ def defacto(row) -> dict:
     facts = [
         place
         for place in summarize.names_and_numbers(text)
-        if summarize.stands_in(text[slice(*place)], known)
+        if summarize.words_of(text[slice(*place)]) <= known
     ]
     good = [
         (start, end) for start, end in facts if not any(start < b and a < end for a, b in wrong)

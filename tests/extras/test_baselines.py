@@ -170,13 +170,13 @@ def test_the_toy_s_revisions_mend_what_the_critique_names_and_nothing_else():
     for _ in range(200):
         example = toy.make_example(rng)
         response = toy.noisy_summary(example, rng)
-        remarks = toy.judged(example, response)
-        assert toy.score(example, toy.mended(response, remarks))["perfect"] == 1
+        remarks = toy.judge(example, response)
+        assert toy.score(example, toy.revise(response, remarks))["perfect"] == 1
         kept = [remark for remark in remarks if remark.kind == "good" or rng.random() < 0.5]
         left = len(remarks) - len(kept)
-        after = toy.judged(example, toy.mended(response, kept))
+        after = toy.judge(example, toy.revise(response, kept))
         assert sum(remark.kind != "good" for remark in after) <= left
-        assert toy.mended(response, []) == response
+        assert toy.revise(response, []) == response
 
 
 def test_evaluation_with_a_critic_is_of_the_second_try(tiny, monkeypatch):
