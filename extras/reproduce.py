@@ -1,13 +1,14 @@
-"""A table of methods over seeds: every stage, every run, the measuring, the ledger of what each costs, and the learning curves.
+"""Runs every method of a recipe over seeds, and writes their table, ledger of costs and curves.
 
-    python reproduce.py --recipe toy                               # all rows, three seeds: about an hour and a half on 2 cores
-    python reproduce.py --recipe toy --quick                       # a taste of it in ten minutes: two seeds, the rule as the critic
-    python reproduce.py --recipe toy --rows scalar text2grad       # some rows
-    python reproduce.py --recipe toy --sweep                       # how the learning rates of the recipes were found
-    python reproduce.py --recipe slf5k_8b --dry_run                # the commands of the paper's table, to be read
+python -m extras.reproduce --recipe toy                           # all rows, three seeds
+python -m extras.reproduce --recipe toy --rows scalar text2grad --seeds 0 1 2 4 5
+python -m extras.reproduce --recipe toy_quick                     # a taste of it in ten minutes
+python -m extras.reproduce --recipe slf5k_8b --dry_run            # print the commands, run none
 
-A recipe is a folder recipes/NAME: table.toml says which stages rows share and how a policy is measured, each other file is a row
-and holds its command. Stopped at any moment, the same command goes on: what is done stays. The last line printed is a JSON object.
+A recipe is a file recipes/NAME.toml: the [stages.*] are shared by the rows of a seed, each of the
+[rows.*] is trained by its `run` and measured by its `measure` or the recipe's, and [words] replace
+their {names}. Kill it at any moment: the same command goes on with what is not done. The last line
+printed is a JSON object. To sweep learning rates, repeat it with --scale_learning_rates.
 """
 
 import argparse
@@ -18,22 +19,23 @@ import subprocess
 import sys
 import time
 import tomllib
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from tqdm import tqdm
 
 from extras import table
-from t2g.cli import fail, make_folder, positive
+from t2g.cli import Help, fail, flags, make_folder, positive
 from t2g.log import write_json
 
 HERE = Path(__file__).resolve().parents[1]
-SWEEP = (1 / 3, 1, 3)  # times a row's learning rate
+NEEDED = {"title", "metrics", "main", "main_title", "against", "curves", "measure", "rows"}
 
 
 class Job(NamedTuple):
-    """A command of one seed, and the jobs of that seed that must be done before it."""
+    """The commands of a stage or a row for one seed, and the jobs of that seed that come before."""
 
     seed: int
     name: str
@@ -45,244 +47,137 @@ class Job(NamedTuple):
         return f"{self.name} of seed {self.seed}"
 
 
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, allow_abbrev=False)
+    add = flags(parser)
+    parser.add_argument("--recipe", required=True, help="a name in recipes/ or a .toml file")
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help="all rows if not given")
+    parser.add_argument("--seeds", nargs="+", type=int, help="the recipe's if not given")
+    add("--jobs", None, "commands at once, each with its share of the cores", positive(int))
+    add("--output_dir", None, "where all runs go; runs/reproduce/RECIPE if not given")
+    add("--scale_learning_rates", 1.0, "factor on the learning rate of every row")
+    add("--dry_run", False, "print the commands of the first seed and run none")
+    return parser.parse_args()
+
+
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("--recipe", required=True, help="a folder of recipes/, or any other")
-    add(
-        "--rows",
-        nargs="+",
-        metavar="ROW",
-        help="names of its files without number and .toml; all if not given",
-    )
-    add(
-        "--seeds",
-        nargs="+",
-        type=int,
-        help="seeds of the runs; 0 1 2 if not given, for --quick 0 1, for --sweep 3",
-    )
-    add(
-        "--jobs",
-        type=positive(int),
-        help="commands at once, each with its share of the cores; as table.toml says if not given",
-    )
-    add(
-        "--output_dir",
-        help="where all runs go; runs/reproduce/RECIPE if not given, with -quick or -sweep behind it",
-    )
-    add(
-        "--quick",
-        action="store_true",
-        help="short runs, with the flags under [quick] in table.toml",
-    )
-    add(
-        "--sweep",
-        action="store_true",
-        help="each row at a third of its learning rate, at it, and at three times of it",
-    )
-    add("--dry_run", action="store_true", help="print the commands of the first seed, and run none")
-    add("--plot", help="where the curves go as a PNG; curves.png in --output_dir if not given")
-    args = parser.parse_args()
-    kind = "quick" if args.quick else "sweep" if args.sweep else ""
-    recipe, rows = read_recipe(args.recipe, args.rows, kind)
-    seeds = args.seeds or {"sweep": [3], "quick": [0, 1]}.get(kind, [0, 1, 2])
-    root = Path(
-        args.output_dir
-        or Path("runs/reproduce") / "-".join(filter(None, [Path(args.recipe).name, kind]))
-    )
+    args = parse_args()
+    recipe = read_recipe(args.recipe)
+    if unknown := set(args.rows or []) - set(recipe["rows"]):
+        fail(f"no row {', '.join(sorted(unknown))}; the rows are {', '.join(recipe['rows'])}")
+    rows = {name: row for name, row in recipe["rows"].items() if name in (args.rows or [name])}
+    seeds = args.seeds or recipe.get("seeds", [0, 1, 2])
+    root = Path(args.output_dir or f"runs/reproduce/{Path(args.recipe).stem}")
+    by_seed = [jobs_of(recipe, rows, s, root, args.scale_learning_rates) for s in seeds]
     if args.dry_run:
         print(f"# {recipe['title']}")
-        for job in jobs_of(recipe, rows, seeds[0], root, kind):
-            paper = ", ".join(
-                f"{metric} {value}"
-                for metric, value in rows.get(job.name, {}).get("paper", {}).items()
-            )
-            commands = [
-                line if line.startswith("torchrun") else f"python {line}" for line in job.commands
-            ]
-            print(f"# {job}{paper and f'; the paper has {paper}'}", *commands, sep="\n")
+        for job in by_seed[0]:
+            paper = rows.get(job.name, {}).get("paper", {})
+            print(f"# {job}" + "".join(f"; paper: {name} {x}" for name, x in paper.items()))
+            for line in job.commands:
+                print(line if line.startswith("torchrun") else f"python {line}")
         return
     make_folder(root, "--output_dir")
-    jobs = [job for seed in seeds for job in jobs_of(recipe, rows, seed, root, kind)]
+    jobs = [job for same in zip(*by_seed) for job in same]
     jobs.sort(key=lambda job: job.name in rows)  # what others wait for comes first
     run_all(jobs, args.jobs or recipe.get("jobs", 1))
-    logged = recipe.get("curve", recipe["main"])
-    found = {
-        name: [table.read_cell(root / f"seed-{seed}", name, logged) for seed in seeds]
-        for name in rows
-    }
-    result = table.summarise(found, recipe, rows)
-    result["stages"] = table.stage_seconds(jobs, rows)
-    write_json(root / "table.json", result)
-    text = table.markdown(result, recipe, rows)
-    (root / "table.md").write_text(text, encoding="utf-8")
-    plot = args.plot or str(root / "curves.png")
-    table.plot(plot, found, recipe, rows)
-    print(f"\n{text}\ntable: {root / 'table.md'}\ncurves: {plot}\n{json.dumps(result)}")
+    folders = [root / f"seed-{seed}" for seed in seeds]
+    result = table.write(root, folders, recipe, rows, [job.name for job in by_seed[0]])
+    print(json.dumps(result))
 
 
-def read_recipe(name, chosen, kind) -> tuple[dict, dict]:
-    """table.toml, and the rows by name in the order of their files."""
-    folder = Path(name) if Path(name).is_dir() else HERE / "recipes" / name
-    if not (folder / "table.toml").is_file():
-        known = sorted(path.parent.name for path in HERE.glob("recipes/*/table.toml"))
+def read_recipe(name) -> dict:
+    path = Path(name) if name.endswith(".toml") else HERE / "recipes" / f"{name}.toml"
+    if not path.is_file():
+        known = sorted(path.stem for path in HERE.glob("recipes/*.toml"))
         fail(f"there is no recipe {name!r}; the recipes are {', '.join(known)}")
     try:
-        recipe, *rest = [
-            tomllib.loads(path.read_text(encoding="utf-8"))
-            for path in [folder / "table.toml", *files_of(folder)]
-        ]
+        recipe = {"stages": {}, "words": {}} | tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
-        fail(f"a recipe of {folder} is no TOML: {error}")
-    rows = dict(zip(map(row_name, files_of(folder)), rest))
-    recipe.setdefault("stages", {})
-    if missing := {"title", "metrics", "main", "main_title", "against", "curves", "measure"} - set(
-        recipe
-    ):
-        fail(f"{folder}/table.toml has no {', '.join(sorted(missing))}")
-    if untitled := [name for name, row in rows.items() if "title" not in row]:
-        fail(f"rows without a title in {folder}: {', '.join(untitled)}")
-    if both := set(rows) & set(recipe["stages"]):
-        fail(f"{', '.join(sorted(both))} in {folder} names a row and a stage; rename one of them")
-    if kind == "quick" and "quick" not in recipe:
-        fail(f"{folder}/table.toml has no [quick], so there is no short form of these runs")
-    if unknown := set(chosen or []) - set(rows):
-        fail(f"there is no row {', '.join(sorted(unknown))}; the rows are {', '.join(rows)}")
-    rows = {name: row for name, row in rows.items() if name in (chosen or rows)}
-    if kind == "quick":
-        rows = {name: row for name, row in rows.items() if row.get("quick", True)}
-    if kind == "sweep":
-        rows = {f"{name} x {by:.2g}": row | {"learning_rate": row["learning_rate"] * by, "title": f"{row['title']}, x {by:.2g}"}
-                for name, row in rows.items() if row.get("sweep") for by in SWEEP}  # fmt: skip
-    if not rows:
-        fail("no row is left to run; see --rows")
-    return recipe, rows
+        fail(f"{path} is no TOML: {error}")
+    if missing := NEEDED - set(recipe):
+        fail(f"{path} has no {', '.join(sorted(missing))}")
+    if untitled := [name for name, row in recipe["rows"].items() if "title" not in row]:
+        fail(f"rows without a title in {path}: {', '.join(untitled)}")
+    if both := set(recipe["rows"]) & set(recipe["stages"]):
+        fail(f"{', '.join(sorted(both))} in {path} names a row and a stage; rename one of them")
+    return recipe
 
 
-def files_of(folder):
-    return [path for path in sorted(folder.glob("*.toml")) if path.name != "table.toml"]
+def jobs_of(recipe, rows, seed, root, scale=1.0) -> list[Job]:
+    """The jobs of one seed in order: the stages that its rows need, then the rows."""
+    jobs, folder = {}, Path(root) / f"seed-{seed}"
 
-
-def row_name(path) -> str:
-    """08_text2grad.toml -> text2grad"""
-    return path.stem.partition("_")[2]
-
-
-def jobs_of(recipe, rows, seed, root, kind) -> list[Job]:
-    """A seed's jobs: the stages that its rows need, then the rows, each trained and then measured."""
-    stages, jobs, folder = recipe["stages"], {}, Path(root) / f"seed-{seed}"
-    extra = recipe.get(kind, {})
-
-    def command(line, name, learning_rate=""):
-        places = {"root": folder, "out": folder / name.replace(" ", "_")}
-        places = {place: shlex.quote(str(path)) for place, path in places.items()}
-        words = line.format(**places, seed=seed, learning_rate=learning_rate)
-        return f"{words} {extra.get(script_of(words), '')}".strip()
-
-    def add_stage(name):
-        for need in stages[name].get("needs", []):
-            add_stage(need)
-        jobs[name] = Job(
-            seed, name, folder, stages[name].get("needs", []), [command(stages[name]["run"], name)]
-        )
+    def add_job(name, part, lines):
+        for need in part.get("needs", []):
+            if need not in jobs:
+                stage = recipe["stages"][need]
+                add_job(need, stage, [stage["run"]])
+        words = recipe["words"] | {"seed": seed}
+        words |= {"root": shlex.quote(str(folder)), "out": shlex.quote(str(folder / name))}
+        words["learning_rate"] = f"{part.get('learning_rate', 0) * scale:.6g}"
+        for _ in range(3):  # words may hold words
+            lines = [line.format(**words) for line in lines]
+        lines = [" ".join(line.split()) for line in lines]
+        jobs[name] = Job(seed, name, folder, part.get("needs", []), lines)
 
     for name, row in rows.items():
-        needs = [
-            need
-            for need in row.get("needs", [])
-            if not (kind == "quick" and stages[need].get("learned"))
-        ]
-        for need in needs:
-            add_stage(need)
-        lines = [*([row["run"]] if "run" in row else []), row.get("measure", recipe["measure"])]
-        jobs[name] = Job(
-            seed,
-            name,
-            folder,
-            needs,
-            [command(line, name, row.get("learning_rate", "")) for line in lines],
-        )
+        lines = [row["run"]] if "run" in row else []
+        add_job(name, row, [*lines, row.get("measure", recipe["measure"])])
     return list(jobs.values())
 
 
-def script_of(line) -> str:
-    """The name of the script or of the module that a command runs.
-
-    >>> script_of("train_ppo.py --seed 0"), script_of("-m extras.baselines.dpo --seed 0")
-    ('train_ppo', 'dpo')
-    """
-    words = line.split()
-    if "-m" in words:
-        return words[words.index("-m") + 1].rpartition(".")[2]
-    return Path(next(word for word in words if word.endswith(".py"))).stem
-
-
 def run_all(jobs, at_once):
-    """All jobs that are not done yet, `at_once` at a time, each as soon as those are done that it needs."""
-    done, failed = {(job.seed, job.name) for job in jobs if is_done(job)}, []
-    waiting, running = [job for job in jobs if (job.seed, job.name) not in done], {}
-    bar = tqdm(total=len(jobs), initial=len(done), unit="job")
-    with ThreadPoolExecutor(at_once) as pool:
-        while waiting or running:
-            ready = [job for job in waiting if all((job.seed, need) in done for need in job.needs)]
-            for job in ready[: at_once - len(running)]:
-                waiting.remove(job)
-                running[pool.submit(run_job, job, at_once)] = job, time.perf_counter()
-            if not running:
-                break  # what is left needs what failed
-            bar.set_postfix_str(
-                ", ".join(
-                    f"{job} {time.perf_counter() - since:.0f} s" for job, since in running.values()
-                )
-            )
-            for future in wait(running, timeout=1, return_when=FIRST_COMPLETED).done:
-                job, _ = running.pop(future)
-                if future.result():
-                    done.add((job.seed, job.name))
-                    bar.update()
-                else:
-                    failed.append(job)
-                    tqdm.write(f"{job} failed: see {job.folder}/{job.name}.log")
-    bar.close()
-    if failed or waiting:
-        fail(
-            f"{', '.join(map(str, failed))} failed, as the logs say; the same command goes on with what is not done"
-        )
+    """Runs the jobs, which are sorted so that each comes after those that it needs."""
+    done, futures, failed = [is_done(job) for job in jobs], {}, []
+    pool = ThreadPoolExecutor(at_once)
+    try:
+        for job, is_over in zip(jobs, done):
+            needs = [futures[job.seed, need] for need in job.needs]
+            run = (lambda: True) if is_over else partial(run_job, job, needs, at_once)
+            futures[job.seed, job.name] = pool.submit(run)
+        names = {future: job for job, future in zip(jobs, futures.values())}
+        for future in tqdm(as_completed(names), total=len(jobs), unit="job"):
+            if not future.result():
+                failed.append(str(names[future]))
+    finally:
+        pool.shutdown(cancel_futures=True)
+    if failed:
+        fail(f"{', '.join(failed)} failed; see the logs. The same command goes on with the rest")
 
 
-def run_job(job, at_once) -> bool:
-    """Its commands one after the other, with a log; and what the last one printed last, for the table."""
-    env = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // at_once))}
-    start = time.perf_counter()
+def run_job(job, needs, at_once) -> bool:
+    """Runs the commands with a log, and keeps what the last one printed last for the table."""
+    if not all(need.result() for need in needs):
+        return False
+    threads = str(max(1, (os.cpu_count() or 1) // at_once))
+    env = os.environ | {"OMP_NUM_THREADS": threads, "PYTHONPATH": str(HERE)}
+    start, output = time.perf_counter(), ""
     with open(job.folder / f"{job.name}.log", "w", encoding="utf-8") as log:
         for line in job.commands:
-            words = [
-                str(HERE / word) if word.endswith(".py") else word for word in shlex.split(line)
-            ]
-            command = [
-                sys.executable,
-                *(["-m", "torch.distributed.run", *words[1:]] if words[0] == "torchrun" else words),
-            ]
-            done = subprocess.run(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                env=env,
-                text=True,
-            )
-            log.write(done.stdout)
+            pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log)
+            done = subprocess.run([sys.executable, *argv(line)[1:]], env=env, text=True, **pipes)
+            output = done.stdout
+            log.write(output)
             log.flush()
             if done.returncode:
+                tqdm.write(f"{job} failed: see {job.folder}/{job.name}.log")
                 return False
-    last = done.stdout.rstrip().rpartition("\n")[2]
-    seconds = time.perf_counter() - start
+    last, seconds = output.rstrip().rpartition("\n")[2], time.perf_counter() - start
     write_json(marker(job), {"commands": job.commands, "seconds": seconds, "result": last})
     return True
+
+
+def argv(line) -> list[str]:
+    """The words of a command, with scripts in the folder of the project.
+
+    >>> argv("torchrun --nproc_per_node 8 train.py")[:4]
+    ['python', '-m', 'torch.distributed.run', '--nproc_per_node']
+    """
+    words = [str(HERE / w) if w.endswith(".py") else w for w in shlex.split(line)]
+    if words[0] == "torchrun":
+        words[:1] = ["-m", "torch.distributed.run"]
+    return ["python", *words]
 
 
 def is_done(job) -> bool:
@@ -292,9 +187,8 @@ def is_done(job) -> bool:
         return False
     before = json.loads(marker(job).read_text(encoding="utf-8"))["commands"]
     if before != job.commands:
-        fail(
-            f"{job} in {job.folder} was made by other commands ({'; '.join(before)}); move it away, or choose another --output_dir"
-        )
+        other = "; ".join(before)
+        fail(f"{job} in {job.folder} was made by {other}; move it away or change --output_dir")
     return True
 
 
