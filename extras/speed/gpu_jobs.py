@@ -47,15 +47,18 @@ def news(args, report):
     model, data = args.model, args.data
     if args.rehearse:
         model, data = rehearsal(folder)
-    (folder / "recipe").mkdir(parents=True, exist_ok=True)
-    for path in (HERE / "recipes" / "smollm2_news").glob("*.toml"):
-        text = path.read_text().replace("SmolLM2-135M-Instruct.Q4_1.gguf", str(model))
-        write_text(folder / "recipe" / path.name, text.replace("train.jsonl", str(data)))
-    flags = ["--recipe", folder / "recipe", "--output_dir", folder / "runs"]
+    folder.mkdir(parents=True, exist_ok=True)
+    text = (HERE / "recipes" / "smollm2_news.toml").read_text()
+    text = text.replace("SmolLM2-135M-Instruct.Q4_1.gguf", str(model))
+    text = text.replace("train.jsonl", str(data))
+    flags = ["--recipe", folder / "news.toml", "--output_dir", folder / "runs"]
     if args.rehearse:
-        flags += "--quick --seeds 0 --jobs 1 --rows text2grad".split()
+        short = "--max_steps 2 --per_device_train_batch_size 2 --gradient_accumulation_steps 1"
+        text = text.replace("--max_steps 20", short).replace("samples 64", "samples 4")
+        flags += "--seeds 0 --jobs 1 --rows text2grad".split()
     else:
         flags += ["--jobs", 6]
+    write_text(folder / "news.toml", text)
     table = json.loads(run("-m extras.reproduce", *flags))["rows"]
     for row, metrics in table.items():
         for name, cell in metrics.items():
