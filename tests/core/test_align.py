@@ -1,4 +1,4 @@
-"""Alignment: where quotes stand in a text, and what feedback marks in it."""
+"""Alignment: where quotes occur in a text, and which spans feedback marks."""
 
 import re
 import time
@@ -7,43 +7,34 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from t2g.align import (
-    find,
-    locate,
-    resolve,
-    response_text,
-    span_rewards,
-    token_offsets,
-)
+from t2g.align import find, locate, resolve, response_text, span_rewards, token_offsets
 from t2g.feedback import Feedback, Span
 
-# ---- quotes ------------------------------------------------------------------------------------------------------------
-
 words = st.text("abcdefghijklmnopqrstuvwxyz", min_size=1, max_size=8)
+LOST = ("lost", [])
 
 
 def slices(text):
-    """Ranges (start, end) of text that are not blank."""
+    """Ranges (start, end) of a text that are not blank."""
     cuts = st.tuples(st.integers(0, len(text)), st.integers(0, len(text))).map(sorted)
     return cuts.filter(lambda cut: text[slice(*cut)].strip())
 
 
 def cuts_a_word(text, start, end):
-    """True if one of the two ends stands between two letters or digits, or within a number such as 1.27 or 1,927."""
-    number = {
-        i
-        for match in re.finditer(r"(?=(\d[.,]\d))", text)
-        for i in (match.start(1) + 1, match.start(1) + 2)
-    }
-    return any(
-        i in number or (text[i - 1].isalnum() and text[i].isalnum())
-        for i in (start, end)
-        if 0 < i < len(text)
-    )
+    """True if an end is between two letters or digits, or in a number such as 1.27 or 1,927."""
+    numbers = [match.start(1) for match in re.finditer(r"(?=(\d[.,]\d))", text)]
+    inside = {i + 1 for i in numbers} | {i + 2 for i in numbers}
+    for i in (start, end):
+        if 0 < i < len(text):
+            inside |= {i} if text[i - 1].isalnum() and text[i].isalnum() else set()
+    return bool(inside & {start, end} - {0, len(text)})
+
+
+# ---- quotes ------------------------------------------------------------------------------------
 
 
 @given(st.data(), st.text(min_size=1) | st.text("ab .'\n", min_size=1))
-def test_whatever_is_taken_from_the_text_is_found_as_it_stands(data, text):
+def test_a_part_of_the_text_is_found_verbatim(data, text):
     assume(text.strip())
     start, end = data.draw(slices(text))
     kind, places = find(text, text[start:end])
@@ -52,16 +43,14 @@ def test_whatever_is_taken_from_the_text_is_found_as_it_stands(data, text):
 
 
 @given(st.data(), st.text("ab .12,", min_size=1, max_size=12))
-def test_all_places_of_a_quote_are_marked_and_those_that_cut_words_only_without_others(data, text):
+def test_all_occurrences_are_found_and_those_that_cut_words_only_without_others(data, text):
     assume(text.strip())
     start, end = data.draw(slices(text))
-    size = end - start
-    everywhere = [
-        (i, i + size) for i in range(len(text) - size + 1) if text[i : i + size] == text[start:end]
-    ]
+    quote, size = text[start:end], end - start
+    starts = [i for i in range(len(text) - size + 1) if text[i : i + size] == quote]
+    everywhere = [(i, i + size) for i in starts]
     best = [place for place in everywhere if not cuts_a_word(text, *place)] or everywhere
-    marked = {i for place in locate(text, text[start:end]) for i in range(*place)}
-    assert marked == {i for place in best for i in range(*place)}
+    assert locate(text, quote) == best
 
 
 def test_whole_words_are_preferred():
@@ -84,11 +73,9 @@ def test_white_space_and_case_do_not_hide_a_quote(data, parts):
     start, end = bounds[first][0], bounds[last][1]
     space = data.draw(st.sampled_from(["  ", "\r\n", "\u00a0", "\n\n"]))
     change_case = data.draw(st.sampled_from([str.upper, str.title, str.capitalize]))
-    kind, places = find(
-        text, space + space.join(change_case(word) for word in text[start:end].split()) + space
-    )
-    assert kind == "normalised"
-    assert (start, end) in places
+    quote = space.join(change_case(word) for word in text[start:end].split())
+    kind, places = find(text, space + quote + space)
+    assert kind == "normalised" and (start, end) in places
 
 
 @pytest.mark.parametrize(
@@ -114,15 +101,13 @@ def test_white_space_and_case_do_not_hide_a_quote(data, parts):
 )
 def test_a_normalised_quote_maps_back_to_the_right_characters(text, quote, found):
     assert text.count(found) == 1
-    assert find(text, quote) == (
-        "normalised",
-        [(text.index(found), text.index(found) + len(found))],
-    )
+    start = text.index(found)
+    assert find(text, quote) == ("normalised", [(start, start + len(found))])
 
 
 @given(st.data(), st.text("aBSß İﬁ\t\nŉǰΣς😀", min_size=1, max_size=12))
-def test_places_of_a_folded_quote_hold_it_when_folded(data, text):
-    """Characters that become several when case is taken away shift no place."""
+def test_the_places_of_a_folded_quote_contain_it_when_folded(data, text):
+    """Characters that become several by case folding shift no place."""
     assume(text.strip())
     start, end = data.draw(slices(text))
     quote = text[start:end].casefold()
@@ -133,58 +118,30 @@ def test_places_of_a_folded_quote_hold_it_when_folded(data, text):
         assert "".join(quote.split()) in "".join(text[s:e].casefold().split())
 
 
-LONG = "Experienced veterinarians recommended surgery because my stubborn elephant ignored breakfast, lunch and dinner."
+LONG = (
+    "Experienced veterinarians recommended surgery because my stubborn elephant ignored "
+    "breakfast, lunch and dinner."
+)
 
 
 @given(data=st.data())
 def test_a_small_typo_in_a_long_quote_is_forgiven(data):
-    """A letter too few, a wrong one or one too many: the place is that of the words that were meant, and of no others."""
+    """One letter is missing, wrong or extra: the place covers the intended words and no others."""
     bounds = [match.span() for match in re.finditer(r"\w+", LONG)]
     first = data.draw(st.integers(0, len(bounds) - 5))
     start, end = bounds[first][0], bounds[data.draw(st.integers(first + 4, len(bounds) - 1))][1]
     at = data.draw(st.integers(start + 1, end - 2).filter(lambda i: LONG[i].isalpha()))
-    kind, [(s, e)] = find(
-        LONG, LONG[start:at] + data.draw(st.sampled_from(["", "z", "zz"])) + LONG[at + 1 : end]
-    )
+    typo = data.draw(st.sampled_from(["", "z", "zz"]))
+    kind, [(s, e)] = find(LONG, LONG[start:at] + typo + LONG[at + 1 : end])
     assert kind == "fuzzy"
     assert LONG[s:e].strip(" ,.") == LONG[start:end]
 
 
-def test_a_fuzzy_quote_needs_eight_characters():
-    assert find("then he starts running", "runninng") == ("fuzzy", [(15, 22)])
-    assert find("then he starts runnin", "runninn") == ("lost", [])
-
-
-def test_a_fuzzy_quote_stands_wherever_its_words_do():
-    text = "the experienced veterinarian came. Later the experienced veterinarian left."
-    kind, places = find(text, "the experienced vetrinarian")
-    assert (
-        kind == "fuzzy"
-        and [text[slice(*place)] for place in places] == ["the experienced veterinarian"] * 2
-    )
-    assert resolve(text, Feedback("", poor=["the experienced vetrinarian"]))[0][0].start == 41
-
-
-def test_where_there_are_no_words_no_place_is_close():
-    assert find("!?#$ %&()= +-*/ <>", "!?#$ %&()= +-*/ <") == ("exact", [(0, 17)])
-    assert find("!?#$ %&()= +-*/ <>", "!?#$ %&()= +.*/ <>") == ("lost", [])
-
-
-def test_a_fuzzy_place_covers_whole_words():
-    text = "Before: the experienced veterinarian recommended surgery. After."
-    kind, [(start, end)] = find(text, "xperienced vetrinarian recommended surg")
-    assert kind == "fuzzy"
-    assert text[start:end] == "experienced veterinarian recommended surgery"
-
-
 @pytest.mark.parametrize(
-    ("text", "quote", "meant"),
+    ("text", "quote", "intended"),
     [
-        (
-            "She is facing a fourth day of strike action now.",
-            "the fourth day of strike action",
-            "a fourth day of strike action",
-        ),
+        # Quotes as people write them in what they say about summaries.
+        ("A fourth day of strike now.", "the fourth day of strike", "A fourth day of strike"),
         (
             "Both players to be ruled out for the season",
             "players being ruled out for the season",
@@ -192,72 +149,77 @@ def test_a_fuzzy_place_covers_whole_words():
         ),
         ("A three-year contract, he said.", "three year contract", "three-year contract"),
         (
-            "Then bird chicken farms in a village",
+            "Bird chicken farms in a village",
             "chicken farm in a village",
             "chicken farms in a village",
         ),
+        # A place covers whole words.
+        (
+            "Before: the experienced veterinarian recommended surgery. After.",
+            "xperienced vetrinarian recommended surg",
+            "experienced veterinarian recommended surgery",
+        ),
+        # Eight characters are enough, and a quote may be a little longer than the text.
+        ("then he starts running", "runninng", "running"),
+        (
+            "the experienced veterinarian",
+            "the experienced vetterinarians",
+            "the experienced veterinarian",
+        ),
     ],
 )
-def test_a_fuzzy_place_takes_no_words_along_that_were_not_meant(text, quote, meant):
-    """Quotes as people write them, in what they say of summaries."""
-    kind, [(start, end)] = find(text, quote)
+def test_a_fuzzy_place_covers_the_intended_words(text, quote, intended):
+    start = text.index(intended)
+    assert find(text, quote) == ("fuzzy", [(start, start + len(intended))])
+
+
+def test_a_fuzzy_quote_is_found_wherever_its_words_occur():
+    text = "the experienced veterinarian came. Later the experienced veterinarian left."
+    kind, places = find(text, "the experienced vetrinarian")
     assert kind == "fuzzy"
-    assert text[start:end] == meant
-
-
-def test_a_fuzzy_quote_may_be_a_little_longer_than_the_text():
-    text = "the experienced veterinarian recommended it"
-    assert find(text, text.replace("veteri", "vetteri") + "s") == ("fuzzy", [(0, len(text))])
+    assert [text[slice(*place)] for place in places] == ["the experienced veterinarian"] * 2
+    assert resolve(text, Feedback("", poor=["the experienced vetrinarian"]))[0][0].start == 41
 
 
 @given(st.text("abcdef ", max_size=40), st.text("uvwxyz ", max_size=40))
 def test_an_unrelated_quote_is_lost(text, quote):
-    assert find(text, quote) == ("lost", [])
+    assert find(text, quote) == LOST
 
 
-RESEMBLING = [
-    "41",
-    "thrn",
-    "grumpy",
-    "runing",
-    "runnin9",
-    "The dog never sleeps at night.",
-    "The cat is 72, sleeps by day",
-]
-
-
-@pytest.mark.parametrize("quote", RESEMBLING)
-def test_a_quote_that_only_resembles_something_is_lost(quote):
-    """Too short to forgive a typo, or too far from anything that is there."""
-    assert find("The dog is 27, sleeps by day and then starts running", quote) == ("lost", [])
-    assert find("Then the dog sleeps", "sleepss") == ("lost", [])
-
-
-@pytest.mark.parametrize("quote", ["", " ", "\n\t ", "\u3000", "\u00a0"])
-@pytest.mark.parametrize("text", ["", "a b\n\u3000\u00a0c"])
-def test_a_blank_quote_is_lost(text, quote):
-    assert find(text, quote) == ("lost", [])
-
-
-def test_nothing_is_found_in_an_empty_text():
-    assert find("", "word") == ("lost", [])
-
-
-def test_a_quote_longer_than_the_text_is_lost():
-    text = "The dog sleeps."
-    assert find(text, text + " And then it wakes up again.") == ("lost", [])
+@pytest.mark.parametrize("quote", ["41", "thrn", "grumpy", "runing", "runnin9", "sleepss"])
+def test_a_short_quote_that_only_resembles_a_word_is_lost(quote):
+    assert find("The dog is 27, sleeps by day and then starts running", quote) == LOST
 
 
 @pytest.mark.parametrize(
-    "quote", ["x" * 10**6, "the dog " * 125_000, "İß" * 500_000, "\\(" * 500_000]
+    ("text", "quote"),
+    [
+        ("The dog is 27, sleeps by day", "The dog never sleeps at night."),
+        ("The dog is 27, sleeps by day", "The cat is 72, sleeps by day"),
+        ("then he starts runnin", "runninn"),
+        ("!?#$ %&()= +-*/ <>", "!?#$ %&()= +.*/ <>"),  # without words no place is close
+        ("The dog sleeps.", "The dog sleeps. And then it wakes up again."),
+        ("", "word"),
+        *(
+            (text, blank)
+            for text in ("", "a b\n\u3000\u00a0c")
+            for blank in ("", "\n\t ", "\u3000")
+        ),
+    ],
 )
-def test_a_quote_of_a_megabyte_is_lost_quickly(quote):
-    began = time.process_time()
-    assert find("The dog sleeps. " * 50, quote) == ("lost", [])
-    assert time.process_time() - began < 1
+def test_a_blank_or_different_quote_is_lost(text, quote):
+    assert find(text, quote) == LOST
 
 
-# ---- feedback to spans -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("unit", ["x", "the dog ", "İß", "\\("])
+def test_a_quote_of_a_megabyte_is_lost_quickly(unit):
+    quote = unit * (10**6 // len(unit))
+    start = time.process_time()
+    assert find("The dog sleeps. " * 50, quote) == LOST
+    assert time.process_time() - start < 1
+
+
+# ---- feedback to spans -------------------------------------------------------------------------
 
 TWICE = "He is 27 today. Yes, 27 it is."
 
@@ -268,12 +230,7 @@ def test_good_quotes_give_plus_one_and_poor_ones_minus_one():
     assert [(text[s.start : s.end], s.score) for s in spans] == [("Porto", 1.0), ("27", -1.0)]
     assert all(isinstance(span, Span) for span in spans)
     assert counts["exact"] == 2 and counts["ambiguous"] == 0
-
-
-def test_a_poor_quote_in_several_places_marks_the_last_and_is_counted():
-    spans, counts = resolve(TWICE, Feedback("", poor=["27"]))
-    assert spans == [(21, 23, -1.0)]
-    assert counts["ambiguous"] == 1 and counts["exact"] == 1
+    assert resolve(text, Feedback("All of it is neutral.")) == ([], {})
 
 
 @pytest.mark.parametrize(
@@ -281,10 +238,11 @@ def test_a_poor_quote_in_several_places_marks_the_last_and_is_counted():
     [(1, [0], [2]), (2, [0, 1], [1, 2]), (3, [0, 1, 2], [0, 1, 2]), (4, [0, 1, 2], [0, 1, 2])],
 )
 def test_a_quote_given_k_times_marks_k_places(times, good, poor):
-    """The first ones if it is good, the last ones if it is poor; it names them all if there are no more."""
+    """Good quotes mark the first places and poor ones the last; more places make them ambiguous."""
+    quotes = ["so"] * times
     for feedback, score, marked in (
-        (Feedback("", good=["so"] * times), 1, good),
-        (Feedback("", poor=["so"] * times), -1, poor),
+        (Feedback("", good=quotes), 1, good),
+        (Feedback("", poor=quotes), -1, poor),
     ):
         spans, counts = resolve("so, so, so.", feedback)
         assert spans == [(4 * n, 4 * n + 2, score) for n in marked]
@@ -301,83 +259,42 @@ def test_white_space_at_the_ends_of_a_quote_marks_nothing(data, text):
         assert text[s:e] == quote.strip()
 
 
-def test_a_severity_is_the_score_where_it_is_asked_for_and_only_there():
-    """Whatever its sign: the list that a quote stands in says whether it is good or poor."""
-    feedback = Feedback(
-        "",
-        good=["He", {"text": "today", "severity": 0.25}],
-        poor=[{"text": "it", "severity": -0.5}, "Yes"],
-    )
-    assert [span.score for span in resolve(TWICE, feedback, severities=True)[0]] == [
-        1,
-        0.25,
-        -0.5,
-        -1,
-    ]
-    assert [span.score for span in resolve(TWICE, feedback)[0]] == [1, 1, -1, -1]
-    assert resolve(TWICE, feedback)[1] == resolve(TWICE, feedback.plain())[1]
+def test_a_severity_is_the_score_if_and_only_if_severities_are_asked_for():
+    """The sign of a severity is ignored: the list of a quote says whether it is good or poor."""
+    good = ["He", {"text": "today", "severity": 0.25}]
+    feedback = Feedback("", good, poor=[{"text": "it", "severity": -0.5}, "Yes"])
+    scores = [span.score for span in resolve(TWICE, feedback, severities=True)[0]]
+    assert scores == [1, 0.25, -0.5, -1]
+    assert resolve(TWICE, feedback) == resolve(TWICE, feedback.plain())
+    twice = [{"text": "27", "severity": 0.1}, {"text": "27", "severity": 0.9}]
+    spans, _ = resolve(TWICE, Feedback("", poor=twice), severities=True)
+    assert spans == [(6, 8, -0.1), (21, 23, -0.9)], "in the order in which they are given"
 
 
-def test_a_quote_given_twice_takes_its_severities_in_order():
-    quotes = [{"text": "27", "severity": 0.1}, {"text": "27", "severity": 0.9}]
-    assert resolve(TWICE, Feedback("", poor=quotes), severities=True)[0] == [
-        (6, 8, -0.1),
-        (21, 23, -0.9),
-    ]
+QUOTES = ["27", "TODAY", "yes,  27", "He iz 27 today", "cat", "", "He"]
 
 
-def test_a_good_quote_in_several_places_marks_the_first_and_is_counted():
-    spans, counts = resolve(TWICE, Feedback("", good=["27"]))
-    assert spans == [(6, 8, 1.0)]
-    assert counts["ambiguous"] == 1 and counts["exact"] == 1
-
-
-@given(
-    st.lists(st.sampled_from(["27", "TODAY", "yes,  27", "He iz 27 today", "cat", "", "He"])),
-    st.data(),
-)
-def test_every_quote_is_counted_once_by_the_way_it_was_found(quotes, data):
-    cut = data.draw(st.integers(0, len(quotes)))
-    spans, counts = resolve(TWICE, Feedback("", quotes[:cut], quotes[cut:]))
+@given(st.lists(st.sampled_from(QUOTES)), st.integers(0, 6))
+def test_every_quote_is_counted_once_under_its_kind(quotes, cut):
+    good, poor = quotes[:cut], quotes[cut:]
+    spans, counts = resolve(TWICE, Feedback("", good, poor))
     kinds = [find(TWICE, quote)[0] for quote in quotes]
     for kind in ("exact", "normalised", "fuzzy", "lost"):
         assert counts[kind] == kinds.count(kind)
-    once_in_its_list = sum(part.count("27") == 1 for part in (quotes[:cut], quotes[cut:]))
-    assert counts["ambiguous"] == once_in_its_list
-    found = [
-        set(quote for quote in part if find(TWICE, quote)[1])
-        for part in (quotes[:cut], quotes[cut:])
-    ]
-    assert len(spans) >= sum(map(len, found))
-
-
-def test_feedback_without_quotes_marks_nothing():
-    spans, counts = resolve("Some text.", Feedback("All of it is neutral."))
-    assert spans == [] and counts.total() == 0
-
-
-def test_a_lost_quote_rewards_nothing(tok):
-    ids = tok.encode("the dog sleeps", add_special_tokens=False)
-    spans, counts = resolve(response_text(tok, ids), Feedback("", poor=["a purple elephant"]))
-    assert counts["lost"] == 1
-    assert not span_rewards(token_offsets(tok, ids), spans).any()
+    assert counts["ambiguous"] == sum(part.count("27") == 1 for part in (good, poor))
+    located = [{quote for quote in part if find(TWICE, quote)[1]} for part in (good, poor)]
+    assert len(spans) >= sum(map(len, located))
 
 
 def test_a_quote_becomes_the_reward_of_its_own_tokens(tok):
-    """The whole way: the tokens that are rewarded write the quote, and no others."""
-    ids = [
-        *tok.encode("the fox is 27 and the dog sleeps", add_special_tokens=False),
-        tok.eos_token_id,
-    ]
-    text = response_text(tok, ids)
-    offsets = token_offsets(tok, ids)
-    spans, _ = resolve(text, Feedback("", good=["dog"], poor=["27"]))
+    """The tokens with a reward spell the quote, and a lost quote rewards nothing."""
+    ids = tok.encode("the fox is 27 and the dog sleeps", add_special_tokens=False)
+    ids.append(tok.eos_token_id)
+    text, offsets = response_text(tok, ids), token_offsets(tok, ids)
+    spans, counts = resolve(text, Feedback("", good=["dog", "a purple elephant"], poor=["27"]))
+    assert counts["lost"] == 1
     delta = span_rewards(offsets, spans)
     for score, quote in ((1, "dog"), (-1, "27")):
-        assert (
-            "".join(
-                text[start:end] for (start, end), d in zip(offsets, delta) if d == score
-            ).strip()
-            == quote
-        )
+        marked = [text[slice(*place)] for place, d in zip(offsets, delta) if d == score]
+        assert "".join(marked).strip() == quote
     assert delta[-1] == 0

@@ -39,8 +39,8 @@ def flags(folder, **given):
     parser = argparse.ArgumentParser()
     supervised.add_flags(cli.flags(parser))
     args = parser.parse_args([])
-    small = {"output_dir": str(folder), "seed": 0, "bf16": False, "max_steps": 8, "per_device_train_batch_size": 3,
-             "learning_rate": 1e-3, "eval_steps": 3, "save_steps": 2}  # fmt: skip
+    small = {"max_steps": 8, "learning_rate": 1e-3, "eval_steps": 3, "save_steps": 2}
+    small |= {"output_dir": str(folder), "seed": 0, "bf16": False, "per_device_train_batch_size": 3}
     vars(args).update(small | given)
     return args
 

@@ -1,4 +1,4 @@
-"""Data sets in their published forms, what the tasks make of them, and the stages before a script."""
+"""Data sets in their published forms, what tasks make of them, and the stages before a script."""
 
 import argparse
 import gzip
