@@ -4,6 +4,7 @@ import argparse
 import gzip
 import json
 import os
+import random
 import signal
 import sys
 import threading
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from t2g import cli, data, stages, tasks
-from t2g.tasks import qa, summarize
+from t2g.tasks import qa, summarize, toy
 
 SLF5K = {
     "id": "t3_1", "subreddit": "relationships", "title": "My dog left me",
@@ -222,3 +223,16 @@ def test_earlier_stages_get_the_same_flags_and_those_of_the_task(monkeypatch, tm
         assert "--heldout_data b.jsonl" in command and "--bf16 --mine 7" in command
     stages.ensure(["sft", "annotate", "rm"], args, tmp_path, policy="p")
     assert "--policy p" in commands[3] and "--model p" in commands[4] and len(commands) == 5
+
+
+def test_a_revision_fixes_the_faults_that_the_critique_names_and_nothing_else():
+    rng = random.Random(1)
+    for _ in range(200):
+        example = toy.make_example(rng)
+        response = toy.noisy_summary(example, rng)
+        remarks = toy.judge(example, response)
+        assert toy.score(example, toy.revise(response, remarks))["perfect"] == 1
+        kept = [remark for remark in remarks if remark.kind == "good" or rng.random() < 0.5]
+        after = toy.judge(example, toy.revise(response, kept))
+        assert sum(remark.kind != "good" for remark in after) <= len(remarks) - len(kept)
+        assert toy.revise(response, []) == response

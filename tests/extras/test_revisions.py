@@ -1,0 +1,125 @@
+"""Revisions: how responses are sampled and scored, reflection, and ILF."""
+
+import argparse
+import json
+import random
+
+import pytest
+import torch
+from running import noisy_examples, refused, run
+
+from extras.baselines import ilf, offline, reflection
+from t2g.feedback import Feedback, revision_prompt
+from t2g.log import read_jsonl
+from t2g.policy import save
+from t2g.rollout import sample
+from t2g.tasks import toy
+
+
+@pytest.fixture(scope="module")
+def untrained():
+    """The toy's tokenizer and an untrained model."""
+    torch.manual_seed(0)
+    tokenizer, model = toy.new_model(0)
+    return tokenizer, model.eval()
+
+
+def test_the_reward_of_a_sample_is_the_sum_of_its_token_rewards(untrained):
+    tokenizer, model = untrained
+    examples = [example for example, _ in noisy_examples(random.Random(0), 3)]
+    prompts = [example.prompt for example in examples]
+    args = dict(response_length=6, temperature=1.0, bf16=False, missing_eos_penalty=0.25)
+
+    def critic(examples, texts):
+        return [Feedback("All.", [], [text]) if text.strip() else None for text in texts]
+
+    torch.manual_seed(0)
+    rows, stats = offline.sample_and_score(
+        examples, prompts, critic, tokenizer, model, argparse.Namespace(**args), size=2
+    )
+    torch.manual_seed(0)
+    rollouts = [sample(model, tokenizer, part, 6) for part in (prompts[:2], prompts[2:])]
+    assert [row.text for row in rows] == [text for rollout in rollouts for text in rollout.texts]
+    assert [row.example for row in rows] == examples and stats["samples"] == 3
+    masks = [mask for rollout in rollouts for mask in rollout.mask]
+    for row, mask in zip(rows, masks):
+        poor_tokens = int(mask.sum()) - row.finished  # EOS has no characters
+        assert row.reward <= 0 and row.reward >= -poor_tokens - 0.25
+    assert stats["response_tokens"] == pytest.approx(sum(int(mask.sum()) for mask in masks) / 3)
+
+
+# ---- reflection ----------------------------------------------------------------------------------
+
+
+def test_a_response_is_revised_after_its_critique_and_stays_without_one(untrained, monkeypatch):
+    tokenizer, model = untrained
+    asked = []
+
+    def answer(model, tokenizer, prompts, response_length, **sampling):
+        asked.extend(prompts)
+        return ["better"] * len(prompts), [False] * len(prompts)
+
+    monkeypatch.setattr(reflection, "respond", answer)
+    examples = [toy.make_example(random.Random(n)) for n in range(2)]
+    feedback = Feedback("The age is 41.", [], [" 27"])
+    responses = ["Ana is 27.", "Bo."]
+    texts, finished = reflection.revise(
+        model, tokenizer, examples, responses, lambda *_: [feedback, None], 8
+    )
+    assert texts == ["better", "Bo."] and finished == [False, True]
+    assert asked == [revision_prompt(examples[0].prompt, "Ana is 27.", feedback)]
+    for part in (examples[0].prompt, "Ana is 27.", "The age is 41."):
+        assert part in asked[0]
+
+
+def test_reflection_measures_the_revisions(untrained, monkeypatch, tmp_path, capsys):
+    save(untrained[1], untrained[0], tmp_path / "sft", 1)
+    revisions = lambda model, tokenizer, examples, *_, **__: (  # noqa: E731
+        [example.reference for example in examples],
+        [True] * len(examples),
+    )
+    monkeypatch.setattr(reflection, "revise", revisions)
+    run(f"reflection {tmp_path}/sft --critic rule --eval_samples 2 --response_length 4")
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    scores = printed[f"{tmp_path}/sft"]
+    for name in ("perfect", "perfect_greedy", "eos_rate", "eos_rate_greedy"):
+        assert scores[name] == 1
+
+
+# ---- ILF -----------------------------------------------------------------------------------------
+
+
+def scored(text, reward, prompt="p", finished=True):
+    example = toy.Example(prompt, "", {})
+    return offline.Scored(example, text, finished, Feedback("Well."), reward)
+
+
+def test_the_best_revision_of_a_prompt_is_kept_unless_it_is_worse_than_its_response(capsys):
+    first = [scored("a", 1), scored("b", 0), scored("c", 3), scored("d", 0, "q")]
+    second = [scored("a2", 1), scored("b2", 2), scored("c2", 2), scored("d2", 9, "q", False)]
+    first.append(scored("e", 0, "r"))
+    second.append(scored("e2", None, "r"))
+    assert ilf.best_revisions(first, second) == [("p", "b2")]
+    with pytest.raises(SystemExit):
+        ilf.best_revisions(first[2:], second[2:])
+
+
+def test_two_steps_of_ilf(untrained, tmp_path, monkeypatch):
+    save(untrained[1], untrained[0], tmp_path / "sft", 1)
+    all_revisions = lambda first, second: [(row.example.prompt, row.text) for row in second]  # noqa: E731
+    monkeypatch.setattr(ilf, "best_revisions", all_revisions)
+    short = "--num_prompts 4 --response_length 5 --max_steps 2 --per_device_train_batch_size 2"
+    run(f"ilf --critic rule {short}", output_dir=tmp_path / "ilf")
+    assert (tmp_path / "ilf" / "checkpoint-2").is_dir()
+    assert len(read_jsonl(tmp_path / "ilf" / "metrics.jsonl")) == 2
+    first, second = json.loads((tmp_path / "ilf" / "sampling.json").read_text())
+    assert first["samples"] == 4 and second["prompt_tokens"] > first["prompt_tokens"]
+
+
+def test_a_critic_without_words_is_refused(untrained, tmp_path, capsys):
+    save(untrained[1], untrained[0], tmp_path / "sft", 1)
+    critic = tmp_path / "one.py"
+    critic.write_text("def critic(task, args):\n    return lambda examples, y: [1.0] * len(y)\n")
+    short = "--num_prompts 4 --response_length 5"
+    sentence = refused(capsys, f"ilf --critic {critic} {short}", output_dir=tmp_path / "ilf")
+    assert "gives numbers" in sentence
