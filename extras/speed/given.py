@@ -18,7 +18,7 @@ import train_ppo
 from t2g import adapters, dist, policy
 from t2g.policy import Policy, now
 from t2g.ppo import gae, whiten
-from t2g.rollout import Rollout
+from t2g.rollout import Rollout, encode_prompts
 from t2g.tasks import toy
 
 SHAPES = {
@@ -110,6 +110,18 @@ class Learner:
         updated = now()
         train_ppo.response_logprobs(self.actor, rollout, self.args)
         return {"score": scored - start, "update": updated - scored, "shift": now() - updated}
+
+
+@torch.no_grad()
+def generate_seconds(model, tokenizer, prompts, new, bf16=False) -> float:
+    """Seconds of transformers' generate for `new` tokens to each prompt; bf16 means autocast."""
+    ids, mask = encode_prompts(tokenizer, prompts, model.device)
+    length = dict(min_new_tokens=new, max_new_tokens=new, pad_token_id=tokenizer.pad_token_id)
+    start = now()
+    with policy.autocast(bf16):
+        sampling = dict(do_sample=True, top_k=0, top_p=1.0, **length)
+        model.generate(input_ids=ids, attention_mask=mask.long(), **sampling)
+    return now() - start
 
 
 def profiled(work) -> tuple[dict[str, float], int]:

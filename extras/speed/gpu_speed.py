@@ -11,7 +11,15 @@ import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from extras.scale import plan
-from extras.speed.given import Learner, made_up, profiled, random_model, sentences, train_flags
+from extras.speed.given import (
+    Learner,
+    generate_seconds,
+    made_up,
+    profiled,
+    random_model,
+    sentences,
+    train_flags,
+)
 from t2g.policy import now
 from t2g.rollout import encode_prompts, sample
 
@@ -111,14 +119,9 @@ def generate(model, tokenizer, prompts, args, report):
     """Tokens a second of transformers' generate, on weights in bf16."""
     batches, new, _ = sizes(args)
     plain = copy.deepcopy(model).to(torch.bfloat16)
-    length = dict(min_new_tokens=new, max_new_tokens=new, pad_token_id=tokenizer.pad_token_id)
     for rows in batches:
-        ids, mask = encode_prompts(tokenizer, prompts[:rows], model.device)
-        for _ in range(2):  # the first warms up
-            start = now()
-            settings = dict(do_sample=True, top_k=0, top_p=1.0, **length)
-            plain.generate(input_ids=ids, attention_mask=mask.long(), **settings)
-            seconds = now() - start
+        generate_seconds(plain, tokenizer, prompts[:rows], 4)  # warms up
+        seconds = generate_seconds(plain, tokenizer, prompts[:rows], new)
         report(f"transformers' generate, batch {rows}, tokens/s", rows * new / seconds)
 
 

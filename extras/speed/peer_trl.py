@@ -1,8 +1,9 @@
-"""The peer of bench/step.py: PPO steps of trl 0.11.3 on the work that lies in a folder. It runs in an environment of its own.
+"""The peer of extras/speed/step.py: PPO steps of trl 0.11.3 on the work in a folder.
 
-python bench/peer_trl.py WORK STEPS      # of requirements-bench.txt; prints one JSON object a step
+    python extras/speed/peer_trl.py WORK STEPS      # in an environment of requirements-bench.txt
 
-Its loss, optimiser and sampling are the peer's own, in fp32, as they come. Rewards are one number a response, for it has no others.
+Prints one JSON object a step. Loss, optimiser and sampling are the peer's own, in fp32. Each response
+gets one number as its reward, for the peer takes no others.
 """
 
 import json
@@ -20,54 +21,30 @@ warnings.filterwarnings("ignore")
 
 
 def main():
-    work, steps = Path(sys.argv[1]), int(sys.argv[2])
-    said = json.loads((work / "work.json").read_text())
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_file=str(work / "model" / "tokenizer.json"), **said["special_tokens"]
-    )
+    folder, steps = Path(sys.argv[1]), int(sys.argv[2])
+    work = json.loads((folder / "work.json").read_text())
+    file = str(folder / "model" / "tokenizer.json")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=file, **work["special_tokens"])
     torch.manual_seed(0)
-    model, reference = (
-        AutoModelForCausalLMWithValueHead.from_pretrained(str(work / "model")) for _ in range(2)
-    )
-    rows = len(said["prompts"])
-    config = PPOConfig(
-        batch_size=rows,
-        mini_batch_size=said["microbatch"],
-        ppo_epochs=said["epochs"],
-        learning_rate=1e-5,
-    )
-    trainer = PPOTrainer(config, model, reference, tokenizer)
-    queries = [torch.tensor(ids) for ids in said["prompts"]]
-    new = said["response_length"]
-    sampling = dict(
-        do_sample=True,
-        top_k=0,
-        top_p=1.0,
-        min_new_tokens=new,
-        max_new_tokens=new,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    load = AutoModelForCausalLMWithValueHead.from_pretrained
+    model, reference = (load(str(folder / "model")) for _ in range(2))
+    rows, new = len(work["prompts"]), work["response_length"]
+    sizes = dict(batch_size=rows, mini_batch_size=work["microbatch"], ppo_epochs=work["epochs"])
+    trainer = PPOTrainer(PPOConfig(learning_rate=1e-5, **sizes), model, reference, tokenizer)
+    queries = [torch.tensor(ids) for ids in work["prompts"]]
+    rewards = [torch.tensor(0.1 * (row % 3)) for row in range(rows)]
+    sampling = dict(do_sample=True, top_k=0, top_p=1.0, pad_token_id=tokenizer.pad_token_id)
+    sampling |= dict(min_new_tokens=new, max_new_tokens=new)
     for _ in range(steps):
         start = time.perf_counter()
         responses = trainer.generate(queries, batch_size=rows, return_prompt=False, **sampling)
         sampled = time.perf_counter()
-        trainer.step(queries, responses, [torch.tensor(0.1 * (row % 3)) for row in range(rows)])
+        trainer.step(queries, responses, rewards)
         end = time.perf_counter()
-        assert all(len(response) == new for response in responses), (
-            "every response has the same number of tokens"
-        )
+        assert all(len(response) == new for response in responses), "a response ended early"
+        seconds = {"rollout": sampled - start, "update": end - sampled, "step": end - start}
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        print(
-            json.dumps(
-                {
-                    "rollout": sampled - start,
-                    "update": end - sampled,
-                    "step": end - start,
-                    "memory": memory,
-                }
-            ),
-            flush=True,
-        )
+        print(json.dumps(seconds | {"memory": memory}), flush=True)
 
 
 if __name__ == "__main__":
