@@ -165,9 +165,8 @@ def shard(model, bf16=False, cpu_offload=False, recompute=False):
         part.set_reshard_after_forward(reshard_after_forward(part, model), recurse=False)
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)
-        part.set_reduce_scatter_unused_params(
-            True
-        )  # such as an expert that no token of this process went to
+        if hasattr(part, "set_reduce_scatter_unused_params"):  # older versions of torch lack it
+            part.set_reduce_scatter_unused_params(True)  # such as experts without a local token
     return model
 
 
@@ -217,9 +216,9 @@ def whole(model):
         for part in parts(model):
             part.set_reshard_after_forward(reshard_after_forward(part, model), recurse=False)
             part.reshard()
-        if (
-            parts(model) and model._get_fsdp_state()._is_root
-        ):  # it has gone forward: without this FSDP notes each pass for ever
+        # Without this FSDP records each forward pass until the next backward pass.
+        root = parts(model) and model._get_fsdp_state()._is_root
+        if root and hasattr(model, "reset_iter_state"):  # older versions of torch lack it
             model.reset_iter_state()
 
 

