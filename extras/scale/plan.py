@@ -33,35 +33,28 @@ from t2g.rollout import Rollout
 
 GIB = 2**30
 GPUS = {  # GiB, TFLOP/s in bf16 and in fp32 (without TF32 or sparsity), GB/s, by their data sheets
-    "A100-40": (40, 312, 19.5, 1555),
-    "A100-80": (80, 312, 19.5, 2039),
-    "H100-80": (80, 989, 67, 3350),
-    "H200-141": (141, 989, 67, 4800),
-    "L4-24": (24, 121, 30, 300),
-    "RTX4090-24": (24, 165, 83, 1008),
-}
+    "A100-40": (40, 312, 19.5, 1555), "A100-80": (80, 312, 19.5, 2039),
+    "H100-80": (80, 989, 67, 3350), "H200-141": (141, 989, 67, 4800),
+    "L4-24": (24, 121, 30, 300), "RTX4090-24": (24, 165, 83, 1008),
+}  # fmt: skip
 OF_PEAK, OF_BANDWIDTH = 0.4, 0.6  # shares that matrix products and decoding are assumed to reach
 USABLE = 0.92  # share of the memory; the rest goes to fragmentation and NCCL
 
 
 def main():
-    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
-        return print(__doc__)
-    where = sys.argv.pop(1)
+    where = sys.argv.pop(1) if len(sys.argv) > 1 else "nothing"
     count, machine = machine_of(where)
     _, args = train_ppo.parse_args()
     args.max_prompt_length = args.max_prompt_length or 512
-    print("running the passes of a microbatch on fake tensors: up to a minute", flush=True)
+    print("this takes up to a minute", flush=True)
     plan = estimate(args, count, machine)
-    length = f"prompts of {args.max_prompt_length} tokens, responses of {args.response_length}"
-    print(f"\n{where}: {length}, per process\n")
+    print(f"{where}, prompts of {args.max_prompt_length} tokens; of each process:\n")
     for name, unit in (("memory", "GiB"), ("peak", "GiB"), ("seconds", "s")):
         rows = [f"  {key:34}{value:10.2f} {unit}" for key, value in plan[name].items()]
         print("\n".join(rows) + "\n")
     plan["fits_with"] = [] if plan["fits"] else what_makes_it_fit(args, count, machine)
-    verdict = "it fits" if plan["fits"] else "it does not fit; take more or larger machines"
-    if plan["fits_with"]:
-        verdict = f"it does not fit; it does with {' '.join(plan['fits_with'])}"
+    remedy = " ".join(plan["fits_with"]) or "more or larger machines"
+    verdict = "it fits" if plan["fits"] else f"it does not fit; it does with {remedy}"
     print(f"{plan['gib']:.1f} GiB of {machine[0]:.0f} GiB ({USABLE:.0%} usable): {verdict}")
     print(json.dumps(plan))
 
@@ -71,9 +64,7 @@ def machine_of(where) -> tuple[int, tuple]:
     match = re.fullmatch(r"([1-9][0-9]*)x(.+)", where)
     if not match or match[2] not in (*GPUS, "cpu"):
         known = ", ".join((*GPUS, "cpu"))
-        fail(
-            f"{where}: give a number of processes and a machine, such as 8xH100-80; known: {known}"
-        )
+        fail(f"{where}: give processes and a machine, such as 8xH100-80; known: {known}")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
     return int(match[1]), GPUS.get(match[2], (memory / int(match[1]), 0, 0, 0))
 
@@ -92,7 +83,7 @@ def estimate(args, processes, machine) -> dict:
         config = config_of(args.reward_model or args.policy, "--reward_model")
         critic = fake_step(args, config, sharded)
     share = 0 if args.cpu_offload else 1 / processes
-    frozen = cell(args) if sharded and args.replicate_frozen else 4 * share
+    frozen = (2 if args.bf16 else 4) if sharded and args.replicate_frozen else 4 * share
     stays = {  # CUDA's context, or Python and its libraries, come first
         "process": (0.5 if bandwidth else 0.3) * GIB,
         "weights": 4 * step.parameters * share,
@@ -104,7 +95,7 @@ def estimate(args, processes, machine) -> dict:
     adds = memory_of_phases(args, sharded, step, critic)
     seconds = seconds_of_phases(args, machine, step, critic) if bandwidth else {}
     highest = (sum(stays.values()) + max(adds.values())) / GIB
-    update = args.num_ppo_epochs * step.update_flops
+    flops = 3 * step.forward_flops + args.num_ppo_epochs * step.update_flops
     return {
         "memory": {name: value / GIB for name, value in stays.items()},
         "peak": {name: value / GIB for name, value in adds.items()},
@@ -112,14 +103,14 @@ def estimate(args, processes, machine) -> dict:
         "fits": highest <= gib * USABLE,
         "seconds": seconds | {"a step": sum(seconds.values())},
         "parameters": step.parameters,
-        "flops": local_batch(args) * (3 * step.forward_flops + update),
+        "flops": args.batch_size * flops,
     }
 
 
 def memory_of_phases(args, sharded, step, critic) -> dict:
     """Bytes that each phase of a step adds at its highest."""
-    length, size = args.max_prompt_length + args.response_length, cell(args)
-    rows = max(local_batch(args), min(args.eval_samples, 64))  # evaluation samples 64 at a time
+    length, size = args.max_prompt_length + args.response_length, 2 if args.bf16 else 4
+    rows = max(args.batch_size, min(args.eval_samples, 64))  # evaluation samples 64 at a time
     rollout = step.cache * length * rows * size + rows * step.prefill_peak
     critique, score, update = 0, step.score_peak, step.update_peak
     if critic:
@@ -132,26 +123,20 @@ def memory_of_phases(args, sharded, step, critic) -> dict:
         score += size * (2 * step.block + step.rest * (1 if args.lora_r else 2))
         update += size * (2 * step.block + step.rest)
         update += 0 if args.lora_r else (size + 4) * (step.block + step.rest)
-    return {
-        "rollout: cache, prefill": rollout,
-        "critique: cache, prefill": critique,
-        "score: logits, activations": score,
-        "update: activations, logits": update,
-    }
+    return {"rollout": rollout, "critique": critique, "score": score, "update": update}
 
 
 def seconds_of_phases(args, machine, step, critic) -> dict:
     """Seconds at a share of the peak of products, or of the bandwidth at which weights are read."""
     _, bf16, fp32, bandwidth = machine
     peak = (bf16 if args.bf16 else fp32) * 1e12 * OF_PEAK
-    read = bandwidth * 1e9 * OF_BANDWIDTH
-    batch, prompt = local_batch(args), args.max_prompt_length
+    read = bandwidth * 1e9 * OF_BANDWIDTH / (2 if args.bf16 else 4)  # weights a second
+    batch, prompt = args.batch_size, args.max_prompt_length
     length = prompt + args.response_length
 
     def decode(model, prompt, new):
-        flops = model.forward_flops / length  # of a token
-        each = max(cell(args) * model.parameters / read, batch * flops / peak)
-        return batch * prompt * flops / peak + new * each
+        one = batch * model.forward_flops / length / peak  # a token of each response
+        return prompt * one + new * max(model.parameters / read, one)
 
     return {
         "rollout": decode(step, prompt, args.response_length),
@@ -163,7 +148,7 @@ def seconds_of_phases(args, machine, step, critic) -> dict:
 
 def fake_step(args, config, sharded, keep_gradients=False):
     """Bytes beyond the weights that the passes of a microbatch need, and FLOPs of a sequence."""
-    rows, T = args.per_device_train_batch_size, args.response_length
+    rows = args.per_device_train_batch_size
     dtype = torch.bfloat16 if sharded and args.bf16 else torch.float32  # the copies that FSDP makes
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -171,22 +156,17 @@ def fake_step(args, config, sharded, keep_gradients=False):
         if not dist.blocks(model):
             fail(f"there is no plan for {type(model).__name__}: it does not name its blocks")
         block = sum(weights.numel() for weights in dist.blocks(model)[0].parameters())
-        reference = None
-        if not args.lora_r:
-            reference = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        reference = None if args.lora_r else copy.deepcopy(model)
         actor = Policy(adapters.added(model, args)).eval()
     with FakeTensorMode():
-        for model in (actor, reference) if reference else (actor,):
-            make_fake(model)
+        make_fake(nn.ModuleList(filter(None, (actor, reference))))
         if args.gradient_checkpointing:
             dist.recompute_blocks(actor.model)
         trainable = [weights for weights in actor.parameters() if weights.requires_grad]
         for weights in () if keep_gradients else trainable:
-            weights.register_post_accumulate_grad_hook(
-                lambda weights: setattr(weights, "grad", None)
-            )
+            weights.register_post_accumulate_grad_hook(lambda w: setattr(w, "grad", None))
         prompt = torch.zeros(rows, args.max_prompt_length, dtype=torch.long)
-        response = torch.zeros(rows, T, dtype=torch.long)
+        response = torch.zeros(rows, args.response_length, dtype=torch.long)
         rollout = Rollout(prompt, prompt == 0, response, response == 0, None, [""] * rows)
         measured = run_passes(args, actor, reference, rollout)
     text = config.get_text_config()
@@ -200,24 +180,22 @@ def fake_step(args, config, sharded, keep_gradients=False):
 
 def run_passes(args, actor, reference, rollout) -> dict:
     """Highest bytes alive and FLOPs of prefill, scoring and update, on fake tensors."""
-    rows, config = len(rollout), actor.model.config
+    rows = len(rollout)
     names = ("old_logprobs", "advantages", "old_values", "returns")
     batch = {name: torch.zeros(rollout.response.shape) for name in names} | {"mask": rollout.mask}
 
     def prefill():
-        where = dict(position_ids=policy.positions(rollout.prompt_mask), use_cache=True)
-        ids, mask, past = rollout.prompt, rollout.prompt_mask.long(), DynamicCache(config=config)
-        model = actor.model
-        model(ids, attention_mask=mask, past_key_values=past, logits_to_keep=1, **where)
+        where = dict(position_ids=policy.positions(rollout.prompt_mask))
+        where |= dict(attention_mask=rollout.prompt_mask.long(), logits_to_keep=1)
+        past = DynamicCache(config=actor.model.config)
+        actor.model(rollout.prompt, past_key_values=past, use_cache=True, **where)
 
     def score():
         train_ppo.score_microbatch(actor, reference, rollout, args)
 
     def update():
-        count = torch.tensor(1)
-        train_ppo.microbatch_loss(actor, rollout, batch, count, args)[0].backward()
-        for weights in actor.parameters():
-            weights.grad = None
+        train_ppo.microbatch_loss(actor, rollout, batch, torch.tensor(1), args)[0].backward()
+        actor.zero_grad()
 
     def peak(work, grad=False):
         with Alive() as alive, torch.set_grad_enabled(grad):
@@ -257,7 +235,8 @@ class Alive(TorchDispatchMode):
 
     def unknown(self, tensors) -> set:
         tensors = [leaf for leaf in tree_leaves(tensors) if isinstance(leaf, torch.Tensor)]
-        return {tensor.untyped_storage() for tensor in tensors} - set(self.known)
+        storages = {tensor.untyped_storage() for tensor in tensors}
+        return {storage for storage in storages if storage not in self.known}
 
     def freed(self, count):
         self.now -= count
@@ -305,17 +284,6 @@ def config_of(path, flag):
         return AutoConfig.from_pretrained(source, **gguf)
     except (OSError, ValueError) as error:
         fail(f"no model configuration could be read from {path!r}: {str(error).splitlines()[0]}")
-
-
-def cell(args) -> int:
-    """Bytes of a number in products and in the cache."""
-    return 2 if args.bf16 else 4
-
-
-def local_batch(args) -> int:
-    """Responses of a process in a rollout."""
-    microbatches = args.gradient_accumulation_steps * args.num_mini_batches
-    return args.per_device_train_batch_size * microbatches
 
 
 if __name__ == "__main__":
