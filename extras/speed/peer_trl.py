@@ -1,6 +1,6 @@
 """The peer of extras/speed/step.py: PPO steps of trl 0.11.3 on the work in a folder.
 
-    python extras/speed/peer_trl.py WORK STEPS      # in an environment of requirements-bench.txt
+    python extras/speed/peer_trl.py WORK STEPS      # with requirements-peer.txt
 
 Prints one JSON object a step. Loss, optimiser and sampling are the peer's own, in fp32. Each response
 gets one number as its reward, for the peer takes no others.

@@ -1,6 +1,7 @@
 """One PPO step beside that of trl 0.11.3, the peer, on the same work; and sampling beside `generate`.
 
-    python3.11 -m venv ../peer && ../peer/bin/pip install -r requirements-bench.txt
+    python3.11 -m venv ../peer
+    ../peer/bin/pip install -r extras/speed/requirements-peer.txt
     python -m extras.speed.step MODEL --peer ../peer/bin/python      # 15 minutes on 2 cores
 
 MODEL is a folder, a hub id or a .gguf file. The work: 8 prompts of about 60 tokens, 48 new tokens
@@ -10,7 +11,6 @@ counts as score. Each turn runs every program once, in a process of its own, and
 step. Ratios are the peer's seconds by ours (of memory ours by the peer's), medians over turns.
 """
 
-import copy
 import json
 import subprocess
 import sys
@@ -18,7 +18,9 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
+import torch
 from tqdm import tqdm
+from transformers import AutoModelForCausalLM
 
 from extras.speed.given import generate_seconds, sentences
 from extras.speed.gpu import HERE
@@ -44,7 +46,7 @@ def main():
     parser = cli.parser(__doc__)
     parser.add_argument("model", metavar="MODEL", help="a folder, a hub id or a .gguf file")
     add = cli.flags(parser)
-    add("--peer", None, "the Python of an environment with requirements-bench.txt")
+    add("--peer", None, "the Python of the peer's environment; without it no ratios to the peer")
     add("--turns", 3, "how often every program runs")
     add("--steps", 3, "steps of each program in a turn, one more than is counted")
     args = parser.parse_args()
@@ -53,7 +55,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         tokenizer, model = prepare(work, args.model)
-        result = {"sampling": sampling(model, tokenizer, args.turns)}
+        result = {"sampling": sampling(work, model, tokenizer, args.turns)}
         programs = {name: (ours, flags) for name, flags in OURS.items()}
         if args.peer:
             programs["peer"] = peer, args.peer
@@ -140,18 +142,20 @@ def summary(turns, peers=None) -> dict:
     return found | {"update_ratio": median(updates), "memory_ratio": median(memory)}
 
 
-def sampling(model, tokenizer, turns) -> dict:
+def sampling(work, model, tokenizer, turns) -> dict:
     """The seconds of transformers' generate by those of sample(), medians over turns."""
-    found, plain = {}, copy.deepcopy(model)
+    load, found = AutoModelForCausalLM.from_pretrained, {}
+    plain = load(work / "model", dtype=torch.float32).to(model.device)
     for bf16 in (False, True):
         for rows in (ROWS, 8 * ROWS):
-            prompts, ratios = sentences(rows), []
-            for _ in range(turns + 1):  # the first warms up
-                theirs = generate_seconds(plain, tokenizer, prompts, NEW, bf16)
-                start = now()
+            prompts = [summarize.INSTRUCTION.format(text) for text in sentences(rows)]
+            sample(model, tokenizer, prompts, NEW, bf16=bf16)  # warms up
+            ratios = []
+            for _ in range(turns):
+                theirs, start = generate_seconds(plain, tokenizer, prompts, NEW, bf16), now()
                 sample(model, tokenizer, prompts, NEW, bf16=bf16)
                 ratios.append(theirs / (now() - start))
-            found[f"{'bf16' if bf16 else 'fp32'}, {rows} rows"] = median(ratios[1:])
+            found[f"{'bf16' if bf16 else 'fp32'}, {rows} rows"] = median(ratios)
     return found
 
 
