@@ -53,7 +53,7 @@ PARTS = {
     "agreement": Part("The CPU and the GPU take the same step", "gpu_agreement:agreement", 90),
     "toy": Part("The toy, with its rule as the critic", "gpu_jobs:toy", 150),
     "speed": Part("Speed in bf16, random weights", "gpu_speed:speed", 180),
-    "continuous": Part("Continuous batching of transformers", "gpu_speed:continuous", 60),
+    "peers": Part("Sampling by transformers' own functions", "gpu_speed:peers", 90),
     "news": Part("News: spans, one scalar", "gpu_jobs:news", 400, ("model", "data"), ("rouge_score",)),
     "human": Part("Critics against people's feedback", "gpu_jobs:human", 300, ("model", "human")),
 }  # fmt: skip
@@ -141,6 +141,15 @@ def run_part(name, args, out, end) -> dict:
     state = {0: "done", None: "cut off"}.get(code, "failed")
     seconds = round(time.perf_counter() - start, 1)
     return {"state": state, "seconds": seconds, "rows": read_jsonl(rows), "note": note}
+
+
+def run(script, *flags, python=sys.executable) -> str:
+    """Runs a script of the project. Returns what it printed; its errors pass through."""
+    command = [python, *script.split(), *map(str, flags)]
+    done = subprocess.run(command, cwd=HERE, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)} stopped with {done.returncode}; its error stands above")
+    return done.stdout
 
 
 def why_not(part, args, end) -> str:

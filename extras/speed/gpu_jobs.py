@@ -2,40 +2,26 @@
 
 import itertools
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 from extras.human.records import records
-from extras.speed.gpu import HERE
+from extras.speed.gpu import HERE, run
 from t2g.log import read_jsonl, write_text
 from t2g.tasks import summarize
-
-PHASES = ("rollout", "critique", "score", "update", "shift")
-
-
-def run(script, *flags):
-    """Runs a script of the project, its output in the log of this part. Returns the last line."""
-    command = [sys.executable, *script.split(), *map(str, flags)]
-    done = subprocess.run(command, cwd=HERE, stdout=subprocess.PIPE, text=True)
-    print(done.stdout, flush=True)
-    if done.returncode:
-        sys.exit(f"{script} stopped with {done.returncode}; its error stands above")
-    return done.stdout.rstrip().rpartition("\n")[2]
 
 
 def toy(args, report):
     """The starting policy, then PPO with the rule as critic: scores before and after, seconds."""
     root = Path(args.out).resolve() / "toy"
-    short = ("--max_steps", 2, "--per_device_train_batch_size", 4) if args.rehearse else ()
-    run("train_sft.py", *short, "--output_dir", root / "sft")
-    few = ("--eval_samples", 4) if args.rehearse else ()
-    run("train_ppo.py", "--critic", "rule", *short, *few, "--output_dir", root / "ppo")
+    short = "--max_steps 2 --per_device_train_batch_size 4 " if args.rehearse else ""
+    few = "--eval_samples 4 " if args.rehearse else ""
+    run(f"train_sft.py {short}--output_dir", root / "sft")
+    run(f"train_ppo.py --critic rule {short}{few}--output_dir", root / "ppo")
     result = json.loads((root / "ppo" / "result.json").read_text())
     for name, after in result["after"].items():
         report(name, after, f"before: {result['before'][name]:.4g}")
     rows = read_jsonl(root / "ppo" / "metrics.jsonl")
-    for phase in PHASES:
+    for phase in ("rollout", "critique", "score", "update", "shift"):
         seconds = [row[f"seconds_{phase}"] for row in rows]
         report(f"{phase}, seconds a step", sum(seconds) / len(seconds))
     report("seconds of the PPO stage", result["seconds"]["ppo"], "loading and measuring included")
@@ -59,8 +45,8 @@ def news(args, report):
     else:
         flags += ["--jobs", 6]
     write_text(folder / "news.toml", text)
-    table = json.loads(run("-m extras.reproduce", *flags))["rows"]
-    for row, metrics in table.items():
+    table = json.loads(run("-m extras.reproduce", *flags).splitlines()[-1])
+    for row, metrics in table["rows"].items():
         for name, cell in metrics.items():
             spread = "" if cell["low"] is None else f"[{cell['low']:.3g}, {cell['high']:.3g}]"
             if not name.endswith(("_tokens", "_flops")):
@@ -89,9 +75,9 @@ def human(args, report):
     flags += ["--model", model, "--annotations", folder / "notes.jsonl"]
     run("train_rm.py", *task, *flags, "--output_dir", folder / "rm")
     length = ["--critique_length", 8] if args.rehearse else []
-    critics = [folder / "rm", folder / "rule.jsonl"]
-    held = ["--annotations", folder / "truth.jsonl", "--out", folder / "card.html"]
-    cards = json.loads(run("eval.py rm", *critics, *task, *held, *length))
+    flags = ["--annotations", folder / "truth.jsonl", "--out", folder / "card.html", *length]
+    printed = run("eval.py rm", folder / "rm", folder / "rule.jsonl", *task, *flags)
+    cards = json.loads(printed.splitlines()[-1])
     for path, card in cards.items():
         for sign in ("good", "poor", "any_poor"):
             for name, value in card[sign].items():

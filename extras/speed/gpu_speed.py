@@ -1,7 +1,7 @@
 """The speed parts of the GPU proof: sampling, scoring and updating in bf16, with random weights.
 
-Beside them stand transformers' own `generate` and `generate_batch`, both with weights in bf16, the
-memory that extras.scale.plan foresees, and figures that other projects published.
+Beside them stand the memory that extras.scale.plan foresees, figures that other projects published,
+and transformers' own `generate` and `generate_batch`, both with weights in bf16.
 """
 
 from pathlib import Path
@@ -11,7 +11,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from extras.scale import plan
 from extras.speed import given
-from extras.speed.given import generate_seconds, random_model, sentences, train_flags
+from extras.speed.given import random_model, sentences, train_flags
 from t2g import cpu
 from t2g.policy import now
 from t2g.rollout import encode_prompts, sample
@@ -46,7 +46,6 @@ def speed(args, report):
             peaks[rows] = one_step(shape, learner, tokenizer, prompts[:rows], report)
         kernels(shape, learner, tokenizer, prompts[: batches[0]], report)
         del learner, model
-        generate(shape, batches, new, prompts, report)
         for rows, peak in peaks.items():
             split = ["--gradient_accumulation_steps", rows // microbatch // 2]
             planned_flags = train_flags(*flags, *split, "--eval_samples", rows)
@@ -94,18 +93,8 @@ def kernels(shape, learner, tokenizer, prompts, report):
             report(f"{shape}, {part}: {name[:70]}", spent, f"s, {spent / total:.1%} of {total:.3g}")
 
 
-def generate(shape, batches, new, prompts, report):
-    """Tokens a second of transformers' generate."""
-    tokenizer, model = random_model(shape)
-    model.to(torch.bfloat16)
-    for rows in batches:
-        generate_seconds(model, tokenizer, prompts[:rows], 4)  # warms up
-        seconds = generate_seconds(model, tokenizer, prompts[:rows], new)
-        report(f"{shape}, batch {rows}: transformers' generate, tokens/s", rows * new / seconds)
-
-
-def continuous(args, report):
-    """Tokens a second of transformers' continuous batching."""
+def peers(args, report):
+    """Tokens a second of transformers' generate and of its continuous batching."""
     shapes, batches, new, _ = sizes(args)
     cache = dict(num_blocks=64, max_batch_tokens=64) if args.rehearse else {}
     for shape in shapes:
@@ -114,13 +103,18 @@ def continuous(args, report):
         settings = dict(do_sample=True, max_new_tokens=new, eos_token_id=-1)
         settings = GenerationConfig(**settings, pad_token_id=tokenizer.pad_token_id)
         for rows in batches:
+            name, prompts = f"{shape}, batch {rows}", sentences(rows)
+            given.generate_seconds(model, tokenizer, prompts, 4)  # warms up
+            seconds = given.generate_seconds(model, tokenizer, prompts, new)
+            report(f"{name}: generate, tokens/s", rows * new / seconds)
+        for rows in batches:  # afterwards, for it changes the model's attention
             ids, how = tokenizer(sentences(rows))["input_ids"], ContinuousBatchingConfig(**cache)
             for _ in range(2):  # the first warms up
                 start = now()
                 found = model.generate_batch(ids, settings, how, persistent_manager=True)
                 seconds = now() - start
             tokens = sum(len(output.generated_tokens) for output in found.values())
-            whole = f"{tokens} of {rows * new} tokens came"
-            what = f"{shape}, batch {rows}: generate_batch, tokens/s"
-            report(what, tokens / seconds, whole, tokens == rows * new)
+            name, whole = f"{shape}, batch {rows}", f"{tokens} of {rows * new} tokens came"
+            ok = tokens == rows * new
+            report(f"{name}: generate_batch, tokens/s", tokens / seconds, whole, ok)
             model.destroy_cached_continuous_batching_manager()

@@ -31,45 +31,35 @@ SIZES = {
 def main():
     parser = cli.parser(__doc__)
     parser.add_argument("model", metavar="MODEL", help="a folder, a hub id or a .gguf file")
-    cli.flags(parser)("--bf16", False, "matrix products in bf16")
-    args = parser.parse_args()
-    tokenizer, model = endless(args.model)
-    seconds_of("responses", MICROBATCH, tokenizer, model, args.bf16)  # warms up
+    tokenizer, model = endless(parser.parse_args().model)
+    seconds_of("responses", MICROBATCH, tokenizer, model)  # warms up
     result = {}
     for what, sizes in SIZES.items():
-        bar = tqdm(sizes, desc=what)
-        rows = {size: seconds_of(what, size, tokenizer, model, args.bf16) for size in bar}
+        rows = {size: seconds_of(what, size, tokenizer, model) for size in tqdm(sizes, desc=what)}
         result[what] = {}
-        print(f"\n{what:18}" + "".join(f"{size:>10}" for size in sizes) + f"{'slope':>10}")
         for part in rows[sizes[0]]:
-            column = {size: row[part] for size, row in rows.items()}
-            result[what][part] = {"seconds": column, "slope": slope(column)}
-            figures = [*column.values(), slope(column)]
-            print(f"  {part:16}" + "".join(f"{figure:10.2f}" for figure in figures))
+            seconds = {size: row[part] for size, row in rows.items()}
+            result[what][part] = {"seconds": seconds, "slope": slope(seconds)}
+            columns = "".join(f"{size:>8}: {value:.2f}" for size, value in seconds.items())
+            print(f"{what}, {part}, seconds{columns}; slope {slope(seconds):.2f}")
     print(json.dumps(result))
 
 
-def seconds_of(what, size, tokenizer, model, bf16) -> dict:
+def seconds_of(what, size, tokenizer, model) -> dict:
     """Seconds of the parts of a step in which one thing has this size."""
-    tokens, rows = {
-        "response tokens": (size, MICROBATCH),
-        "responses": (32, size),
-        "vocabulary": (64, MICROBATCH),
-    }[what]
-    found = {}
+    tokens = {"response tokens": size, "responses": 32, "vocabulary": 64}[what]
+    rows, found = size if what == "responses" else MICROBATCH, {}
     if what == "vocabulary":
         config = type(model.config).from_dict(model.config.to_dict() | {"vocab_size": size})
         other = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         model = cpu.use(other).to(model.device).eval()
     else:
         start = now()
-        sample(model, tokenizer, [" ".join(WORDS)] * rows, tokens, bf16=bf16)
+        sample(model, tokenizer, [" ".join(WORDS)] * rows, tokens)
         found["rollout"] = now() - start
     shape = ["--num_ppo_epochs", 1, "--num_mini_batches", 1]
-    shape += ["--per_device_train_batch_size", MICROBATCH, *(["--bf16"] if bf16 else [])]
-    learner = Learner(model, train_flags(*shape))
-    found |= learner.learn(made_up(rows, PROMPT, tokens, model.config.vocab_size))
-    return {part: found[part] for part in ("rollout", "score", "update") if part in found}
+    learner = Learner(model, train_flags(*shape, "--per_device_train_batch_size", MICROBATCH))
+    return found | learner.learn(made_up(rows, PROMPT, tokens, model.config.vocab_size))
 
 
 def slope(seconds: dict) -> float:

@@ -12,8 +12,6 @@ step. Ratios are the peer's seconds by ours (of memory ours by the peer's), medi
 """
 
 import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from statistics import median
@@ -23,7 +21,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from extras.speed.given import generate_seconds, sentences
-from extras.speed.gpu import HERE
+from extras.speed.gpu import run
 from t2g import cli, policy
 from t2g.log import read_jsonl, write_json, write_text
 from t2g.policy import now
@@ -31,12 +29,8 @@ from t2g.rollout import chat_text, sample
 from t2g.tasks import summarize
 
 ROWS, MICROBATCH, EPOCHS, NEW = 8, 4, 4, 48
-OURS = {
-    "fp32": [],
-    "bf16": ["--bf16"],
-    "fp32, LoRA": ["--lora_r", "16"],
-    "bf16, LoRA": ["--bf16", "--lora_r", "16"],
-}
+LORA = ["--lora_r", 16]
+OURS = {"fp32": [], "bf16": ["--bf16"], "fp32, LoRA": LORA, "bf16, LoRA": ["--bf16", *LORA]}
 STEP = f"--per_device_train_batch_size {MICROBATCH} --num_mini_batches {ROWS // MICROBATCH}"
 STEP += f" --num_ppo_epochs {EPOCHS} --gradient_accumulation_steps 1 --response_length {NEW}"
 STEP = f"{STEP} --kl_estimator k1".split()
@@ -62,7 +56,7 @@ def main():
         turns = {name: [] for name in programs}
         for name in tqdm([name for _ in range(args.turns) for name in programs], unit="run"):
             program, how = programs[name]
-            turns[name].append(mean_of(program(work, args.steps, how)))
+            turns[name].append(program(work, args.steps, how))
     for name in programs:
         result[name] = summary(turns[name], turns.get("peer"))
     for name, row in result.items():
@@ -96,33 +90,22 @@ def endless(path):
     return tokenizer, model
 
 
-def run(command) -> str:
-    command = list(map(str, command))
-    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
-    if done.returncode:
-        cli.fail(f"{' '.join(command)} stopped with {done.returncode}:\n{done.stderr[-2000:]}")
-    return done.stdout
+def peer(work, steps, python) -> dict:
+    lines = run("extras/speed/peer_trl.py", work, steps, python=python).splitlines()
+    return mean_of([json.loads(line) for line in lines if line.startswith("{")][1:])
 
 
-def peer(work, steps, python) -> list[dict]:
-    lines = run([python, HERE / "extras/speed/peer_trl.py", work, steps]).splitlines()
-    return [json.loads(line) for line in lines if line.startswith("{")][1:]
-
-
-def ours(work, steps, flags) -> list[dict]:
-    command = [sys.executable, HERE / "train_ppo.py", "--task", "summarize", "--critic", "rule"]
-    command += ["--policy", work / "model", "--data", work / "posts.jsonl", "--max_steps", steps]
-    command += [*STEP, *flags, "--eval_samples", 1, "--resume", "none", "--save_total_limit", 1]
-    run([*command, "--output_dir", work / "run"])
+def ours(work, steps, flags) -> dict:
+    where = ["--policy", work / "model", "--data", work / "posts.jsonl", "--max_steps", steps]
+    alone = "--task summarize --critic rule --eval_samples 1 --resume none --save_total_limit 1"
+    flags = [*where, *alone.split(), *STEP, *flags, "--output_dir", work / "run"]
+    run("train_ppo.py", *flags)
     rows = read_jsonl(work / "run" / "metrics.jsonl")[1:]
     if any(row["response_tokens"] != NEW for row in rows):
         cli.fail("a response ended early, so the peer did other work; choose another model")
-    parts = ("rollout", "critique", "score", "update", "shift")
-    return [
-        {part: row[f"seconds_{part}"] for part in parts}
-        | {"step": row["seconds"], "memory": row["peak_memory_gib"]}
-        for row in rows
-    ]
+    names = {part: f"seconds_{part}" for part in ("rollout", "score", "update", "shift")}
+    names |= {"step": "seconds", "memory": "peak_memory_gib"}
+    return mean_of([{name: row[metric] for name, metric in names.items()} for row in rows])
 
 
 def mean_of(rows) -> dict:

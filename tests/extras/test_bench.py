@@ -46,7 +46,7 @@ def test_growth_ends_with_seconds_and_slopes(folder, monkeypatch, capsys):
     growth.main()
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert set(result) == set(sizes)
-    assert set(result["responses"]) == {"rollout", "score", "update"}
+    assert set(result["responses"]) == {"rollout", "score", "update", "shift"}
     for row in (row for parts in result.values() for row in parts.values()):
         before, after = row["seconds"].values()
         assert row["slope"] == pytest.approx(math.log2(after / before))
