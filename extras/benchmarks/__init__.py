@@ -1,40 +1,79 @@
-"""Benchmarks: how a model does on problems that others publish. One file a benchmark; `python benchmark.py NAME MODEL ...` runs it.
+"""The benchmarks of the paper. Each module is one command, which --help explains.
 
-A benchmark is a module t2g/benchmarks/NAME.py whose docstring says what it measures and how to start it, with
+    python -m extras.benchmarks.text        ROUGE, BLEU and BERTScore against references
+    python -m extras.benchmarks.code        HumanEval(+) and MBPP(+), run in the sandbox
+    python -m extras.benchmarks.arc         ARC-Challenge, by lm-evaluation-harness
+    python -m extras.benchmarks.answers     answers for alpaca_eval and for MT-Bench
+    python -m extras.benchmarks.win_rate    pairwise verdicts of any OpenAI-compatible server
 
-    add_flags(add)        its flags, beside --seed, --bf16 and --out
-    run(args) -> dict     its figures; args.models is the list of models
+Figures have 95% intervals. The last line is one JSON object, {"scores": {model: figures}, ...}.
 """
 
-import importlib
-from pathlib import Path
+import json
 
-from t2g.cli import fail
+import numpy as np
+import torch
 
+from t2g import cli, policy, tasks
+from t2g.respond import respond
 
-def names() -> list[str]:
-    return sorted(p.stem for p in Path(__file__).parent.glob("*.py") if not p.stem.startswith("_"))
-
-
-def get(name: str):
-    if name not in names():
-        fail(f"there is no benchmark {name!r}; the benchmarks are {', '.join(names())}")
-    return importlib.import_module(f"t2g.benchmarks.{name}")
+DRAWS = 1000  # of a bootstrap
 
 
-def print_table(rows):
-    """A line for each metric, a column for each model: a number, or a figure {"value", "low", "high"} with its interval."""
-    width = max([28, *(len(name) + 2 for name in rows)])
-    print(f"\n{'':16}" + "".join(f"{name:>{width}}" for name in rows))
-    for metric in next(iter(rows.values())):
-        print(f"{metric:16}" + "".join(f"{shown(row[metric]):>{width}}" for row in rows.values()))
+def parser(doc, task=False):
+    """Returns a parser and its add() of cli.flags, with the flags that the benchmarks share.
 
-
-def shown(figure) -> str:
+    task adds the flags that choose held-out prompts of a task and the responses to them.
     """
-    >>> shown(3), shown(0.5), shown({"value": 0.5, "low": 0.4, "high": 0.6})
-    ('3', '0.500', '0.500  [0.400, 0.600]')
+    parser = cli.parser(doc)
+    add = cli.flags(parser)
+    if task:
+        tasks.add_flags(add)
+        add("--eval_samples", 500, "number of held-out prompts")
+        add("--response_length", None, "default: the task's own", cli.positive(int))
+    else:
+        add("--seed", 0, "random seed", int)
+        add("--bf16", False, "matrix products in bf16, weights in fp32")
+    add("--temperature", 0.0, "sampling temperature; 0 is greedy", cli.between(0, 2))
+    return parser, add
+
+
+def respond_to(prompts, name, args, response_length) -> list[str]:
+    """Returns the responses of a model to prompts."""
+    tokenizer, model = policy.load(name, policy.device())
+    generator = torch.Generator(model.device).manual_seed(args.seed)
+    sampling = dict(temperature=args.temperature, bf16=args.bf16, generator=generator)
+    return respond(model, tokenizer, prompts, response_length, desc=name, **sampling)[0]
+
+
+def respond_to_heldout(name, args) -> tuple[list, list[str]]:
+    """Returns the held-out examples of the task and a model's responses to them."""
+    task = tasks.load_task(args.task)
+    _, examples = task.load(args)
+    if args.max_prompt_length:
+        examples = tasks.short_enough(examples, policy.load(name)[0], args.max_prompt_length)
+    examples = examples[: args.eval_samples]
+    default = getattr(task, "DEFAULTS", {}).get("eval", {}).get("response_length", 64)
+    prompts = [example.prompt for example in examples]
+    return examples, respond_to(prompts, name, args, args.response_length or default)
+
+
+def interval(values, seed=0) -> dict:
+    """Returns the mean and its 95% interval, a percentile bootstrap over the values.
+
+    >>> interval([1, 1, 1])
+    {'value': 1.0, 'low': 1.0, 'high': 1.0}
     """
-    if isinstance(figure, dict):
-        return "{value:.3f}  [{low:.3f}, {high:.3f}]".format(**figure)
-    return str(figure) if isinstance(figure, int) else f"{figure:.3f}"
+    values, number = np.asarray(values, dtype=float), len(values)
+    counts = np.random.default_rng(seed).multinomial(number, np.full(number, 1 / number), DRAWS)
+    low, high = np.quantile(counts @ values / number, (0.025, 0.975))
+    return {"value": float(values.mean()), "low": float(low), "high": float(high)}
+
+
+def report(result):
+    """Prints the figures of result["scores"], and the whole result as JSON."""
+    for name, figures in result["scores"].items():
+        print(f"\n{name}")
+        for metric, figure in figures.items():
+            print(f"  {metric:14}" + "{value:8.4f}  [{low:.4f}, {high:.4f}]".format(**figure))
+    print(json.dumps(result))

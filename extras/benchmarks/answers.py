@@ -1,291 +1,107 @@
-"""Does a function answer as the data set's own solution does? For HumanEval+ and MBPP+, whose rows have inputs and no asserts.
+"""Writes a model's answers in the formats of alpaca_eval and of FastChat's MT-Bench.
 
-The program under test never shares a process with what it should answer. It tells its answers, a line of JSON an input, and they
-are compared here, as plain values: frames, patched libraries and objects that are equal to everything gain nothing. What is left
-to a cheat is to know the answers by heart. An input that is not answered, for whatever reason, is answered wrong.
+Win rates against a baseline, also length-controlled ones (pip install alpaca-eval):
 
-What is right, by evalplus's rules (Liu et al. 2023, its version 0.3.1): an equal value; for a row with a tolerance, or where a
-float or a list of floats is due (then 1e-6), a value of the same type and shape within atol + 1e-7 |expected|; and what ORACLES
-say of tasks with several right answers. Objects that are no plain values are compared by their type, and answers of more than
-LONGEST characters by a digest. JSON has no tuples, sets or complex numbers: where MBPP+ means them is read off each row's asserts.
+    python -m extras.benchmarks.answers MODEL outputs.json --prompts alpaca_eval.json
+    alpaca_eval --model_outputs outputs.json
+
+MT-Bench; the judge runs in FastChat/fastchat/llm_judge, where question.jsonl is data/mt_bench's:
+
+    python -m extras.benchmarks.answers MODEL data/mt_bench/model_answer/NAME.jsonl \\
+        --prompts question.jsonl
+    python gen_judgment.py --model-list NAME --judge-model gpt-4 --parallel 4
+    python show_result.py --model-list NAME
+
+Held-out prompts of a task, for extras.benchmarks.win_rate or for alpaca_eval:
+
+    python -m extras.benchmarks.answers MODEL outputs.json --task qa --data FILE
+
+The temperature of an MT-Bench question follows from its category, as in FastChat.
 """
 
-import ast
 import json
-import math
-import re
-import sys
-from typing import NamedTuple
+import time
+from pathlib import Path
 
-import numpy as np
+import torch
+from tqdm import tqdm
 
-from extras.code import sandbox
+from extras import benchmarks
+from t2g import cli, data, policy
+from t2g.log import write_text
 
-TIMEOUT_S, REFERENCE_TIMEOUT_S, MEMORY_MB = 10, 180, 4096
-PATIENCE = 6  # a program may take so many times the seconds of the data set's own solution
-LONGEST, ROOM = (
-    4000,
-    50_000,
-)  # characters of one answer, and of all that one run tells: the sandbox keeps 64 KiB
-TELL = """
-import hashlib, json, sys
-sys.set_int_max_str_digits(0)
-first, entry_point, longest, room = {settings}
-inputs = eval(open("inputs.txt").read(), {{"inf": float("inf"), "nan": float("nan")}})
-out = sys.stdout
-
-class Nowhere:
-    def write(self, text): return len(text)
-    def flush(self): pass
-
-def plain(value):
-    if isinstance(value, (list, tuple)) and len(value) > longest:
-        try:
-            return {{"digest": f"{{type(value).__name__}} {{len(value)}} {{hash(tuple(value))}}"}}  # the seed of hashes is fixed
-        except TypeError:
-            pass
-    if value is None or isinstance(value, (bool, str)):
-        return value
-    if isinstance(value, int) and value.bit_length() > 3 * longest:
-        return {{"digest": f"int {{hash(value)}}"}}
-    for kind in (int, float):
-        if isinstance(value, kind):
-            return kind(value)
-    if isinstance(value, list):
-        return list(map(plain, value))
-    if isinstance(value, tuple):
-        return {{"tuple": list(map(plain, value))}}
-    if isinstance(value, (set, frozenset)):
-        return {{"set": sorted(map(plain, value), key=json.dumps)}}
-    if isinstance(value, dict):
-        return {{"dict": sorted(([plain(key), plain(item)] for key, item in value.items()), key=json.dumps)}}
-    if isinstance(value, complex):
-        return {{"complex": [value.real, value.imag]}}
-    if getattr(value, "shape", None) == () and hasattr(value, "item"):  # a number of numpy
-        return plain(value.item())
-    return {{"object": type(value).__name__}}
-
-sys.stdout = Nowhere()
-import solution
-answer = getattr(solution, entry_point)
-for number, args in list(enumerate(inputs))[first:]:
-    if room < 0:
-        break
-    try:
-        text = json.dumps(plain(answer(*args)))
-        if len(text) > longest:
-            text = json.dumps({{"digest": hashlib.sha256(text.encode()).hexdigest()}})
-    except BaseException as error:
-        text = json.dumps({{"error": type(error).__name__}})
-    room -= len(text)
-    out.write(f"{{number}}\\t{{text}}\\n")
-    out.flush()
-"""  # it goes on where an earlier run of it had told as much as it may
+TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
+TEMPERATURES |= dict.fromkeys(("extraction", "math", "coding", "reasoning"), 0.0)
+LENGTH = 1024  # tokens of an answer to --prompts, if --response_length is not given
 
 
-NUMBER = r"[-+.\dej()]*\d[-+.\dej()]*"  # as a text, for JSON has no complex ones
+def main():
+    parser, add = benchmarks.parser(__doc__, task=True)
+    parser.add_argument("model", help="a run, a model's folder, a .gguf file or a hub id")
+    parser.add_argument("out", help="file of the answers; tables show its name as the model's")
+    add("--prompts", None, "alpaca_eval's prompts or FastChat's question.jsonl")
+    args = parser.parse_args()
+    cli.make_folder(Path(args.out).resolve().parent, "file of answers")
+    questions = data.read_rows(args.prompts) if args.prompts else []
+    if questions and all("turns" in question for question in questions):
+        rows = answer_turns(questions, args)
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    else:
+        rows = answer_prompts(questions, args)
+        text = json.dumps(rows, indent=1, ensure_ascii=False)
+    write_text(args.out, text)
+    print(f"{len(rows)} answers: {args.out}")
 
 
-class Odd(NamedTuple):
-    """An answer that is no plain value."""
-
-    kind: str  # "error", "object" or "digest"
-    text: str
-
-
-def is_error(answer) -> bool:
-    return isinstance(answer, Odd) and answer.kind == "error"
-
-
-class Unit(NamedTuple):
-    """A function to write, and what it is tested with."""
-
-    entry_point: str
-    inputs: list  # of lists of arguments
-    atol: float = 0.0
+def answer_prompts(questions, args) -> list[dict]:
+    """Answers alpaca_eval's questions, or the held-out prompts of the task."""
+    if not args.prompts:
+        examples, texts = benchmarks.respond_to_heldout(args.model, args)
+        questions = [{"instruction": example.prompt} for example in examples]
+    elif not questions or not all("instruction" in question for question in questions):
+        cli.fail(f"{args.prompts} needs rows with instruction, or with question_id and turns")
+    else:
+        prompts = [question["instruction"] for question in questions]
+        texts = benchmarks.respond_to(prompts, args.model, args, args.response_length or LENGTH)
+    name = Path(args.out).stem
+    return [row | {"output": text, "generator": name} for row, text in zip(questions, texts)]
 
 
-class Answers(NamedTuple):
-    values: list  # an answer to each input, as far as it got
-    reason: str  # why there are no more, "" if there are all
-    seconds: float
+def answer_turns(questions, args) -> list[dict]:
+    """Answers MT-Bench's questions one by one, as FastChat does."""
+    tokenizer, model = policy.load(args.model, policy.device())
+    torch.manual_seed(args.seed)
+    rows, name = [], Path(args.out).stem
+    for question in tqdm(questions, desc=args.model, unit="question"):
+        turns = converse(model, tokenizer, question, args)
+        row = {"question_id": question["question_id"], "model_id": name, "tstamp": time.time()}
+        row["answer_id"] = f"{name}-{question['question_id']}"
+        rows.append(row | {"choices": [{"index": 0, "turns": turns}]})
+    return rows
 
 
-def of(program: str, unit: Unit, timeout_s: float) -> Answers:
-    """What a program answers to the inputs of a unit. Runs it in the sandbox, mostly once."""
-    values, seconds = [], 0.0
-    digits = sys.get_int_max_str_digits()
-    sys.set_int_max_str_digits(0)  # there are inputs of many thousand digits
-    files = {"solution.py": program, "inputs.txt": repr(unit.inputs)}
-    sys.set_int_max_str_digits(digits)
-    while len(values) < len(unit.inputs) and seconds < timeout_s:
-        settings = (len(values), unit.entry_point, LONGEST, ROOM)
-        result = sandbox.run(TELL.format(settings=settings), timeout_s - seconds, MEMORY_MB, files)
-        told, before = dict(re.findall(r"^(\d+)\t(.*)$", result.stdout, re.MULTILINE)), len(values)
-        while (text := told.get(str(len(values)))) and len(values) < len(unit.inputs):
-            values.append(value_of(text))
-        seconds += result.seconds
-        if len(values) == before:
-            return Answers(values, result.reason or "it tells no answer", seconds)
-    return Answers(
-        values, "" if len(values) == len(unit.inputs) else f"timeout after {timeout_s:g} s", seconds
-    )
+@torch.no_grad()
+def converse(model, tokenizer, question, args) -> list[str]:
+    """Returns the answer to each turn, with the earlier turns and answers before it."""
+    messages, context = [], policy.context_length(model)
+    temperature = TEMPERATURES.get(question.get("category"), 0.7)
+    sampling = {"do_sample": False}
+    if temperature:
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0}
+    for turn in question["turns"]:
+        messages.append({"role": "user", "content": turn})
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        batch = tokenizer([text], add_special_tokens=False, return_tensors="pt").to(model.device)
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        room = min(args.response_length or LENGTH, context - ids.shape[1])
+        if room < 1:
+            cli.fail(f"question {question['question_id']} does not fit the context of {context}")
+        with policy.autocast(args.bf16):
+            output = model.generate(ids, attention_mask=mask, max_new_tokens=room, **sampling)
+        answer = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()
+        messages.append({"role": "assistant", "content": answer})
+    return [message["content"] for message in messages[1::2]]
 
 
-def value_of(text):
-    """The value that a line tells. Text that no honest run writes is an error.
-
-    >>> value_of('[{"tuple": [1, {"set": [2]}]}]')
-    [(1, frozenset({2}))]
-    """
-    kinds = {
-        "tuple": tuple,
-        "set": frozenset,
-        "dict": dict,
-        "complex": lambda parts: complex(*parts),
-    }
-
-    def hook(found):
-        ((kind, content),) = found.items()
-        return kinds[kind](content) if kind in kinds else Odd(kind, content)
-
-    try:
-        return json.loads(text, object_hook=hook)
-    except (ValueError, TypeError, RecursionError):
-        return Odd("error", "no JSON")
-
-
-# ---- what is right -------------------------------------------------------------------------------------------------------
-
-
-def is_right(unit, arguments, answer, expected) -> bool:
-    """Whether an answer is right, by the rules at the head of this file."""
-    if is_error(answer):
-        return False
-    try:
-        if answer == expected:
-            return True
-        if unit.entry_point in ORACLES:
-            return ORACLES[unit.entry_point](arguments, answer, expected, unit.atol)
-        atol = unit.atol or (1e-6 if is_floats(expected) else 0)
-        if not atol or type(answer) is not type(expected) or np.shape(answer) != np.shape(expected):
-            return False
-        return bool(np.allclose(answer, expected, rtol=1e-7, atol=atol))
-    except (
-        TypeError,
-        ValueError,
-        OverflowError,
-        RecursionError,
-    ):  # what cannot be compared is not the same
-        return False
-
-
-def is_floats(value) -> bool:
-    parts = value if isinstance(value, list | tuple) and value else [value]
-    return all(isinstance(part, float) for part in parts)
-
-
-def same_elements(arguments, answer, expected, atol):
-    return set(answer) == set(expected)
-
-
-def found_or_not(arguments, answer, expected, atol):
-    """A match of the solution stands for True."""
-    return (answer if isinstance(answer, bool) else answer is not None) == (expected is not None)
-
-
-def slanted(arguments, answer, expected, atol):
-    """Its text leaves open whether the height is that of the pyramid or of its sides."""
-    base, height = arguments
-    return answer == round(base**2 + 2 * base * math.hypot(base / 2, height))
-
-
-def digits_apart(arguments, answer, expected, atol):
-    """Its text leaves open whether it is about the digits of the difference, or the differences of the digits."""
-    a, b = map(str, arguments)
-    width = max(len(a), len(b))
-    return answer == sum(abs(int(x) - int(y)) for x, y in zip(a.zfill(width), b.zfill(width)))
-
-
-def is_root(arguments, answer, expected, atol):
-    return abs(sum(c * math.pow(answer, i) for i, c in enumerate(arguments[0]))) <= atol
-
-
-IN_ANY_ORDER = "similar_elements find_char_long common_in_nested_lists extract_singly larg_nnum intersection_array find_dissimilar Diff"
-ORACLES = {
-    **dict.fromkeys(IN_ANY_ORDER.split(), same_elements),
-    **dict.fromkeys(("check_str", "text_match_three", "text_starta_endb"), found_or_not),
-    "are_equivalent": lambda *_: (
-        True
-    ),  # the solution of the data set is wrong, and so evalplus asks for no more than an answer
-    "sum_div": lambda arguments, answer, *_: answer == 0,
-    "surface_Area": slanted,
-    "digit_distance_nums": digits_apart,
-    "find_zero": is_root,
-}
-
-
-# ---- the types that JSON lost --------------------------------------------------------------------------------------------
-
-
-def examples_of(asserts: str, entry_point: str) -> list[list]:
-    """The arguments of each call of a function in asserts, as far as they are literals.
-
-    >>> examples_of("assert f((1, 2), [3]) == 4", "f")
-    [[(1, 2), [3]]]
-    """
-    calls = [node for node in ast.walk(ast.parse(asserts)) if isinstance(node, ast.Call)]
-    return [
-        list(map(literal, call.args))
-        for call in calls
-        if getattr(call.func, "id", "") == entry_point
-    ]
-
-
-def literal(node):
-    try:
-        return ast.literal_eval(node)
-    except ValueError:  # 10 ** -2, say
-        return None
-
-
-def restored(value, examples, default=None):
-    """An argument from JSON with the types that examples have at the same depth.
-
-    Lists that lie deeper than those of the examples stay lists, or are tuples if the examples have tuples in tuples.
-
-    >>> restored([[1, 2], []], [[(3, 4)]]), restored([[1, [2]]], [(5,)]), restored([[1, [2]]], [((5,),)]), restored("1j", [2j])
-    ([(1, 2), ()], ([1, [2]],), ((1, (2,)),), 1j)
-    """
-    kinds = {type(example) for example in examples}
-    if isinstance(value, dict):
-        inner = [
-            item for example in examples if isinstance(example, dict) for item in example.values()
-        ]
-        return {key: restored(item, inner, default or list) for key, item in value.items()}
-    if isinstance(value, list):
-        inner = [
-            item
-            for example in examples
-            if isinstance(example, list | tuple | set)
-            for item in example
-        ]
-        kind = next((kind for kind in (list, tuple, set) if kind in kinds), default or list)
-        deeper = (
-            tuple
-            if kind is tuple and any(isinstance(item, tuple) for item in inner)
-            else default or list
-        )
-        items = [restored(item, inner, deeper) for item in value]
-        return (
-            {} if kind is set and not items else kind(items)
-        )  # where MBPP+ means an empty set it writes {}
-    is_number = (
-        kinds
-        and kinds <= {int, float, complex}
-        and isinstance(value, str)
-        and re.fullmatch(NUMBER, value)
-    )
-    if is_number and not default:
-        return complex(value) if "j" in value else float(value)
-    return value
+if __name__ == "__main__":
+    main()
