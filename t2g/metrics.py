@@ -130,13 +130,6 @@ def bootstrapped(values) -> dict:
     return {"value": float(values[0]), "low": float(low), "high": float(high)}
 
 
-def mean_bootstrap(values, weights) -> np.ndarray:
-    """The mean of values (n,), nan left out, on each row of weights = resamples(n)."""
-    there = ~np.isnan(values)
-    sums, counts = weights[:, there] @ values[there], weights[:, there].sum(1)
-    return np.divide(sums, counts, out=np.full(len(counts), np.nan), where=counts > 0)
-
-
 @cache
 def rouge_scorer(*kinds):
     from rouge_score.rouge_scorer import RougeScorer

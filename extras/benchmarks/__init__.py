@@ -14,10 +14,8 @@ import json
 import numpy as np
 import torch
 
-from t2g import cli, policy, tasks
+from t2g import cli, metrics, policy, tasks
 from t2g.respond import respond
-
-DRAWS = 1000  # of a bootstrap
 
 
 def parser(doc, task=False):
@@ -64,10 +62,8 @@ def interval(values, seed=0) -> dict:
     >>> interval([1, 1, 1])
     {'value': 1.0, 'low': 1.0, 'high': 1.0}
     """
-    values, number = np.asarray(values, dtype=float), len(values)
-    counts = np.random.default_rng(seed).multinomial(number, np.full(number, 1 / number), DRAWS)
-    low, high = np.quantile(counts @ values / number, (0.025, 0.975))
-    return {"value": float(values.mean()), "low": float(low), "high": float(high)}
+    values = np.asarray(values, dtype=float)
+    return metrics.bootstrapped(metrics.resamples(len(values), seed) @ values / len(values))
 
 
 def report(result):

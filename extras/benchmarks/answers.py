@@ -27,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 from extras import benchmarks
-from t2g import cli, data, policy
+from t2g import cli, data, policy, tasks
 from t2g.log import write_text
 
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
@@ -40,7 +40,7 @@ def main():
     parser.add_argument("model", help="a run, a model's folder, a .gguf file or a hub id")
     parser.add_argument("out", help="file of the answers; tables show its name as the model's")
     add("--prompts", None, "alpaca_eval's prompts or FastChat's question.jsonl")
-    args = parser.parse_args()
+    _, args = tasks.parse(parser, "benchmark")
     cli.make_folder(Path(args.out).resolve().parent, "file of answers")
     questions = data.read_rows(args.prompts) if args.prompts else []
     if questions and all("turns" in question for question in questions):
@@ -49,7 +49,7 @@ def main():
     else:
         rows = answer_prompts(questions, args)
         text = json.dumps(rows, indent=1, ensure_ascii=False)
-    write_text(args.out, text)
+    write_text(Path(args.out), text)
     print(f"{len(rows)} answers: {args.out}")
 
 

