@@ -31,7 +31,7 @@ from t2g.cli import Help, fail, flags, make_folder, positive
 from t2g.log import write_json
 
 HERE = Path(__file__).resolve().parents[1]
-NEEDED = {"title", "metrics", "main", "main_title", "against", "curves", "measure", "rows"}
+NEEDED = {"title", "metrics", "main", "main_title", "curves", "measure", "rows"}
 
 
 class Job(NamedTuple):
@@ -113,10 +113,10 @@ def jobs_of(recipe, rows, seed, root, scale=1.0) -> list[Job]:
             if need not in jobs:
                 stage = recipe["stages"][need]
                 add_job(need, stage, [stage["run"]])
-        words = recipe["words"] | {"seed": seed}
+        words = recipe["words"] | part | {"seed": seed}
         words |= {"root": shlex.quote(str(folder)), "out": shlex.quote(str(folder / name))}
         words["learning_rate"] = f"{part.get('learning_rate', 0) * scale:.6g}"
-        for _ in range(3):  # words may hold words
+        for _ in range(5):  # words may hold words
             lines = [line.format(**words) for line in lines]
         lines = [" ".join(line.split()) for line in lines]
         jobs[name] = Job(seed, name, folder, part.get("needs", []), lines)

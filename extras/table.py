@@ -135,7 +135,7 @@ def summarise(cells, recipe, rows) -> dict:
     """{row: {metric: interval()}} of {row: its cell of each seed}."""
     main, table = recipe["main"], {}
     for name, ours in cells.items():
-        against = rows[name].get("against", recipe["against"])
+        against = rows[name].get("against", recipe.get("against"))
         theirs = cells.get(against) if against != name else None
         columns = {
             metric: [cell["scores"][metric] for cell in ours] for metric in ours[0]["scores"]
@@ -167,7 +167,7 @@ def gain_at_equal_kl(ours, theirs) -> float:
 def markdown(result, recipe, rows) -> str:
     """The table, and below it the ledger."""
     titles = {name: row["title"] for name, row in rows.items()}
-    rival = titles.get(recipe["against"], recipe["against"])
+    rival = titles.get(recipe.get("against"), "another row")
     logged = recipe.get("curve", recipe["main"])
     heads = {metric: metric.replace("_", " ") for metric in recipe["metrics"]} | {
         "difference": f"{recipe['main']}, difference to {rival}",
@@ -220,7 +220,7 @@ def plot(path, cells, recipe, rows):
     figure = Figure(figsize=(9, 4.8), layout="constrained")
     axes = figure.subplots()
     names = [name for name in recipe["curves"] if name in cells]
-    pair = {name for name in (*names[:1], recipe["against"])}
+    pair = {name for name in (*names[:1], recipe.get("against"))}
     edge = max((len(cells[name][0]["curve"]) for name in names), default=0) + 1
     for name, colour in zip(names, cycle(COLOURS)):
         curves = [cell["curve"] for cell in cells[name]]

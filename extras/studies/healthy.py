@@ -1,9 +1,9 @@
-"""What a run that goes well looks like: metrics of train_ppo.py at the first, tenth and last step, means over runs; and curves.
+"""What a healthy run looks like: metrics of train_ppo.py at the first, tenth and last step.
 
-python -m bench.healthy runs/reproduce/toy/seed-*/text2grad
-python -m bench.healthy runs/toy/ppo --beside "no leash" runs/toy/no_leash --plot docs/healthy.png
+python -m extras.studies.healthy runs/reproduce/toy/seed-*/text2grad
+python -m extras.studies.healthy runs/toy/ppo --beside "too fast" runs/toy/fast --plot mine.png
 
-A metric that some step lacks (`coverage` is the toy's own) is left out.
+It prints means over runs. Metrics that some step lacks are left out; `coverage` is the toy's own.
 """
 
 import argparse
@@ -14,21 +14,21 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from extras.table import COLOURS
-from t2g.cli import fail
+from t2g.cli import Help, fail
 from t2g.log import read_jsonl
 
-WORRY = {  # when to, by metric; the first eight are drawn
+WORRY = {  # when to worry, by metric; the first eight are drawn
     "reward": "it rises and samples get worse",
     "coverage": "it falls with `response_tokens`: facts are left out",
     "response_tokens": "it goes on falling after the first steps, or grows",
     "kl": "it does not level off",
-    "entropy": "responses to unlike prompts are alike. Low alone is no alarm: it must fall where a prompt leaves little to choose",
+    "entropy": "responses to unlike prompts are alike; low alone is no alarm",
     "clipfrac": "it stays where it was at step 1: the steps are too large",
     "approx_kl": "the same",
-    "value_explained": "it stays below 0. Near 0 for ten steps is normal",
-    "kl / response_tokens": "it is many times this. Unlike `kl` it carries over to other lengths",
+    "value_explained": "it stays below 0; near 0 for ten steps is normal",
+    "kl / response_tokens": "it is many times this; unlike `kl` it carries over to other lengths",
     "unparsable": "it grows: the critic does not know such texts",
-    "quotes_lost": "it grows: the critic quotes what does not stand there",
+    "quotes_lost": "it grows: the critic quotes text that does not exist",
 }
 
 
@@ -40,68 +40,56 @@ def read(folder) -> list[dict]:
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("runs", nargs="+", help="runs that go well, one a seed")
-    parser.add_argument(
-        "--beside",
-        nargs="+",
-        action="append",
-        default=[],
-        metavar="WORD",
-        help="a label, then runs of its own",
-    )
-    parser.add_argument(
-        "--plot",
-        help="where the curves go, a .png file; a thin line a run, a thick one for their mean",
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    add = parser.add_argument
+    add("runs", nargs="+", help="healthy runs, one per seed")
+    beside = dict(nargs="+", action="append", default=[], metavar="WORD")
+    add("--beside", **beside, help="a label, then runs of its own")
+    add(
+        "--plot", help="a .png file for the curves: thin lines for runs, a thick one for their mean"
     )
     args = parser.parse_args()
     curves, result = {}, {}
     for label, *folders in [["healthy", *args.runs], *args.beside]:
-        runs = [read(folder) for folder in folders] or fail(
-            f"--beside {label!r}: its runs are missing"
-        )
+        if not folders:
+            fail(f"--beside {label!r} needs runs behind its label")
+        runs = [read(folder) for folder in folders]
         steps = min(map(len, runs))
-        known = [name for name in WORRY if all(name in row for run in runs for row in run)]
-        curves[label] = {
-            name: np.array([[row[name] for row in run[:steps]] for run in runs]) for name in known
-        }
-        result[f"{label}: step 1 → 10 → {steps}"] = {
-            name: x[:, [0, 9, -1]].mean(0).tolist() for name, x in curves[label].items()
-        }
+        rows = [row for run in runs for row in run]
+        known = [name for name in WORRY if all(name in row for row in rows)]
+        curves[label], means = {}, {}
+        for name in known:
+            values = np.array([[row[name] for row in run[:steps]] for run in runs])
+            curves[label][name] = values
+            means[name] = values[:, [0, 9, -1]].mean(0).tolist()
+        result[f"{label}: step 1 → 10 → {steps}"] = means
     print(f"| metric | {' | '.join(result)} | worry when |\n|---" + "|---" * len(result) + "|---|")
     for name, worry in WORRY.items():
-        columns = [column.get(name, []) for column in result.values()]
-        cells = [
-            " → ".join(f"{x:.{2 if max(map(abs, column)) > 1 else 3}f}" for x in column)
-            for column in columns
-        ]
+        cells = [shown(means.get(name, [])) for means in result.values()]
         print(f"| `{name}` | {' | '.join(cells)} | {worry} |")
     if args.plot:
         draw(curves, args.plot)
     print(json.dumps(result))
 
 
+def shown(values) -> str:
+    digits = 2 if values and max(map(abs, values)) > 1 else 3
+    return " → ".join(f"{value:.{digits}f}" for value in values)
+
+
 def draw(curves, path):
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     for axis, name in zip(figure.subplots(2, 4, sharex=True).flat, WORRY):
         for colour, (label, metrics) in zip(COLOURS, curves.items()):
-            for run in metrics.get(name, []):
-                axis.plot(range(1, len(run) + 1), run, color=colour, linewidth=0.8, alpha=0.35)
             if name in metrics:
-                mean = metrics[name].mean(0)
-                axis.plot(range(1, len(mean) + 1), mean, color=colour, linewidth=2, label=label)
+                steps = range(1, metrics[name].shape[1] + 1)
+                axis.plot(steps, metrics[name].T, color=colour, linewidth=0.8, alpha=0.35)
+                axis.plot(steps, metrics[name].mean(0), color=colour, linewidth=2, label=label)
         axis.set_title(name, fontsize=10)
         axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
     figure.supxlabel("step", fontsize=10)
-    figure.legend(
-        *figure.axes[0].get_legend_handles_labels(),
-        loc="outside upper center",
-        ncols=len(curves),
-        frameon=False,
-    )
+    lines = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*lines, loc="outside upper center", ncols=len(curves), frameon=False)
     figure.savefig(path, dpi=130)
 
 

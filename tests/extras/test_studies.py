@@ -1,0 +1,68 @@
+"""The studies' own commands: details of the official code, and what a healthy run looks like."""
+
+import json
+import sys
+
+import pytest
+
+import train_ppo
+from extras.studies import deviations, healthy
+from t2g import policy
+from t2g.log import read_jsonl
+from t2g.tasks import toy
+
+PATCHED = ("sample", "whiten", "gae", "token_rewards", "policy_loss", "value_loss")
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """A policy from scratch."""
+    folder = tmp_path_factory.mktemp("start") / "sft"
+    tokenizer, model = toy.new_model(0)
+    policy.save(model, tokenizer, folder, 1)
+    return folder
+
+
+@pytest.mark.parametrize("detail", ["", *deviations.DETAILS])
+def test_each_detail_changes_a_step_of_training(detail, start, tmp_path, monkeypatch):
+    for name in PATCHED:
+        monkeypatch.setattr(train_ppo, name, getattr(train_ppo, name))
+    flags = "--critic rule --max_steps 1 --num_ppo_epochs 1 --response_length 8 --eval_samples 1"
+    flags = [*flags.split(), "--policy", str(start), "--output_dir", str(tmp_path / "run")]
+    flags += ["--per_device_train_batch_size", "4"]
+    monkeypatch.setattr(sys, "argv", ["deviations", detail, *flags])
+    if detail:
+        deviations.main()
+    else:
+        monkeypatch.setattr(sys, "argv", ["train_ppo.py", *flags])
+        train_ppo.main()
+    [row] = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert row["grad_norm"] > 0
+
+
+def test_an_unknown_detail_is_one_sentence(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["deviations", "another"])
+    with pytest.raises(SystemExit):
+        deviations.main()
+    assert "give one of neutral_plus_one" in capsys.readouterr().err
+
+
+def test_healthy_prints_a_table_and_draws_the_curves(tmp_path, monkeypatch, capsys):
+    for run, level in (("a", 1.0), ("b", 3.0)):
+        (tmp_path / run).mkdir()
+        rows = [
+            {"step": n, "kl": level * n, "response_tokens": 10, "reward": level}
+            for n in range(1, 13)
+        ]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / run / "metrics.jsonl").write_text(lines)
+    runs, plot = [str(tmp_path / "a"), str(tmp_path / "b")], tmp_path / "plot.png"
+    flags = [*runs, "--beside", "alone", runs[0], "--plot", str(plot)]
+    monkeypatch.setattr(sys, "argv", ["healthy", *flags])
+    healthy.main()
+    lines = capsys.readouterr().out.splitlines()
+    result = json.loads(lines[-1])
+    both, alone = result["healthy: step 1 → 10 → 12"], result["alone: step 1 → 10 → 12"]
+    assert both["kl"] == [2.0, 20.0, 24.0] and alone["kl"] == [1.0, 10.0, 12.0]
+    assert "| `kl` | 2.00 → 20.00 → 24.00 | 1.00 → 10.00 → 12.00 |" in lines[5]
+    assert plot.read_bytes().startswith(b"\x89PNG")
