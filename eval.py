@@ -36,8 +36,7 @@ def parse_args():
     add("--critique_length", 200, "rm: maximum tokens of a critique")
     add("--eval_samples", 256, "held-out prompts; all records of --annotations if not given")
     add("--out", None, "page: the file, page.html if not given; rm: the same, card.html beside it")
-    task, args = tasks.parse(parser, "eval")
-    return task, args
+    return tasks.parse(parser, "eval")
 
 
 def main():
@@ -68,31 +67,24 @@ def reward_models(task, args) -> dict:
     if not args.runs:
         stages.ensure(["sft", "annotate", "rm"], args, root, args.policy)
     names = list(dict.fromkeys(args.runs)) or [str(root / "rm")]
-    files = [name for name in names if name.endswith(".jsonl")]
-    models = [name for name in names if name not in files]
-    folder = next((name for name in names[:1] if Path(name).is_dir()), ".")
-    out = Path(args.out or Path(folder) / "card.html")
+    out = Path(args.out or Path(names[0] if Path(names[0]).is_dir() else ".") / "card.html")
     cli.make_folder(out.parent, "--out")
+    names.sort(key=lambda name: not name.endswith(".jsonl"))  # files first: they may be unusable
     if args.annotations:
-        truth, source = args.annotations, args.policy or next(iter(models), None)
+        models = [name for name in names if not name.endswith(".jsonl")]
+        source, truth = args.policy or next(iter(models), None), args.annotations
         given = any(word.split("=")[0] == "--eval_samples" for word in sys.argv)
         records = card.truth_of(truth, args.eval_samples if given else None, args.seed)
-    elif files:
-        cli.fail(f"{files[0]} is about responses of its own; give their truth as --annotations")
     else:
-        truth, source = f"the rule of {args.task}", args.policy or str(root / "sft")
+        if names[0].endswith(".jsonl"):
+            cli.fail(f"{names[0]} has responses of its own; give their truth as --annotations")
+        source, truth = args.policy or str(root / "sft"), f"the rule of {args.task}"
         records = ruled_responses(task, args, source)
-    tokenizer = policy.load(source)[0] if source else None
-    samples, opinions = card.samples(records, tokenizer), dict.fromkeys(names)
-    for name in files + models:  # files first: their faults show at once
-        if name in files:
-            opinions[name] = card.same_records(name, records)
-        else:
-            opinions[name] = critique_of(name, task, records, args)
-    cards = {name: card.card(samples, given, args.seed) for name, given in opinions.items()}
+    samples = card.samples(records, policy.load(source)[0] if source else None)
+    feedback = {name: critique_of(name, task, records, args) for name in names}
+    cards = {name: card.card(samples, feedback[name], args.seed) for name in names}
     print_table({name: card.flat(one) for name, one in cards.items()})
-    tokens = f"of {source}" if source else "words"
-    card.write_page(out, truth, tokens, samples, opinions, cards, args.seed)
+    card.write_page(out, truth, source or "words", samples, feedback, cards, args.seed)
     print(f"\npage: {out}")
     return cards if len(cards) > 1 else cards[names[0]]
 
@@ -114,7 +106,9 @@ def ruled_responses(task, args, source) -> list[dict]:
 
 
 def critique_of(name, task, records, args):
-    """A model's feedback on the responses of records; None is unreadable."""
+    """The feedback of a model or an annotations file on records; None is unreadable."""
+    if name.endswith(".jsonl"):
+        return card.same_records(name, records)
     tokenizer, model = policy.load(name, policy.device())
     options = dict(critique_length=args.critique_length, bf16=args.bf16, desc=f"{name} criticises")
     if args.prompted:
