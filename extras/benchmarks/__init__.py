@@ -10,11 +10,12 @@ Figures have 95% intervals. The last line is one JSON object, {"scores": {model:
 """
 
 import json
+import re
 
 import numpy as np
 import torch
 
-from t2g import cli, metrics, policy, tasks
+from t2g import cli, data, metrics, policy, tasks
 from t2g.respond import respond
 
 
@@ -54,6 +55,19 @@ def respond_to_heldout(name, args) -> tuple[list, list[str]]:
     default = getattr(task, "DEFAULTS", {}).get("eval", {}).get("response_length", 64)
     prompts = [example.prompt for example in examples]
     return examples, respond_to(prompts, name, args, args.response_length or default)
+
+
+def read_texts(path, *fields) -> list[dict]:
+    """Reads the rows of a file, in which each of these fields must be a text."""
+    rows = data.read_rows(path)
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+        cli.fail(f"{path} must hold a list of objects")
+    for number, row in enumerate(rows, 1):
+        for field in fields:
+            text = row.get(field)
+            if not isinstance(text, str) or re.search("[\ud800-\udfff]", text):
+                cli.fail(f"row {number} of {path} needs {field}, a text of valid characters")
+    return rows
 
 
 def interval(values, seed=0) -> dict:

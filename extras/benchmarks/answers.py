@@ -27,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 from extras import benchmarks
-from t2g import cli, data, policy, tasks
+from t2g import cli, policy, tasks
 from t2g.log import write_text
 
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
@@ -42,8 +42,8 @@ def main():
     add("--prompts", None, "alpaca_eval's prompts or FastChat's question.jsonl")
     _, args = tasks.parse(parser, "benchmark")
     cli.make_folder(Path(args.out).resolve().parent, "file of answers")
-    questions = data.read_rows(args.prompts) if args.prompts else []
-    if questions and all("turns" in question for question in questions):
+    questions = benchmarks.read_texts(args.prompts) if args.prompts else []
+    if questions and all({"question_id", "turns"} <= row.keys() for row in questions):
         rows = answer_turns(questions, args)
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     else:
@@ -58,9 +58,8 @@ def answer_prompts(questions, args) -> list[dict]:
     if not args.prompts:
         examples, texts = benchmarks.respond_to_heldout(args.model, args)
         questions = [{"instruction": example.prompt} for example in examples]
-    elif not questions or not all("instruction" in question for question in questions):
-        cli.fail(f"{args.prompts} needs rows with instruction, or with question_id and turns")
     else:
+        questions = benchmarks.read_texts(args.prompts, "instruction")
         prompts = [question["instruction"] for question in questions]
         texts = benchmarks.respond_to(prompts, args.model, args, args.response_length or LENGTH)
     name = Path(args.out).stem

@@ -230,7 +230,7 @@ def complete(problem, program) -> str:
 
 def read_samples(path, problems) -> list[dict]:
     """Reads rows of task_id and solution or completion; those of other problems are left out."""
-    rows, samples = data.read_rows(path), []
+    rows, samples = benchmarks.read_texts(path), []
     for row in rows:
         if problem := problems.get(str(row.get("task_id"))):
             solution = row.get("solution") or problem.stub + row.get("completion", "")

@@ -20,7 +20,6 @@ from extras import benchmarks
 from extras.benchmarks import interval
 from t2g import cli, policy, tasks
 from t2g.data import needed
-from t2g.log import read_jsonl
 from t2g.metrics import DRAWS, rouge
 
 ROUGE = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}
@@ -54,9 +53,7 @@ def responses(name, args) -> tuple[list[str], list[str]]:
     if not name.endswith(".jsonl"):
         examples, texts = benchmarks.respond_to_heldout(name, args)
         return [example.reference for example in examples], texts
-    rows = read_jsonl(name)
-    if not rows or not all({"response", "reference"} <= row.keys() for row in rows):
-        cli.fail(f"{name} needs lines with response and reference")
+    rows = benchmarks.read_texts(name, "response", "reference")
     return [row["reference"] for row in rows], [row["response"] for row in rows]
 
 

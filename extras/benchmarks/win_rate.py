@@ -26,7 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 from extras import benchmarks
-from t2g import cli, data, server
+from t2g import cli, server
 from t2g.notes import Notes
 
 QUESTION = """\
@@ -46,7 +46,8 @@ response A is better, [[B]] if response B is, [[tie]] if neither is.
 ### Response B
 {second}
 """
-SCORES = {("AB", "A"): 1, ("AB", "B"): 0, ("BA", "A"): 0, ("BA", "B"): 1}  # for model A
+MAX_RETRIES, TIMEOUT_S = 5, 120
+MAX_FAILURES = 10  # requests in succession without an answer: then the server is at fault
 
 
 def main():
@@ -58,26 +59,23 @@ def main():
     add("--base_url", None, "address of the server; default: OpenAI")
     add("--out", "runs/win_rate/verdicts.jsonl", "file of the verdicts")
     add("--concurrency", 16, "requests at the same time")
-    add("--max_retries", 5, "retries of a failed request")
-    add("--timeout", 120.0, "seconds to wait for an answer")
     args = parser.parse_args()
-    server.client(args.base_url, args.timeout, args.max_retries)  # fails early for a bad address
+    path = Path(args.out)
+    cli.make_folder(path.resolve().parent, "--out")
+    server.client(args.base_url, TIMEOUT_S, MAX_RETRIES)  # fails early for a bad address
     records = both_orders(read_answers(args.a), read_answers(args.b), args.judge)
-    if not records:
-        cli.fail(f"{args.a} and {args.b} share no prompt")
-    judged = judge_all(records, args)
-    pairs = [pair for pair in zip(judged[::2], judged[1::2]) if all(r["verdict"] for r in pair)]
-    if not pairs:
-        cli.fail("no prompt has two readable verdicts; see --judge and --base_url")
-    unreadable = sum(record["verdict"] is None for record in judged)
-    benchmarks.report({"judge": args.judge, "unreadable": unreadable, **rates(pairs)})
+    with Notes(path) as notes:
+        try:
+            asyncio.run(ask_judge(notes.left(records), notes, args))
+        except server.Stop as error:
+            cli.fail(f"{error}. The same command resumes from the verdicts in {path}")
+        verdicts = [notes.records.get(record["id"], {}).get("verdict") for record in records]
+    benchmarks.report({"judge": args.judge, **rates(verdicts[::2], verdicts[1::2])})
 
 
 def read_answers(path) -> dict[str, str]:
     """Returns {prompt: answer} of a file."""
-    rows = data.read_rows(path)
-    if not all({"instruction", "output"} <= row.keys() for row in rows):
-        cli.fail(f"each row of {path} needs instruction and output")
+    rows = benchmarks.read_texts(path, "instruction", "output")
     answers = {row["instruction"]: row["output"] for row in rows}
     if len(answers) < len(rows):
         cli.fail(f"{path} answers a prompt twice; each prompt needs one answer")
@@ -88,30 +86,20 @@ def both_orders(a, b, judge) -> list[dict]:
     """Returns what is to be judged: of each shared prompt one record with A first, one with B."""
     shared, records = [prompt for prompt in a if prompt in b], []
     alone = len(a) + len(b) - 2 * len(shared)
-    print(f"{len(shared)} prompts; {alone} that only one file answers are left out")
+    print(f"{len(shared)} prompts; {alone} that only one file answers are left out", flush=True)
+    if not shared:
+        cli.fail("the two files share no prompt")
     for prompt in shared:
         for order, answers in (("AB", (a, b)), ("BA", (b, a))):
             response = [answer[prompt] for answer in answers]
-            record = {"id": f"{order} {judge} {prompt}", "order": order, "prompt": prompt}
-            records.append({**record, "response": response})
+            name = f"{order} {judge} {prompt}"
+            records.append({"id": name, "prompt": prompt, "response": response})
     return records
-
-
-def judge_all(records, args) -> list[dict]:
-    """Returns the records with their "verdict", None where the judge gave none."""
-    path = Path(args.out)
-    cli.make_folder(path.resolve().parent, "--out")
-    with Notes(path) as notes:
-        try:
-            asyncio.run(ask_judge(notes.left(records), notes, args))
-        except server.Stop as error:
-            cli.fail(f"{error}. The same command resumes from the verdicts in {path}")
-        return [{"verdict": None} | notes.records.get(r["id"], r) for r in records]
 
 
 async def ask_judge(records, notes, args):
     """Asks for the verdict on each record and adds those that can be read to notes."""
-    slots = asyncio.Semaphore(args.concurrency)
+    slots, failures = asyncio.Semaphore(args.concurrency), []
     bar = tqdm(total=len(records), desc=args.judge, unit="verdict")
 
     async def ask_one(record):
@@ -125,13 +113,16 @@ async def ask_judge(records, notes, args):
                 except server.Refused:  # Some models take no temperature.
                     answer = await server.ask(client, **request)
             except server.NoAnswer as error:
-                tqdm.write(f"no verdict: {error}")
+                failures.append(error)
+                if len(failures) >= MAX_FAILURES:
+                    raise server.Stop(f"{error}, {len(failures)} times in succession") from None
                 return
+        failures.clear()
         if verdict := read_verdict(answer.text.rpartition("</think>")[2]):
             notes.add({**record, "verdict": verdict, "judgment": answer.text, "status": "ok"})
         bar.update()
 
-    async with server.client(args.base_url, args.timeout, args.max_retries) as client:
+    async with server.client(args.base_url, TIMEOUT_S, MAX_RETRIES) as client:
         await asyncio.gather(*map(ask_one, records))
     bar.close()
 
@@ -146,14 +137,19 @@ def read_verdict(text: str) -> str | None:
     return found.pop() if len(found) == 1 else None
 
 
-def rates(pairs) -> dict:
-    """Returns the win rate of A and the judge's biases, from pairs of judged records."""
-    scores = np.array([[SCORES.get((r["order"], r["verdict"]), 0.5) for r in p] for p in pairs])
-    verdicts = [record["verdict"] for pair in pairs for record in pair]
+def rates(a_first, b_first) -> dict:
+    """Returns the win rate of A and the judge's biases, from each prompt's verdict per order."""
+    pairs = [pair for pair in zip(a_first, b_first) if all(pair)]
+    if not pairs:
+        cli.fail("no prompt has two readable verdicts; see --judge and --base_url")
+    points = {"A": 1.0, "B": 0.0, "tie": 0.5}
+    scores = np.array([[points[first], 1 - points[second]] for first, second in pairs])
+    verdicts = [verdict for pair in pairs for verdict in pair]
     decided = [verdict for verdict in verdicts if verdict != "tie"]
     return {
         "scores": {"A": {"win_rate": benchmarks.interval(scores.mean(1))}},
         "prompts": len(pairs),
+        "unreadable": [*a_first, *b_first].count(None),
         "ties": verdicts.count("tie") / len(verdicts),
         "inconsistent": float((abs(scores[:, 0] - scores[:, 1]) == 1).mean()),
         "first_position": decided.count("A") / len(decided) if decided else None,
@@ -161,4 +157,5 @@ def rates(pairs) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    with cli.friendly_errors():
+        main()

@@ -75,7 +75,7 @@ def judge(monkeypatch, tmp_path, run):
             rows = [{"instruction": f"Ask {i}.", "output": text} for i, text in enumerate(texts)]
             files.append(write(tmp_path / f"{name}.jsonl", rows))
         url = f"http://127.0.0.1:{server.server_address[1]}/v1"
-        more = ("--base_url", url, "--out", tmp_path / "verdicts.jsonl", "--max_retries", 1)
+        more = ("--base_url", url, "--out", tmp_path / "verdicts.jsonl")
         return run(win_rate, *files, "--judge", "j", *more, *flags), server.asked
 
     yield start
@@ -152,6 +152,11 @@ def test_a_refused_key_ends_the_run_and_keeps_the_verdicts(judge, tmp_path):
     assert result(output)["scores"]["A"]["win_rate"]["value"] == 1 and len(asked) == 5
 
 
+def test_a_server_that_never_answers_ends_the_run(judge):
+    output, asked = judge(lambda *_: (400, ""), ["right"] * 50, ["wrong"] * 50)
+    assert "10 times in succession" in output and len(asked) < 60
+
+
 def test_a_model_that_takes_no_temperature_can_judge(judge):
     def decide(request, *shown):
         return (400, "") if "temperature" in request else the_better(request, *shown)
@@ -164,7 +169,8 @@ def test_other_answers_need_another_file_and_prompts_must_be_shared(judge, tmp_p
     judge(the_better, ["right"], ["wrong"])
     assert "another --out" in judge(the_better, ["right too"], ["wrong"])[0]
     assert "1 that only one file answers" in judge(the_better, ["right"], ["wrong", "wrong"])[0]
-    assert "share no prompt" in judge(the_better, [], ["wrong"])[0]
+    assert "must hold a list" in judge(the_better, [], ["wrong"])[0]
+    assert "valid characters" in judge(the_better, ["\ud800"], ["wrong"])[0]
     assert "no address" in judge(the_better, ["right"], ["wrong"], "--base_url", "localhost")[0]
 
 
@@ -223,7 +229,7 @@ def test_answers_to_mt_bench_see_the_turns_before(run, tmp_path, model, monkeypa
 
 def test_prompts_of_another_form_are_refused(run, tmp_path, model):
     questions = write(tmp_path / "q.jsonl", [{"question": "?"}])
-    assert "needs rows" in run(answers, model, tmp_path / "out.json", "--prompts", questions)
+    assert "needs instruction" in run(answers, model, tmp_path / "out.json", "--prompts", questions)
 
 
 # ---- ARC ---------------------------------------------------------------------------------------

@@ -124,7 +124,7 @@ def test_models_answer_the_same_held_out_prompts(run, tmp_path):
 
 
 BAD = [
-    (("{half}",), "needs lines with response and reference"),
+    (("{half}",), "row 1 of {half} needs reference"),
     (("{file}", "{other}"), "has not the references of"),
     (("{file}", "--bert_model", "./folder"), "choose one with --bert_layers"),
     (("{file}", "--bert_model", "{file}/x", "--bert_layers", "2"), "cannot be loaded"),
@@ -140,4 +140,4 @@ def test_bad_input_is_one_sentence(run, tmp_path, flags, message):
         "other": {"response": "a", "reference": "c"},
     }
     paths = {name: write(tmp_path / f"{name}.jsonl", [row]) for name, row in rows.items()}
-    assert message in run(*(flag.format(**paths) for flag in flags))
+    assert message.format(**paths) in run(*(flag.format(**paths) for flag in flags))
