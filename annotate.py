@@ -29,7 +29,7 @@ from t2g import annotator, cli, policy, server, stages, tasks
 from t2g.feedback import FeedbackError
 from t2g.log import read_jsonl
 from t2g.notes import WRITTEN, Notes, check_kinds, read_responses, write_whole, writing
-from t2g.respond import respond
+from t2g.rollout import respond
 
 
 def parse_args():

@@ -18,7 +18,7 @@ import torch
 
 from t2g import card, cli, critics, page, policy, stages, tasks
 from t2g.metrics import evaluate, interval
-from t2g.respond import respond
+from t2g.rollout import respond
 
 
 def parse_args():

@@ -1,553 +1,282 @@
-"""Stage 3: PPO with token rewards from critiques. Rollout -> critique -> spans -> token rewards -> KL -> GAE -> PPO.
+"""Stage 3: PPO with token rewards. Rollout, critique, spans, token rewards, KL, GAE, update.
 
-    torchrun train_ppo.py                                              # the toy, every earlier stage included
-    torchrun train_ppo.py --reward scalar --output_dir runs/toy/ppo_scalar      # the same feedback, summed at the last token
-    torchrun train_ppo.py --task summarize --policy HUB_ID --data posts.jsonl --critic rule --output_dir runs/posts/ppo
+    torchrun train_ppo.py                                        # the toy, earlier stages included
+    torchrun train_ppo.py --reward scalar --output_dir runs/toy/ppo_scalar
+    torchrun train_ppo.py --task summarize --policy HUB_ID --data posts.jsonl --critic rule
 
-The loop in train() is the algorithm; what is numbered there is numbered so in README and docs/GUIDE.md. The maths is in t2g/ppo.py.
-Stopped, the same command goes on bit for bit. With torchrun --nproc_per_node N models are sharded over N processes: t2g/dist.py.
+The loop in train() is the algorithm, numbered as in docs/GUIDE.md; the maths is in t2g/ppo.py.
+Kill it at any moment: the same command resumes it. With --nproc_per_node N, models are sharded over
+N processes (t2g/dist.py).
 """
 
 import copy
-import itertools
 import time
+import warnings
 from collections import defaultdict
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from t2g import adapters, checkpoint, cli, critics, dist, policy, stages, tasks
-from t2g import page as report
-from t2g.align import (
-    MATCH_KINDS,
-    SENTENCE_OR_LINE,
-    SPAN_WEIGHTS,
-    resolve,
-    span_rewards,
-    steps,
-    token_offsets,
-)
-from t2g.cli import fail
-from t2g.log import Logger, peak_memory_gib
-from t2g.metrics import evaluate, mean_scores, shift, token_counts
-from t2g.policy import Policy, autocast, now, response_logits, token_stats
-from t2g.ppo import (
-    AdaptiveKL,
-    gae,
-    kl_penalty,
-    masked_mean,
-    masked_variance,
-    policy_loss,
-    value_loss,
-    whiten,
-)
-from t2g.rollout import sample, step_rng
+from t2g.align import SPAN_WEIGHTS
+from t2g.folder import run_folder
+from t2g.metrics import evaluate, mean_scores, shift, summary, token_counts, value_explained
+from t2g.page import SAMPLES_PER_STEP
+from t2g.policy import Policy, autocast
+from t2g.ppo import AdaptiveKL, gae, policy_loss, value_loss, whiten
+from t2g.rewards import place_rewards, token_rewards
+from t2g.rollout import sample
+from t2g.run import Run
+from t2g.score import Scores, response_logprobs, score
+
+KL_KINDS = ("full", "k1", "k2", "k3", "abs")
 
 
 def parse_args():
     parser = cli.parser(__doc__)
-    add = parser.add_argument
+    add = cli.flags(parser)
     tasks.add_flags(add)
-    add(
-        "--policy",
-        help="the starting policy: a run, a folder, a hub id or a .gguf file; sft beside --output_dir if not given",
-    )
     critics.add_flags(add)
-    add("--output_dir", help="where the run goes; runs/TASK/ppo if not given")
-    where = "rewards at the spans' tokens, or summed on the last token of each sentence (prm) or of the response (scalar)"
-    add("--reward", choices=("span", "prm", "scalar"), default="span", help=where)
-    add(
-        "--span_weights",
-        choices=list(SPAN_WEIGHTS),
-        default="uniform",
-        help="how a span's score is shared out among its tokens",
-    )
-    add(
-        "--max_steps",
-        type=cli.positive(int),
-        default=100,
-        help="rollouts, each followed by one update",
-    )
-    add("--num_ppo_epochs", type=cli.positive(int), default=4, help="passes over a rollout")
-    add(
-        "--num_mini_batches",
-        type=cli.positive(int),
-        default=2,
-        help="optimiser steps a pass; times the next two it is a rollout",
-    )
-    add(
-        "--gradient_accumulation_steps",
-        type=cli.positive(int),
-        default=1,
-        help="microbatches a minibatch",
-    )
-    add(
-        "--per_device_train_batch_size",
-        type=cli.positive(int),
-        default=8,
-        help="responses a microbatch",
-    )
-    add(
-        "--learning_rate",
-        type=cli.positive(float),
-        default=1e-6,
-        help="AdamW's learning rate, falling linearly to 0",
-    )
-    add(
-        "--max_grad_norm",
-        type=cli.positive(float),
-        default=1.0,
-        help="gradients are clipped to this norm",
-    )
-    add("--response_length", type=cli.positive(int), default=64, help="most tokens of a response")
-    add(
-        "--temperature",
-        type=cli.positive(float),
-        default=1.0,
-        help="of sampling and of all log-probabilities",
-    )
-    add(
-        "--missing_eos_penalty",
-        type=cli.between(0, 1e6),
-        default=1.0,
-        help="taken from a response that does not end",
-    )
-    add(
-        "--kl_coef",
-        type=cli.between(0, 1e6),
-        default=0.05,
-        help="coefficient of the KL penalty, at the start",
-    )
-    add(
-        "--kl_estimator",
-        choices=("k1", "k2", "k3", "abs", "full"),
-        default="full",
-        help="how the KL penalty is computed",
-    )
-    add(
-        "--kl_target",
-        type=cli.positive(float),
-        help="nats a response that the coefficient is steered to; fixed if not given",
-    )
-    add(
-        "--kl_horizon",
-        type=cli.positive(float),
-        default=10000.0,
-        help="how slowly it is steered, in responses",
-    )
-    add("--cliprange", type=cli.positive(float), default=0.2, help="PPO's clip of the ratio")
-    add(
-        "--cliprange_value",
-        type=cli.positive(float),
-        default=0.2,
-        help="clip of the value's change",
-    )
-    add("--vf_coef", type=cli.between(0, 1e6), default=0.1, help="weight of the value loss")
-    add("--entropy_coef", type=cli.between(0, 1e6), default=0.0, help="weight of the entropy bonus")
-    add("--gamma", type=cli.between(0, 1), default=1.0, help="discount")
-    add("--lam", type=cli.between(0, 1), default=0.95, help="lambda of GAE")
-    add(
-        "--eval_samples",
-        type=cli.positive(int),
-        default=64,
-        help="held-out prompts for the measurement before and after",
-    )
-    adapters.add_flags(add)
-    dist.add_flags(add)
-    checkpoint.add_flags(add)
-    add("--tensorboard", action="store_true", help="also write TensorBoard's files")
+    add("--policy", None, "starting policy: a run, a folder, a hub id or .gguf; sft beside the run")
+    add("--output_dir", None, "folder of the run; runs/TASK/ppo if not given")
+    add("--eval_samples", 64, "held-out prompts that are measured before and after")
+    add("--tensorboard", False, "also write TensorBoard files")
+    add_algorithm_flags(add)
+    for module in (adapters, dist, checkpoint):
+        module.add_flags(add)
     task, args = tasks.parse(parser, "train_ppo")
     args.output_dir = args.output_dir or f"runs/{task.NAME}/ppo"
-    local_batch_size = (
-        args.per_device_train_batch_size * args.gradient_accumulation_steps * args.num_mini_batches
-    )
-    args.batch_size = local_batch_size * dist.processes()
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    args.batch_size = rows * args.num_mini_batches * dist.processes()
     args.save_steps = args.save_steps or max(1, min(20, args.max_steps // 10))
     return task, args
+
+
+def add_algorithm_flags(add):
+    at_least_0, share = cli.between(0, 1e6), cli.between(0, 1)
+    where = "where rewards are placed: on the spans' tokens, or summed per sentence or response"
+    add("--reward", "span", where, ("span", "prm", "scalar"))
+    add("--span_weights", "uniform", "how a span's score is distributed", tuple(SPAN_WEIGHTS))
+    add("--max_steps", 100, "number of rollouts; each is followed by one PPO update")
+    add("--num_ppo_epochs", 4, "passes over a rollout")
+    add("--num_mini_batches", 2, "optimiser steps in each pass")
+    add("--gradient_accumulation_steps", 1, "microbatches in each optimiser step")
+    add("--per_device_train_batch_size", 8, "responses in each microbatch")
+    add("--learning_rate", 1e-6, "AdamW's learning rate, decayed linearly to 0")
+    add("--max_grad_norm", 1.0, "gradients are clipped to this norm")
+    add("--response_length", 64, "maximum tokens of a response")
+    add("--temperature", 1.0, "temperature of sampling and of all log-probabilities")
+    add("--missing_eos_penalty", 1.0, "penalises responses that hit the length limit", at_least_0)
+    add("--kl_coef", 0.05, "initial coefficient of the KL penalty", at_least_0)
+    add("--kl_estimator", "full", "estimator of the KL penalty; full is exact", KL_KINDS)
+    add(
+        "--kl_target",
+        None,
+        "KL in nats to steer kl_coef to; fixed if not given",
+        cli.positive(float),
+    )
+    add("--kl_horizon", 10000.0, "number of responses over which kl_coef adapts")
+    add("--cliprange", 0.2, "clip range of the ratio")
+    add("--cliprange_value", 0.2, "clip range of the value's change")
+    add("--vf_coef", 0.1, "weight of the value loss", at_least_0)
+    add("--entropy_coef", 0.0, "weight of the entropy bonus", at_least_0)
+    add("--gamma", 1.0, "discount factor", share)
+    add("--lam", 0.95, "lambda of GAE", share)
 
 
 def main():
     task, args = parse_args()
     root = Path(args.output_dir).parent
     needed = ["sft", *critics.stages_before(args)]
-    seconds = dist.start(
-        args.cpu_offload, first=lambda: stages.ensure(needed, args, root, args.policy)
-    )
-    start = time.perf_counter()
+    earlier = partial(stages.ensure, needed, args, root, args.policy)
+    with dist.session(args.cpu_offload, first=earlier) as seconds, cli.friendly_errors():
+        start = time.perf_counter()
+        tokenizer, model = policy.load(args.policy or root / "sft")
+        pool, heldout = (
+            tasks.short_enough(part, tokenizer, args.max_prompt_length) for part in task.load(args)
+        )
+        critic = critics.load_critic(task, args, root, policy.device())
+        actor, reference = make_models(model, args, args.policy or root / "sft")
+        with run_folder(args, args.resume) as folder, checkpoint.sigterm() as sigterm:
+            asked = heldout[: args.eval_samples]
+            measure = partial(evaluate, task, actor.model, tokenizer, asked, args.response_length)
+            measure = partial(measure, bf16=args.bf16, seed=args.seed)
+            before = measure(desc="before")
+            run = Run(args, task, tokenizer, actor, pool, heldout, folder, sigterm)
+            train(task, args, actor, reference, critic, tokenizer, run)
+            after = measure(desc="after")
+            if dist.rank() == 0:
+                seconds |= {"ppo": time.perf_counter() - start}
+                run.samples.finish(args, heldout, before, after, seconds)
 
-    tokenizer, model = policy.load(args.policy or root / "sft")
-    pool, heldout = (
-        tasks.short_enough(part, tokenizer, args.max_prompt_length) for part in task.load(args)
-    )
-    critic = critics.load_critic(task, args, root, policy.device())
-    reference = (
-        None if args.lora_r else dist.frozen(copy.deepcopy(model), args)
-    )  # with LoRA: the policy, its adapter off
-    torch.manual_seed(args.seed)  # of LoRA's first weights
-    actor = Policy(
-        adapters.added(model, args).eval()
-    )  # without dropout, for the first ratio of a step must be 1
-    actor.load_value_head(args.policy or root / "sft")
-    model = dist.shard(actor.model, args.bf16, args.cpu_offload, args.gradient_checkpointing)
+
+def make_models(model, args, start):
+    """The policy with its value head, and the frozen reference, which LoRA does not need (None)."""
+    reference = None if args.lora_r else dist.frozen(copy.deepcopy(model), args)
+    torch.manual_seed(args.seed)  # for LoRA's first weights
+    actor = Policy(adapters.added(model, args)).eval()  # no dropout: the first ratio must be 1
+    actor.load_value_head(start)
+    dist.shard(actor.model, args.bf16, args.cpu_offload, args.gradient_checkpointing)
     dist.shard(actor.value_head, cpu_offload=args.cpu_offload)
-
-    def measure(desc):
-        some, length = heldout[: args.eval_samples], args.response_length
-        return evaluate(
-            task, model, tokenizer, some, length, bf16=args.bf16, seed=args.seed, desc=desc
-        )
-
-    with (
-        cli.friendly_errors(),
-        checkpoint.run_folder(args, args.resume) as folder,
-        checkpoint.sigterm() as sigterm,
-    ):
-        before, texts_before = measure("before")
-        pages = train(
-            task, args, actor, reference, critic, tokenizer, pool, heldout, folder, sigterm
-        )
-        after, texts_after = measure("after")
-        if dist.rank() == 0:
-            pages.finish(
-                args,
-                before,
-                after,
-                seconds | {"ppo": time.perf_counter() - start},
-                heldout,
-                texts_before,
-                texts_after,
-            )
+    return actor, reference
 
 
-def train(task, args, actor, reference, critic, tokenizer, pool, heldout, folder, sigterm):
-    """The algorithm: a rollout a step, each followed by one update. Returns: the samples that the page shows."""
-    model, device, step_end = (
-        actor.model,
-        policy.device(),
-        getattr(task, "STEP_END", SENTENCE_OR_LINE),
-    )
-    optimizer = torch.optim.AdamW(
-        checkpoint.trainable(actor).values(), lr=args.learning_rate, weight_decay=0.0, fused=True
-    )
-    reached = checkpoint.resume(actor, optimizer, args, data=pool)
-    kl_controller = AdaptiveKL(
-        reached.get("kl_coef", args.kl_coef), args.kl_target, args.kl_horizon
-    )
-    first, bad_steps = dist.rank() == 0, 0
-    log = (
-        Logger(folder, args, task.METRICS, args.tensorboard, keep_until=reached["step"])
-        if first
-        else None
-    )
-    pages = report.Samples(folder, args.max_steps, keep_until=reached["step"])
-    watch = partial(
-        pages.watch,
-        model,
-        token_rewards,
-        partial(score, actor, reference),
-        tokenizer,
-        heldout,
-        critic,
-        args,
-    )
-    if not reached["step"]:
-        watch(0)
+def train(task, args, actor, reference, critic, tokenizer, run):
+    """The algorithm: in each step one rollout, and one PPO update on it."""
+    kl_controller = AdaptiveKL(run.kl_coef, args.kl_target, args.kl_horizon)
+    show_heldout(0, actor, reference, critic, run)
+    for step in run.steps():
+        # 1. Rollout: one sampled response to each prompt of this rank.
+        examples = run.draw(step)
+        prompts = [example.prompt for example in examples]
+        with dist.whole(actor.model):
+            shape = args.response_length, args.temperature
+            rollout = sample(actor.model, tokenizer, prompts, *shape, bf16=args.bf16)
+        run.lap()
 
-    bar = tqdm(
-        range(reached["step"] + 1, args.max_steps + 1), desc="PPO", unit="step", disable=not first
-    )
-    for step in bar:
-        clock = [now()]
-        optimizer.param_groups[0]["lr"] = rate = args.learning_rate * (
-            1 - (step - 1) / args.max_steps
-        )
-
-        # 1. Rollout: one sampled response to each prompt. Every process draws all prompts and takes its own, the short ones first.
-        rng = step_rng(
-            args.seed, step, dist.rank()
-        )  # not that of annotate.py: the critic must judge new prompts
-        examples = sorted(
-            dist.own(rng.choices(pool, k=args.batch_size)), key=lambda example: len(example.prompt)
-        )
-        with dist.whole(model):
-            rollout = sample(
-                model,
-                tokenizer,
-                [e.prompt for e in examples],
-                args.response_length,
-                args.temperature,
-                bf16=args.bf16,
-            )
-        clock.append(now())
-
-        # 2. Critique: what is wrong, and where. None where it is unreadable; such a sample is masked out of the loss.
+        # 2. Critique: what is wrong, and where. None is unreadable, and masked out of the loss.
         feedback = critic(examples, rollout.texts)
-        readable = torch.tensor([f is not None for f in feedback], device=device)
-        clock.append(now())
+        run.lap()
 
-        # 3. Spans -> token rewards delta in {-1, 0, +1}.
+        # 3. Spans -> token rewards delta in {-1, 0, +1}, placed as --reward says.
         delta, quotes = token_rewards(tokenizer, rollout, feedback, args)
-        placed = place(delta, tokenizer, rollout, step_end, args)
+        placed = place_rewards(delta, tokenizer, rollout, task, args)
 
-        # 4. KL penalty: r_t = placed_t - kl_coef KL_t, and what the policy and V were before the update. From here to the update
-        # every process has the numbers of the whole batch.
-        scored = score(actor, reference, rollout, args)
-        everywhere = map(dist.gather, (rollout.mask & readable[:, None], delta, placed, *scored))
-        mask, delta, placed, old_logprobs, entropy, old_values, kl = everywhere
-        if step == 1 and not kl.abs().max() <= 1e-3:
-            raise RuntimeError(
-                f"before the first update policy and reference must agree; KL is {kl.abs().max():.2g} nats"
-            )
-        rewards = placed - kl_controller.value * kl
+        # 4. KL penalty: r_t = placed_t - kl_coef KL_t. From here on the batch is the global one.
+        old = score(actor, reference, rollout, args)
+        mask, delta, placed, old = gather(rollout, feedback, delta, placed, old)
+        check_reference(step, old.kl)
+        rewards = placed - kl_controller.value * old.kl
 
         # 5. Advantages by GAE, whitened over the batch.
-        advantages, returns = gae(rewards, old_values, mask, args.gamma, args.lam)
+        advantages, returns = gae(rewards, old.values, mask, args.gamma, args.lam)
         whitened = whiten(advantages, mask)
-        clock.append(now())
+        run.lap()
 
         # 6. PPO: a few epochs of minibatches against the clipped losses.
-        batch = dict(
-            old_logprobs=old_logprobs,
-            advantages=whitened,
-            old_values=old_values,
-            returns=returns,
-            mask=mask,
+        batch = dict(old_logprobs=old.logprobs, old_values=old.values, advantages=whitened)
+        batch |= dict(returns=returns, mask=mask)
+        stats = update(actor, run.optimizer, rollout, batch, args) if mask.any() else {}
+        run.lap()
+
+        # 7. Did the criticised tokens move? Log, save, and steer the KL coefficient.
+        change = (dist.gather(response_logprobs(actor, rollout, args)) - old.logprobs) * mask
+        run.lap()
+        stats |= shift(change, delta, mask) | summary(mask, delta, quotes, old.kl, old.entropy)
+        stats |= token_counts(tokenizer, rollout, feedback) | {"kl_coef": kl_controller.value}
+        stats |= {"value_explained": value_explained(old.values, returns, mask)}
+        run.log(step, stats | dist.means(mean_scores(task, examples, rollout.texts)))
+        run.keep_samples(step, examples, rollout, feedback, delta, old, whitened, change)
+        show_heldout(step, actor, reference, critic, run)
+        kl_controller.update(stats["kl"], len(mask) if mask.any() else 0)
+        run.save_or_stop(step, kl_controller.value)
+
+
+def show_heldout(step, actor, reference, critic, run):
+    """Steps 1 to 4 on a few held-out prompts, with the same random numbers each time."""
+    args, examples = run.args, run.heldout[:SAMPLES_PER_STEP]
+    if step not in run.samples.steps or step < run.first - 1:
+        return
+    generator = torch.Generator(dist.device()).manual_seed(args.seed)
+    prompts = [example.prompt for example in examples]
+    with dist.whole(actor.model):
+        shape = args.response_length, args.temperature, generator, args.bf16
+        rollout = sample(actor.model, run.tokenizer, prompts, *shape)
+    feedback = critic(examples, rollout.texts)
+    delta, _ = token_rewards(run.tokenizer, rollout, feedback, args)
+    old = score(actor, reference, rollout, args)
+    if dist.rank() == 0:
+        numbers = dict(delta=delta, kl=old.kl, value=old.values)
+        run.samples.add(step, run.tokenizer, examples, rollout, feedback, heldout=True, **numbers)
+
+
+def gather(rollout, feedback, delta, placed, old):
+    """The tensors of all ranks, and the mask of tokens with a readable critique. Collective."""
+    readable = torch.tensor([one is not None for one in feedback], device=delta.device)
+    mask = dist.gather(rollout.mask & readable[:, None])
+    return mask, dist.gather(delta), dist.gather(placed), Scores(*map(dist.gather, old))
+
+
+def check_reference(step, kl):
+    if step == 1 and not kl.abs().max() <= 1e-3:
+        raise RuntimeError(
+            f"policy and reference differ before the first update: KL {kl.max():.2g}"
         )
-        stats = update(actor, optimizer, rollout, batch, args) if mask.any() else {}
-        bad_steps = (
-            bad_steps + 1
-            if stats.get("skipped_updates") == args.num_ppo_epochs * args.num_mini_batches
-            else 0
-        )
-        if bad_steps == 5:
-            fail(
-                f"no finite gradient in 5 steps in a row, up to {step}: lower --learning_rate and go on with --resume CHECKPOINT"
-            )
-        clock.append(now())
-
-        # 7. Steer the KL coefficient, and write down what happened: first of all, whether the criticised tokens moved.
-        change = (dist.gather(response_logprobs(actor, rollout, args)) - old_logprobs) * mask
-        clock.append(now())
-        stats |= shift(change, delta, mask)
-        stats |= summary(mask, delta, dist.totals(quotes), kl, entropy, clock)
-        unexplained = masked_variance(returns - old_values, mask) / masked_variance(
-            returns, mask
-        ).clamp(min=1e-8)
-        stats |= {
-            "value_explained": 1 - unexplained.item(),
-            "kl_coef": kl_controller.value,
-            "learning_rate": rate,
-        }
-        stats |= token_counts(tokenizer, rollout, feedback) | dist.means(
-            mean_scores(task, examples, rollout.texts)
-        )
-        if mask.any():
-            kl_controller.update(stats["kl"], len(mask))
-        if first:
-            log(step, stats)
-            numbers = dict(delta=delta, kl=kl, value=old_values, advantage=whitened, shift=change)
-            pages.add(step, tokenizer, examples, rollout, feedback, **numbers)
-        watch(step)
-        line = "reward {reward:+.2f} kl {kl:.2f} | log pi: good {shift_good:+.3f} rest {shift_rest:+.3f} poor {shift_poor:+.3f}"
-        bar.set_postfix_str(line.format_map(defaultdict(float, stats)))
-        checkpoint.keep(
-            actor,
-            tokenizer,
-            optimizer,
-            step,
-            args,
-            sigterm,
-            reached["data_hash"],
-            kl_coef=kl_controller.value,
-        )
-    return pages
 
 
-def token_rewards(tokenizer, rollout, feedback, args):
-    """delta (B, T) from each sample's feedback, and how many quotes were found in which way."""
-    delta, counts = torch.zeros(rollout.mask.shape), dict.fromkeys((*MATCH_KINDS, "ambiguous"), 0)
-    for row, (text, said) in enumerate(zip(rollout.texts, feedback)):
-        if said is None:
-            continue
-        if isinstance(said, float):  # a learned number for the whole response
-            delta[row, rollout.mask[row].sum() - 1] = said
-            continue
-        spans, found = resolve(text, said, severities=args.span_weights == "severity")
-        offsets = token_offsets(tokenizer, rollout.response[row][rollout.mask[row]].tolist())
-        delta[row, : len(offsets)] = span_rewards(offsets, spans, args.span_weights)
-        counts = {kind: counts[kind] + found[kind] for kind in counts}
-    return delta.to(rollout.response.device), counts
+def update(actor, optimizer, rollout, batch, args) -> dict[str, float]:
+    """The PPO epochs over one rollout; `batch` holds (B, T) tensors of the global batch.
 
-
-def place(delta, tokenizer, rollout, step_end, args):
-    """Rewards (B, T) where --reward wants them: each step's delta summed on its last token. A missing EOS costs at the end.
-
-    A step is a token (span), a sentence or what else ends with step_end (prm), or the whole response (scalar).
+    A loss is a sum over tokens divided by the token count of the global minibatch, so no split into
+    microbatches or ranks changes the step. A gradient that is not finite is skipped and counted.
     """
-    segment, last = torch.zeros_like(rollout.response), rollout.mask.sum(1, keepdim=True) - 1
-    if args.reward == "span":
-        segment += torch.arange(segment.shape[1], device=segment.device)
-    elif args.reward == "prm":
-        for row, text in enumerate(rollout.texts):
-            ids = rollout.response[row][rollout.mask[row]].tolist()
-            segment[row, : len(ids)] = torch.tensor(
-                steps(token_offsets(tokenizer, ids), text, step_end)
-            )
-    following = torch.cat([segment[:, 1:], torch.full_like(last, -1)], dim=1).scatter(1, last, -1)
-    sums = torch.zeros_like(delta).scatter_add(1, segment, delta).gather(1, segment)
-    penalty = args.missing_eos_penalty * (~rollout.finished).float()
-    return sums.where(rollout.mask & (segment != following), 0.0).scatter_add(
-        1, last, -penalty[:, None]
-    )
-
-
-def full_kl(logits, ref_logits, temperature):
-    """The exact KL (T,) of one response from the two models' logits (T, V)."""
-    ours, theirs = ((x.float() / temperature).log_softmax(-1) for x in (logits, ref_logits))
-    return kl_penalty(ours, theirs, "full")
-
-
-@torch.no_grad()
-def score(actor, reference, rollout, args):
-    """Old log-probabilities, entropies, values and KL against the reference, (B, T) each, a microbatch at a time."""
-    microbatches = torch.arange(len(rollout)).split(args.per_device_train_batch_size)
-    parts = [score_microbatch(actor, reference, rollout.rows(rows), args) for rows in microbatches]
-    return [torch.cat(column) for column in zip(*parts)]
-
-
-def score_microbatch(actor, reference, rollout, args):
-    with autocast(args.bf16):
-        logits, states = response_logits(actor.model, rollout)
-        ref_logits = reference_logits(actor, reference, rollout)
-        values = actor.values(states, rollout.mask)
-    logprobs, entropy = token_stats(logits, rollout, args.temperature)
-    if (
-        args.kl_estimator == "full"
-    ):  # a response at a time, so that no second tensor of the size of the logits lives
-        kl = torch.stack(
-            [full_kl(*pair, args.temperature) for pair in zip(logits, ref_logits)]
-        ).masked_fill(~rollout.mask, 0)
-    else:
-        kl = kl_penalty(
-            logprobs, token_stats(ref_logits, rollout, args.temperature)[0], args.kl_estimator
-        )
-    return logprobs, entropy, values, kl
-
-
-def reference_logits(actor, reference, rollout):
-    """Of the frozen copy; without one, of the policy with its adapter off."""
-    with nullcontext() if reference else actor.model.disable_adapter():
-        return response_logits(reference or actor.model, rollout)[0]
-
-
-@torch.no_grad()
-def response_logprobs(actor, rollout, args):
-    """log pi (B, T) of the response tokens under the policy as it is now, by one more forward pass."""
-    microbatches = torch.arange(len(rollout)).split(args.per_device_train_batch_size)
-    with autocast(args.bf16):
-        return torch.cat(
-            [actor(rollout.rows(rows), args.temperature).logprobs for rows in microbatches]
-        )
-
-
-def update(actor, optimizer, rollout, batch, args):
-    """The PPO epochs over one rollout. Every loss is a sum over tokens, divided by the count of the whole minibatch, which all
-    processes share; `batch` has the rows of all of them. A minibatch whose gradient is not finite changes nothing and is counted.
-    """
-    batch = {name: dist.own(tensor)[:, : rollout.mask.shape[1]] for name, tensor in batch.items()}
-    sums, norms, first_error, optimizer_steps = (
-        defaultdict(float),
-        [],
-        0.0,
-        args.num_ppo_epochs * args.num_mini_batches,
-    )
+    batch = {name: dist.own(x)[:, : rollout.mask.shape[1]] for name, x in batch.items()}
+    device, taken = rollout.mask.device, []  # one row of statistics for each optimiser step taken
+    first_error = torch.zeros((), device=device)
     for epoch in range(args.num_ppo_epochs):
         for number, minibatch in enumerate(
             torch.randperm(len(rollout)).chunk(args.num_mini_batches)
         ):
-            token_count, said = (
-                dist.total(batch["mask"][minibatch].sum()).clamp(min=1),
-                defaultdict(float),
-            )
-            for rows in minibatch.sort().values.split(
-                args.per_device_train_batch_size
-            ):  # of like length: little padding
-                b = {name: tensor[rows] for name, tensor in batch.items()}
-                loss, stats, new_logprobs = microbatch_loss(
+            token_count = dist.total(batch["mask"][minibatch].sum()).clamp(min=1)
+            stats, error = defaultdict(float), torch.zeros((), device=device)
+            # Rows are sorted, so that a microbatch has prompts of similar length.
+            for rows in minibatch.sort().values.split(args.per_device_train_batch_size):
+                b = {name: x[rows] for name, x in batch.items()}
+                loss, part, logprobs = microbatch_loss(
                     actor, rollout.rows(rows), b, token_count, args
                 )
-                if epoch == number == 0:
-                    first_error += first_ratio_error(new_logprobs, b, args) / token_count.item()
+                error += ((logprobs.detach() - b["old_logprobs"]).abs() * b["mask"]).sum()
                 loss.backward()
-                for name, value in stats.items():
-                    said[name] += value.detach()
-            norm = dist.plain(
-                torch.nn.utils.clip_grad_norm_(actor.parameters(), args.max_grad_norm)
-            )
+                for name, value in part.items():
+                    stats[name] += value.detach()
+            if epoch == number == 0:
+                first_error = dist.total(error) / token_count
+                check_first_ratio(first_error.item(), args.bf16)
+            clipped = torch.nn.utils.clip_grad_norm_(actor.parameters(), args.max_grad_norm)
+            norm = dist.plain(clipped)
             if norm.isfinite():
                 optimizer.step()
-                norms.append(norm.item())
-                for name, value in said.items():
-                    sums[name] += value.item()
+                taken.append(stats | {"grad_norm": norm / dist.size()})
             optimizer.zero_grad(set_to_none=True)
-    read = args.num_ppo_epochs * int(rollout.prompt_mask.sum() + rollout.mask.sum())
+    names = taken[0] if taken else ()
     means = {
-        name: value / len(norms)
-        for name, value in (sums | {"grad_norm": sum(norms) / dist.size()}).items()
-        if norms
+        name: torch.stack([row[name] for row in taken]).double().mean().item() for name in names
     }
-    stats = dist.totals(means | {"first_ratio_error": first_error, "update_tokens": read})
-    return stats | {"skipped_updates": optimizer_steps - len(norms)}
+    tokens = args.num_ppo_epochs * int(rollout.prompt_mask.sum() + rollout.mask.sum())
+    skipped = args.num_ppo_epochs * args.num_mini_batches - len(taken)
+    ours = {"first_ratio_error": first_error.item(), "skipped_updates": skipped}
+    return dist.totals(means | {"update_tokens": tokens}) | ours
 
 
 def microbatch_loss(actor, rollout, b, token_count, args):
-    """A microbatch's share of the minibatch's loss, what it says of it, and log pi (B, T) of its tokens."""
+    """A microbatch's part of the minibatch's loss, its statistics, and its log pi (B, T)."""
     with autocast(args.bf16):
         new = actor(rollout, args.temperature, args.entropy_coef > 0)
-    limits = b["mask"], args.cliprange, token_count
-    pg_loss, pg_stats = policy_loss(new.logprobs, b["old_logprobs"], b["advantages"], *limits)
-    limits = b["mask"], args.cliprange_value, token_count
-    vf_loss, vf_stats = value_loss(new.values, b["old_values"], b["returns"], *limits)
-    entropy = (new.entropy * b["mask"]).sum() / token_count
+    mask = b["mask"]
+    ratio_limits, value_limits = (mask, args.cliprange), (mask, args.cliprange_value)
+    pg_loss, pg_stats = policy_loss(
+        new.logprobs, b["old_logprobs"], b["advantages"], *ratio_limits, token_count
+    )
+    vf_loss, vf_stats = value_loss(
+        new.values, b["old_values"], b["returns"], *value_limits, token_count
+    )
+    entropy = (new.entropy * mask).sum() / token_count
     stats = {"policy_loss": pg_loss, "value_loss": vf_loss, **pg_stats, **vf_stats}
     return pg_loss + args.vf_coef * vf_loss - args.entropy_coef * entropy, stats, new.logprobs
 
 
-def first_ratio_error(logprobs, b, args):
-    """The sum of |log rho| before any step: 0 within rounding, or log-probabilities are computed in two ways."""
-    error = (logprobs.detach() - b["old_logprobs"]).abs() * b["mask"]
-    if not masked_mean(error, b["mask"]) <= (0.05 if args.bf16 else 1e-4):
-        raise RuntimeError(
-            f"the first ratio of a step must be 1 within rounding, but |log ratio| is {error.max():.2g}"
-        )
-    return error.sum().item()
+def check_first_ratio(error, bf16):
+    """Before any step rho is 1 within rounding, or log-probabilities are computed in two ways.
 
-
-def summary(mask, delta, quotes, kl, entropy, clock):
-    """What a step's rollout looked like and how long its parts took; t2g/log.py has the formulas."""
-    quote_count, responses = (
-        max(sum(quotes[kind] for kind in MATCH_KINDS), 1),
-        max(mask.any(1).sum().item(), 1),
-    )
-    seconds = [end - start for start, end in itertools.pairwise(clock)]
-    return {
-        "reward": (delta * mask).sum().item() / responses,
-        "kl": (kl * mask).sum().item() / responses,
-        "entropy": masked_mean(entropy, mask).item(),
-        "tokens_good": masked_mean((delta > 0).float(), mask).item(),
-        "tokens_poor": masked_mean((delta < 0).float(), mask).item(),
-        "unparsable": 1 - mask.any(1).float().mean().item(),
-        **{f"quotes_{kind}": count / quote_count for kind, count in quotes.items()},
-        **{
-            f"seconds_{part}": s
-            for part, s in zip(("rollout", "critique", "score", "update", "shift"), seconds)
-        },
-        "seconds": clock[-1] - clock[0],
-        "peak_memory_gib": peak_memory_gib(),
-    }
+    error: mean |log rho| over the global minibatch. bf16 logits of 16 to 32 have steps of 0.125, so
+    there a large error is a warning, given once.
+    """
+    message = f"the first ratio of a step must be 1, but the mean |log ratio| is {error:.2g}"
+    if not bf16 and not error <= 1e-4:
+        raise RuntimeError(message)
+    if not error <= 0.05:
+        warnings.warn(f"{message}: see first_ratio_error in metrics.jsonl", stacklevel=2)
 
 
 if __name__ == "__main__":

@@ -122,7 +122,7 @@ def parameters(run) -> int:
     if not run:
         return 0
     path = str(latest_checkpoint(run) or run)
-    source, gguf = pretrained(adapters.base(path) if adapters.there(path) else path)
+    source, gguf = pretrained(adapters.base_of(path) if adapters.is_adapter(path) else path)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source, **gguf))
     return sum(weights.numel() for weights in model.parameters())

@@ -12,8 +12,7 @@ from t2g import dist, policy
 from t2g.align import locate, token_offsets
 from t2g.cli import fail, load_file, positive
 from t2g.feedback import Feedback, FeedbackError, reward_prompt
-from t2g.respond import respond
-from t2g.rollout import chat_text
+from t2g.rollout import chat_text, respond
 
 BUILT_IN = ("rm", "rule", "openai")
 

@@ -1,14 +1,15 @@
-"""Many processes as one: torchrun starts them, FSDP2 shards the models over them, and each knows the numbers of the whole batch.
+"""Many processes as one: torchrun starts them, FSDP2 shards the models, all see the global batch.
 
     torchrun --nproc_per_node 8 train_ppo.py ...
 
-The only file that knows torch.distributed. One process takes the same path as many, but has nothing to share: its model stays as
-it is. What every process must do equally often, however its own samples turn out, is marked as collective.
+This is the only file that knows torch.distributed. One process takes the same path as many and has
+nothing to share: its model stays unsharded. A function marked *collective* must be called the same
+number of times on every rank.
 """
 
-import atexit
 import os
 import sys
+import threading
 import warnings
 from contextlib import contextmanager
 from datetime import timedelta
@@ -16,7 +17,12 @@ from functools import partial
 
 import torch
 from torch import distributed
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -24,44 +30,71 @@ from torch.utils.checkpoint import checkpoint
 from t2g.cli import fail
 
 
-def start(cpu_offload=False, first=None):
-    """Joins the processes that torchrun started, if it did: NCCL between GPUs, gloo between CPUs. Only the first one prints.
+@contextmanager
+def session(cpu_offload=False, first=None):
+    """Joins the processes that torchrun started, if it did; they leave together, whatever happens.
 
-    Before, the first one runs first(), and the others wait for it, for weeks if need be. Returns: what first() said, or None.
+    Rank 0 runs first() before the others go on, for weeks if need be; its result is yielded there,
+    None elsewhere. An error on one rank, SystemExit included, ends all ranks at once: those that
+    wait for it in a collective would otherwise wait for an hour.
     """
     if cpu_offload and not ("WORLD_SIZE" in os.environ and torch.cuda.is_available()):
-        fail("--cpu_offload takes weights off a GPU, under torchrun; leave it out")
+        fail("--cpu_offload moves weights off a GPU and needs torchrun; leave it out")
     if "WORLD_SIZE" not in os.environ or distributed.is_initialized():
-        return first() if first else None
+        yield first() if first else None
+        return
     store, number, count = next(distributed.rendezvous("env://"))
-    restart = os.environ.get(
-        "TORCHELASTIC_RESTART_COUNT", "0"
-    )  # what processes that died had written must not be read
-    store = distributed.PrefixStore(f"start {restart}", store)
-    said = first() if first and number == 0 else None
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = distributed.PrefixStore(f"start {restart}", store)  # keys of earlier starts are stale
+    try:
+        yield join(store, number, count, first)
+    except BaseException as error:
+        end_all(store, error)
+    distributed.destroy_process_group()
+
+
+def join(store, number, count, first):
+    result = first() if first and number == 0 else None
     if number == 0:
         store.set("first is done", "")
     store.wait(["first is done"], timedelta(weeks=4))
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    backend, timeout = (
-        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
-        timedelta(hours=1),
-    )
-    distributed.init_process_group(
-        backend, store=store, rank=number, world_size=count, timeout=timeout
-    )
-    atexit.register(distributed.destroy_process_group)
-    warnings.filterwarnings(
-        "ignore", message="FSDP2-wrapped module .* returned a view tensor"
-    )  # nothing here is changed in place
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    group = dict(store=store, rank=number, world_size=count, timeout=timedelta(hours=1))
+    distributed.init_process_group(backend, **group)
+    threading.Thread(target=end_with_others, args=(store.clone(),), daemon=True).start()
+    # Nothing here changes a view of sharded weights in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     if number:
         sys.stdout = open(os.devnull, "w")
-    return said
+    return result
+
+
+def end_all(store, error):
+    """Ends this process as the error would, and tells the others to end with the same exit code.
+
+    os._exit, because destroying a process group waits for ranks that will never come.
+    """
+    code = 1
+    if isinstance(error, SystemExit):
+        code = error.code if isinstance(error.code, int) else 1
+    else:
+        sys.excepthook(type(error), error, error.__traceback__)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    store.set("exit code", str(code))
+    os._exit(code)
+
+
+def end_with_others(store):
+    """Waits in a thread of its own, for the main one may hang in a collective."""
+    store.wait(["exit code"], timedelta(weeks=52))
+    os._exit(int(store.get("exit code")))
 
 
 def processes() -> int:
-    """How many torchrun started, known before start()."""
+    """The number of processes that torchrun started; known before session()."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -73,14 +106,18 @@ def size() -> int:
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def barrier():
-    """Goes on when all processes are here. Collective."""
+    """Waits for all ranks. Collective."""
     if size() > 1:
         distributed.barrier()
 
 
 def total(x):
-    """The sum of a tensor over all processes. Collective."""
+    """The sum of a tensor over all ranks. Collective."""
     if size() > 1:
         x = x.clone()
         distributed.all_reduce(x)
@@ -88,77 +125,57 @@ def total(x):
 
 
 def totals(numbers: dict) -> dict:
-    """The sums of numbers over all processes. Collective."""
-    return dict(
-        zip(
-            numbers,
-            total(
-                torch.tensor(list(numbers.values()), dtype=torch.float64, device=device())
-            ).tolist(),
-        )
-    )
+    """The sums of numbers over all ranks, in double precision. Collective."""
+    values = torch.tensor(list(numbers.values()), dtype=torch.float64, device=device())
+    return dict(zip(numbers, total(values).tolist()))
 
 
 def means(numbers: dict) -> dict:
-    """The mean of numbers over all processes. Collective."""
+    """The means of numbers over all ranks. Collective."""
     return {name: value / size() for name, value in totals(numbers).items()}
 
 
 def gather(x):
-    """The rows (B, T) of all processes, first to last: (size B, longest T), 0 behind shorter ones. Collective."""
+    """The rows (B, T) of all ranks in order: (size B, longest T), padded with 0. Collective."""
     if size() == 1:
         return x
     longest = torch.tensor(x.shape[1], device=x.device)
     distributed.all_reduce(longest, distributed.ReduceOp.MAX)
-    mine = F.pad(
-        x.to(torch.uint8) if x.dtype == torch.bool else x, (0, int(longest) - x.shape[1])
-    ).contiguous()
+    padding = int(longest) - x.shape[1]
+    mine = F.pad(x.to(torch.uint8) if x.dtype == torch.bool else x, (0, padding)).contiguous()
     rows = [torch.empty_like(mine) for _ in range(size())]
     distributed.all_gather(rows, mine)
     return torch.cat(rows).to(x.dtype)
 
 
 def own(rows):
-    """This process's part of what gather() made, or of a list that all processes have."""
+    """This rank's part of the rows that gather() returns, or of a list that all ranks have."""
     count = len(rows) // size()
     return rows[rank() * count : (rank() + 1) * count]
 
 
 def add_flags(add):
-    add(
-        "--gradient_checkpointing",
-        action="store_true",
-        help="activations of a block are computed again, not kept: less memory",
-    )
-    add(
-        "--cpu_offload",
-        action="store_true",
-        help="weights and optimiser state wait in the memory of the CPU; torchrun on GPUs",
-    )
-    add(
-        "--replicate_frozen",
-        action="store_true",
-        help="reference and reward model whole on every GPU: faster, more memory",
-    )
+    add("--gradient_checkpointing", False, "recompute activations in the backward pass")
+    add("--cpu_offload", False, "keep weights and optimiser state in CPU memory; needs torchrun")
+    add("--replicate_frozen", False, "reference and reward model unsharded: faster, more memory")
 
 
 def shard(model, bf16=False, cpu_offload=False, recompute=False):
-    """The same model on this process's device, its weights, gradients and optimiser state spread over all: FSDP2, a group of
-    weights for each block of the transformer and one of the rest. Collective, and so is every forward and backward pass after it.
+    """The model on this rank's device, its weights, gradients and optimiser state sharded by FSDP2.
 
-    Gradients are sums over all processes: a loss must be divided by the tokens of all of them, and not only of its own. With
-    recompute, a block keeps its input alone and goes forward once more when its gradient is wanted.
+    Each transformer block is one group of weights and the rest another. Gradients are *sums* over
+    ranks, so a loss must be divided by the global token count. With recompute a block keeps only
+    its input and runs forward again when its gradient is needed. Collective, as is every forward
+    and backward pass of the sharded model.
     """
     if recompute:
         recompute_blocks(model)
-    if size() == 1 and not cpu_offload:  # nothing to share: FSDP would only copy
-        return model.to(device())
+    if size() == 1 and not cpu_offload:
+        return model.to(device())  # FSDP would only copy
     options = {"offload_policy": CPUOffloadPolicy()} if cpu_offload else {}
-    if bf16:  # products in bf16; the weights that the optimiser steps, and sums of gradients over processes, in fp32
-        options["mp_policy"] = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16, reduce_dtype=torch.float32
-        )
-    for block in reversed(blocks(model)):  # what lies within another first
+    if bf16:  # products in bf16; the optimiser's weights and the reduced gradients in fp32
+        options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32)
+    for block in reversed(blocks(model)):  # inner blocks before those that contain them
         fully_shard(block, **options)
     fully_shard(model, **options)
     for part in parts(model):
@@ -166,35 +183,33 @@ def shard(model, bf16=False, cpu_offload=False, recompute=False):
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)
         if hasattr(part, "set_reduce_scatter_unused_params"):  # older versions of torch lack it
-            part.set_reduce_scatter_unused_params(True)  # such as experts without a local token
+            part.set_reduce_scatter_unused_params(True)  # an expert that got no token of this rank
     return model
 
 
 def frozen(model, args):
-    """A model that is not trained, ready to be asked: sharded as well, or whole in each process with --replicate_frozen."""
+    """A model for inference alone: sharded too, or whole on each rank with --replicate_frozen."""
     if not (distributed.is_initialized() and (size() > 1 or args.cpu_offload)):
-        return model.to(
-            device()
-        )  # autocast keeps bf16 copies only of weights that could have a gradient
+        return model.to(device())  # autocast caches bf16 copies only of weights that need gradients
     model.requires_grad_(False)
     if not args.replicate_frozen:
         return shard(model, args.bf16, args.cpu_offload)
-    for weights in model.parameters() if args.bf16 else ():
-        weights.data = weights.data.to(torch.bfloat16)  # as those of shard() are when they are read
+    for weights in (
+        model.parameters() if args.bf16 else ()
+    ):  # buffers, such as of RoPE, stay in fp32
+        weights.data = weights.data.to(torch.bfloat16)
     return model.to(device())
 
 
-def device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def recompute_blocks(model):
+    # No random number is drawn in a block: dropout is off.
+    options = dict(use_reentrant=False, preserve_rng_state=False)
     for block in blocks(model):
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        block.forward = partial(checkpoint, block.forward, **options)
 
 
 def blocks(model) -> list:
-    """The transformer's blocks, as transformers names their class; none of a model that has no such name."""
+    """The transformer's blocks, by the class names that transformers gives; [] if it gives none."""
     names = getattr(model, "_no_split_modules", None) or []
     return [module for module in model.modules() if type(module).__name__ in names]
 
@@ -206,7 +221,7 @@ def parts(model) -> list:
 
 @contextmanager
 def whole(model):
-    """Within it every process has all weights, and forward passes are its own affair: for sampling. Collective at both ends."""
+    """All-gathers the weights, so that ranks generate independently. Collective on both ends."""
     for part in parts(model):
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
@@ -216,15 +231,16 @@ def whole(model):
         for part in parts(model):
             part.set_reshard_after_forward(reshard_after_forward(part, model), recurse=False)
             part.reshard()
-        # Without this FSDP records each forward pass until the next backward pass.
+        # Without this, FSDP keeps a note of every forward pass. Older versions of torch lack it.
         root = parts(model) and model._get_fsdp_state()._is_root
-        if root and hasattr(model, "reset_iter_state"):  # older versions of torch lack it
+        if root and hasattr(model, "reset_iter_state"):
             model.reset_iter_state()
 
 
 def reshard_after_forward(part, model) -> bool:
-    """Whether a part's weights go after a forward pass. The root's stay for the backward pass that follows, if one does."""
-    return part is not model or not any(weights.requires_grad for weights in model.parameters())
+    """Whether a group is freed after its forward pass. The root's stays for the backward pass."""
+    trained = any(weights.requires_grad for weights in model.parameters())
+    return part is not model or not trained
 
 
 def plain(tensor):
@@ -233,37 +249,32 @@ def plain(tensor):
 
 
 def local(tensor):
-    """This process's rows of a tensor that may be sharded, without copying them."""
+    """This rank's rows of a tensor that may be sharded, without a copy."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def like(tensor, rows):
-    """Rows of this process as a tensor that is sharded as `tensor` is, if it is."""
+    """This rank's rows as a tensor that is sharded as `tensor` is, if it is."""
     made = torch.zeros_like(tensor)
     local(made).copy_(rows)
     return made
 
 
 def own_chunk(tensor):
-    """The rows that FSDP gives this process of a whole tensor."""
+    """The rows that FSDP assigns to this rank of a whole tensor."""
     chunks = tensor.chunk(size())
     return chunks[rank()] if rank() < len(chunks) else tensor[:0]
 
 
 def whole_state(module, trained_only=False) -> dict:
-    """The module's state on the CPU of the first process, {} elsewhere; weights that are one stay one. Collective."""
-    left_out = {
-        name
-        for name, weights in module.named_parameters()
-        if trained_only and not weights.requires_grad
-    }
+    """The module's state on the CPU of rank 0, {} elsewhere; tied weights stay one. Collective."""
+    parameters = module.named_parameters()
+    omitted = {name for name, p in parameters if trained_only and not p.requires_grad}
     state, seen = {}, {}
     for name, tensor in module.state_dict().items():
-        if name in left_out:
+        if name in omitted:
             continue
-        key, value = local(tensor).data_ptr(), plain(tensor)
-        if rank() == 0 and key not in seen:
-            seen[key] = value.cpu()
+        address, value = local(tensor).data_ptr(), plain(tensor)
         if rank() == 0:
-            state[name] = seen[key]
+            state[name] = seen.setdefault(address, value.cpu())
     return state

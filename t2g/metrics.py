@@ -9,9 +9,11 @@ import numpy as np
 import torch
 
 from t2g import dist
+from t2g.align import MATCH_KINDS
 from t2g.feedback import Feedback
-from t2g.ppo import masked_mean
-from t2g.respond import respond
+from t2g.log import peak_memory_gib
+from t2g.ppo import masked_mean, masked_variance
+from t2g.rollout import respond
 
 
 def evaluate(
@@ -58,6 +60,32 @@ def token_counts(tokenizer, rollout, feedback) -> dict[str, float]:
     totals = dist.totals(sums | {"responses": len(rollout), "critiques": len(critiques)})
     means = {name: totals[name] / totals["responses"] for name in sums}
     return means | {"critique_tokens": totals["critique_tokens"] / max(totals["critiques"], 1)}
+
+
+def summary(mask, delta, quotes, kl, entropy) -> dict[str, float]:
+    """Statistics of a rollout from (B, T) tensors; t2g/log.py has the formulas. Collective.
+
+    quotes: this rank's number of quotes that were found in each way.
+    """
+    quotes = dist.totals(quotes)
+    quote_count = max(sum(quotes[kind] for kind in MATCH_KINDS), 1)
+    responses = max(mask.any(1).sum().item(), 1)
+    return {
+        "reward": (delta * mask).sum().item() / responses,
+        "kl": (kl * mask).sum().item() / responses,
+        "entropy": masked_mean(entropy, mask).item(),
+        "tokens_good": masked_mean((delta > 0).float(), mask).item(),
+        "tokens_poor": masked_mean((delta < 0).float(), mask).item(),
+        "unparsable": 1 - mask.any(1).float().mean().item(),
+        **{f"quotes_{kind}": count / quote_count for kind, count in quotes.items()},
+        "peak_memory_gib": peak_memory_gib(),
+    }
+
+
+def value_explained(values, returns, mask) -> float:
+    """1 - Var(returns - V) / Var(returns) over the tokens of the mask."""
+    unexplained = masked_variance(returns - values, mask)
+    return 1 - (unexplained / masked_variance(returns, mask).clamp(min=1e-8)).item()
 
 
 def shift(change, delta, mask) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The page of runs of train_ppo.py: one HTML file, made from the runs' folders, that needs no network.
+"""The page of runs of train_ppo.py: one HTML file, made from their folders, without network.
 
 It shows the tokens of sampled responses coloured by delta or another of their numbers, with the
 critique and its quotes; whether the criticised tokens moved; held-out prompts before and after
@@ -12,15 +12,12 @@ from difflib import SequenceMatcher
 from itertools import accumulate
 from pathlib import Path
 
-import torch
-
 from t2g import dist, tasks
 from t2g.align import resolve, token_offsets
-from t2g.checkpoint import UNLIKE
 from t2g.cli import fail
 from t2g.feedback import Feedback, quoted
-from t2g.log import METRICS, cut, read_jsonl, write_json, write_text
-from t2g.rollout import sample
+from t2g.folder import RESUME_IGNORES
+from t2g.log import METRICS, read_jsonl, truncate, write_json, write_text
 
 # A page stays small and legible.
 STEPS_SHOWN, SAMPLES_PER_STEP, POINTS_SHOWN, HELDOUT_SHOWN, GROUPS_SHOWN = 12, 4, 400, 6, 4
@@ -32,112 +29,67 @@ CURVES = (
 )
 FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "heldout.jsonl", "result.json")
 REWARDS = {"span": "span rewards", "prm": "rewards by sentence", "scalar": "one scalar"}
-NO_SETTING = UNLIKE | {"seed", "batch_size"}  # the latter follows from other settings
+NO_SETTING = RESUME_IGNORES | {"seed", "batch_size"}  # the latter follows from other settings
 
 
 class Samples:
-    """Keeps a few responses of a dozen steps, spread evenly: some sampled in training, with every number that stands at their
-    tokens, and some to the same held-out prompts each time, before the first update too; and makes the page. The first process
-    writes."""
+    """Keeps a few responses of a dozen steps, spread evenly, with the numbers at their tokens.
+
+    Some are sampled in training, and some answer the same held-out prompts each time. Rank 0
+    writes.
+    """
 
     def __init__(self, folder, max_steps, keep_until=0):
-        """A run that goes on after a stop keeps the samples up to the step from which it does."""
+        """A resumed run keeps the samples up to keep_until, the step that it resumes from."""
         self.folder, self.steps = Path(folder), [0, *spread(STEPS_SHOWN, max_steps)]
         if dist.rank() == 0:
-            cut(self.folder / "samples.jsonl", keep_until)
-
-    def watch(self, model, token_rewards, score, tokenizer, heldout, critic, args, step):
-        """Responses to the first held-out prompts after a step, what the critic says of them, and their numbers before any further
-        update, by train_ppo's functions. Random numbers are the same at each step and are not the run's. Collective."""
-        if step not in self.steps:
-            return
-        examples, generator = (
-            heldout[:SAMPLES_PER_STEP],
-            torch.Generator(dist.device()).manual_seed(args.seed),
-        )
-        prompts = [example.prompt for example in examples]
-        with dist.whole(model):
-            rollout = sample(
-                model,
-                tokenizer,
-                prompts,
-                args.response_length,
-                args.temperature,
-                generator,
-                args.bf16,
-            )
-        feedback = critic(examples, rollout.texts)
-        delta, _ = token_rewards(tokenizer, rollout, feedback, args)
-        _, _, value, kl = score(rollout, args)
-        if dist.rank() == 0:
-            self.add(
-                step,
-                tokenizer,
-                examples,
-                rollout,
-                feedback,
-                heldout=True,
-                delta=delta,
-                kl=kl,
-                value=value,
-            )
+            truncate(self.folder / "samples.jsonl", keep_until)
 
     def add(self, step, tokenizer, examples, rollout, feedback, heldout=False, **at_tokens):
-        """at_tokens: (B, T) tensors by name."""
-        for row in (
-            i - 1 for i in spread(SAMPLES_PER_STEP, len(rollout) if step in self.steps else 0)
-        ):
-            ids = rollout.response[row][rollout.mask[row]].tolist()
-            text, said = rollout.texts[row], feedback[row]
+        """Keeps some rows of a rollout, if the step is shown; at_tokens: (B, T) tensors by name."""
+        count = len(rollout) if step in self.steps else 0
+        at_tokens = {name: tensor.cpu() for name, tensor in at_tokens.items() if count}
+        for number in spread(SAMPLES_PER_STEP, count):
+            row = number - 1
+            ids, text, one = rollout.ids(row), rollout.texts[row], feedback[row]
             tokens, written = [], 0
-            for t, (token, (start, end)) in enumerate(zip(ids, token_offsets(tokenizer, ids))):
-                numbers = {
-                    name: round(tensor[row, t].item(), 4) for name, tensor in at_tokens.items()
-                }
-                shown = text[
-                    max(start, written) : end
-                ]  # a character of several tokens is shown once
+            for t, (start, end) in enumerate(token_offsets(tokenizer, ids)):
+                # A character of several tokens is shown once, a special token by its name.
+                shown = text[max(start, written) : end] if start < end else tokenizer.decode(ids[t])
                 written = max(written, end)
-                tokens.append(
-                    {"text": shown if start < end else tokenizer.decode([token]), **numbers}
-                )
-            line = {
-                "step": step,
-                "heldout": heldout,
-                "prompt": examples[row].prompt,
-                "tokens": tokens,
-            }
-            if isinstance(said, Feedback):
-                line |= {"critique": said.critique, "good": said.good, "poor": said.poor}
-            else:  # unreadable, or a learned number
-                line |= {
-                    "critique": None if said is None else f"{said:+.2f}",
-                    "good": [],
-                    "poor": [],
-                }
+                numbers = {name: round(x[row, t].item(), 4) for name, x in at_tokens.items()}
+                tokens.append({"text": shown, **numbers})
+            line = {"step": step, "heldout": heldout, "prompt": examples[row].prompt}
+            line |= {"tokens": tokens, "critique": None, "good": [], "poor": []}
+            if isinstance(one, Feedback):
+                line |= {"critique": one.critique, "good": one.good, "poor": one.poor}
+            elif one is not None:  # a learned scalar
+                line["critique"] = f"{one:+.2f}"
             with open(self.folder / "samples.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
-    def finish(self, args, before, after, seconds, heldout, texts_before, texts_after):
-        """result.json, the run's page, and what both say in short; the texts are sampled responses to the held-out examples."""
+    def finish(self, args, heldout, before, after, seconds):
+        """Writes result.json, heldout.jsonl and the page, and prints the results.
+
+        before, after: scores and sampled texts, as metrics.evaluate() returns them; seconds: of
+        each stage.
+        """
         seconds = {stage: round(number, 1) for stage, number in seconds.items()}
+        (scores, texts), (scores_after, texts_after) = before, after
         page = str(Path(args.output_dir) / "page.html")
-        result = {"before": before, "after": after, "seconds": seconds, "page": page}
-        rows = (
-            {"prompt": example.prompt, "before": old, "after": new}
-            for example, old, new in zip(heldout, texts_before, texts_after)
-        )
-        write_text(
-            self.folder / "heldout.jsonl",
-            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
-        )
+        result = {"before": scores, "after": scores_after, "seconds": seconds, "page": page}
+        lines = [
+            json.dumps({"prompt": e.prompt, "before": a, "after": b}, ensure_ascii=False) + "\n"
+            for e, a, b in zip(heldout, texts, texts_after)
+        ]
+        write_text(self.folder / "heldout.jsonl", "".join(lines))
         write_json(self.folder / "result.json", result)
         write_page(self.folder / "page.html", [self.folder])
         print(f"\n{'held-out prompts':24}{'before':>10}{'after':>10}")
-        print("\n".join(f"{name:24}{before[name]:10.3f}{after[name]:10.3f}" for name in before))
-        print(
-            f"\npolicy: {args.output_dir}/checkpoint-{args.max_steps}\npage:   {page}\n{json.dumps(result)}"
-        )
+        for name in scores:
+            print(f"{name:24}{scores[name]:10.3f}{scores_after[name]:10.3f}")
+        print(f"\npolicy: {args.output_dir}/checkpoint-{args.max_steps}\npage:   {page}")
+        print(json.dumps(result))
 
 
 def write_page(path, folders) -> str:

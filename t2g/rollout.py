@@ -1,15 +1,17 @@
-"""Sampling: prompts in, responses out, batched, with a key-value cache. The ids that come out are never re-tokenised.
+"""Sampling, batched and with a key-value cache. Sampled ids are never re-encoded.
 
-`sample` draws at a temperature and stops at EOS; no top-k, no top-p, no beams, no repetition penalty, for PPO's
-ratio is only right for tokens drawn from the very distribution whose log-probabilities it compares.
+`sample` draws from the plain distribution at a temperature and stops at EOS. There is no top-k,
+top-p, beam search or repetition penalty, because PPO's ratio is only right for tokens drawn from
+the very distribution whose log-probabilities it compares.
 """
 
 import random
 from dataclasses import dataclass, replace
 
 import torch
+from tqdm import tqdm
 
-from t2g import cache, cpu
+from t2g import cache, cpu, dist
 from t2g.align import response_text
 from t2g.cli import fail
 from t2g.policy import autocast, context_length, eos_ids, positions
@@ -17,7 +19,7 @@ from t2g.policy import autocast, context_length, eos_ids, positions
 
 @dataclass
 class Rollout:
-    """A batch of sampled responses: what flows from sampling to the critic and to the update."""
+    """A batch of sampled responses: what sampling hands to the critic and to the update."""
 
     prompt: torch.Tensor  # (B, P) token ids, padded on the left
     prompt_mask: torch.Tensor  # (B, P) bool
@@ -30,20 +32,23 @@ class Rollout:
         return len(self.texts)
 
     def rows(self, index) -> "Rollout":
-        """The rows of a microbatch, their prompts without columns of padding alone. (B, T) tensors keep their index t."""
-        tensors = {
-            name: getattr(self, name)[index]
-            for name in ("prompt", "prompt_mask", "response", "mask", "finished")
-        }
+        """A microbatch, without columns of prompt padding. (B, T) tensors keep their index t."""
+        names = ("prompt", "prompt_mask", "response", "mask", "finished")
+        tensors = {name: getattr(self, name)[index] for name in names}
         longest = int(tensors["prompt_mask"].sum(1).max())
-        tensors |= {name: tensors[name][:, -longest:] for name in ("prompt", "prompt_mask")}
+        for name in ("prompt", "prompt_mask"):
+            tensors[name] = tensors[name][:, -longest:]
         return replace(self, **tensors, texts=[self.texts[i] for i in index])
+
+    def ids(self, row) -> list[int]:
+        """The sampled ids of a response, EOS included, without padding."""
+        return self.response[row][self.mask[row]].tolist()
 
 
 def step_rng(seed: int, step: int, rank=0) -> random.Random:
-    """A generator for the draws of one step, the same in all processes; and torch's seeded, in each of them another.
+    """A random generator of a step, the same on all ranks; seeds torch's differently on each.
 
-    What is drawn hangs on no earlier step: a run that was stopped goes on with the same draws, and no state of a generator is kept.
+    Draws depend on seed, step and rank alone, so a resumed run needs no saved generator.
     """
     rng = random.Random(f"step {step} of seed {seed}")
     torch.manual_seed(rng.getrandbits(62) + rank)
@@ -51,11 +56,10 @@ def step_rng(seed: int, step: int, rank=0) -> random.Random:
 
 
 def encode_prompts(tokenizer, prompts: list[str], device="cpu"):
-    """User messages through the chat template: ids (B, P), padded on the left, and their mask (B, P) bool."""
+    """User messages through the chat template: ids (B, P), padded on the left, and mask (B, P)."""
     chats = [chat_text(tokenizer, prompt) for prompt in prompts]
-    batch = tokenizer(
-        chats, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
-    )
+    options = dict(padding=True, padding_side="left", return_tensors="pt")
+    batch = tokenizer(chats, add_special_tokens=False, **options)
     return batch["input_ids"].to(device), batch["attention_mask"].bool().to(device)
 
 
@@ -66,72 +70,80 @@ def chat_text(tokenizer, prompt: str) -> str:
 
 @torch.no_grad()
 def sample(
-    model,
-    tokenizer,
-    prompts: list[str],
-    response_length: int,
-    temperature=1.0,
-    generator=None,
-    bf16=False,
+    model, tokenizer, prompts, response_length, temperature=1.0, generator=None, bf16=False
 ) -> Rollout:
-    """One response to each prompt, of at most response_length tokens; temperature 0 takes the likeliest token."""
+    """One response of at most response_length tokens to each prompt; temperature 0 is greedy.
+
+    Raises: SystemExit with one sentence if a prompt and its response do not fit the context.
+    """
     prompt, prompt_mask = encode_prompts(tokenizer, prompts, model.device)
-    if prompt.shape[1] + response_length > context_length(model):
+    length = prompt.shape[1] + response_length
+    if length > context_length(model):
         fail(
-            f"a prompt of {prompt.shape[1]} tokens and {response_length} new ones do not fit the model's context of "
-            f"{context_length(model)}; leave long prompts out with --max_prompt_length, or allow fewer new tokens "
-            "(--response_length for responses, --critique_length for critiques)"
+            f"{prompt.shape[1]} prompt tokens and {response_length} new ones exceed the model's "
+            f"context of {context_length(model)}; lower --max_prompt_length, --response_length or "
+            "--critique_length"
         )
     eos = torch.tensor(eos_ids(tokenizer, model), device=model.device)
     response = prompt.new_full((len(prompts), response_length), tokenizer.pad_token_id)
-    mask, finished = (
-        torch.zeros_like(response, dtype=torch.bool),
-        torch.zeros_like(response[:, 0], dtype=torch.bool),
-    )
-    past, attention, ids = (
-        cache.roomy(model.config, prompt.shape[1] + response_length),
-        prompt_mask,
-        prompt,
-    )
-    going = torch.arange(
-        len(prompts), device=model.device
-    )  # rows without EOS so far; the others are not computed any more
-    with (
-        autocast(bf16),
-        cpu.packed(model),
-    ):  # one context for the whole loop: it keeps a copy of the weights
+    mask = torch.zeros_like(response, dtype=torch.bool)
+    finished = torch.zeros_like(mask[:, 0])
+    past, attention, ids = cache.preallocated(model.config, length), prompt_mask, prompt
+    active = torch.arange(len(prompts), device=model.device)  # rows that have not ended
+    with autocast(bf16), cpu.packed(model):  # both keep copies of the weights for the whole loop
         for t in range(response_length):
-            out = model(
+            logits = model(
                 input_ids=ids,
                 attention_mask=attention.long(),
                 position_ids=positions(attention)[:, -ids.shape[1] :],
                 past_key_values=past,
                 use_cache=True,
                 logits_to_keep=1,
-            )
-            uniform = torch.rand(len(prompts), device=model.device, generator=generator)[going]
-            token = draw(out.logits[:, -1].float(), temperature, uniform)
-            response[going, t], mask[going, t], ended = token, True, torch.isin(token, eos)
+            ).logits[:, -1]
+            uniform = torch.rand(len(prompts), device=model.device, generator=generator)[active]
+            token = draw(logits.float(), temperature, uniform)
+            response[active, t], mask[active, t] = token, True
+            ended = torch.isin(token, eos)
             if ended.any():
-                finished[going[ended]] = True
-                going, token, attention = going[~ended], token[~ended], attention[~ended]
+                finished[active[ended]] = True
+                active, token, attention = active[~ended], token[~ended], attention[~ended]
                 past.batch_select_indices((~ended).nonzero()[:, 0])
-            if not len(going):
+            if not len(active):
                 break
-            ids, attention = (
-                token[:, None],
-                torch.cat([attention, torch.ones_like(attention[:, :1])], dim=1),
-            )
+            ids = token[:, None]
+            attention = torch.cat([attention, torch.ones_like(attention[:, :1])], dim=1)
     response, mask = response[:, : t + 1], mask[:, : t + 1]
     texts = [response_text(tokenizer, row[m].tolist()) for row, m in zip(response, mask)]
     return Rollout(prompt, prompt_mask, response, mask, finished, texts)
 
 
 def draw(logits, temperature, uniform):
-    """Tokens (B,) from logits (B, V): where the cumulative distribution passes uniform (B,); at temperature 0 the likeliest."""
+    """Tokens (B,) from logits (B, V) and uniform random numbers (B,), by the inverse of the CDF."""
     if temperature == 0:
         return logits.argmax(-1)
     cumulative = (logits / temperature).softmax(-1).cumsum(-1)
-    return torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[
-        :, 0
-    ].clamp(max=logits.shape[1] - 1)
+    target = uniform[:, None] * cumulative[:, -1:]
+    token = torch.searchsorted(cumulative, target, right=True)[:, 0]
+    return token.clamp(max=logits.shape[1] - 1)
+
+
+def respond(model, tokenizer, prompts, response_length, batch_size=64, desc=None, **sampling):
+    """Responses to many prompts, in batches of similar length: texts, and which ended with EOS.
+
+    desc shows a progress bar; sampling is passed on to sample().
+    """
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    texts, finished = [""] * len(prompts), [False] * len(prompts)
+    hidden = desc is None or dist.rank() > 0
+    with (
+        dist.whole(model),
+        tqdm(total=len(prompts), desc=desc, disable=hidden, unit="sample") as bar,
+    ):
+        for start in range(0, len(order), batch_size):
+            index = order[start : start + batch_size]
+            batch = [prompts[i] for i in index]
+            rollout = sample(model, tokenizer, batch, response_length, **sampling)
+            for i, text, ended in zip(index, rollout.texts, rollout.finished.tolist()):
+                texts[i], finished[i] = text, ended
+            bar.update(len(index))
+    return texts, finished

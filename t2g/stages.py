@@ -11,7 +11,8 @@ import sys
 import time
 from pathlib import Path
 
-from t2g import checkpoint, dist, tasks
+from t2g import dist, tasks
+from t2g.folder import is_finished
 from t2g.policy import latest_checkpoint
 
 STAGES = {  # name: what it makes, under which name, the script, the flag of its output
@@ -33,7 +34,7 @@ def ensure(names, args, root, policy=None) -> dict[str, float]:
         output = Path(root) / output
         if name not in names or (name == "sft" and policy):
             continue
-        finished = latest_checkpoint(output) and (name != "ppo" or checkpoint.finished(output))
+        finished = latest_checkpoint(output) and (name != "ppo" or is_finished(output))
         if output.is_file() or finished:
             print(f"using the {title} in {output}; move it away to make a new one", flush=True)
             continue

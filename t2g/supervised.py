@@ -21,11 +21,13 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from t2g import adapters, checkpoint, policy
-from t2g.checkpoint import BEST, STATE, run_folder
 from t2g.cli import between, fail, positive
+from t2g.folder import STATE, run_folder
 from t2g.log import Logger
 from t2g.policy import autocast, context_length, now, response_logits
 from t2g.rollout import Rollout, chat_text
+
+BEST = "best.safetensors"  # the weights of the lowest validation loss so far
 
 
 def add_flags(add, validation_share=0.0):

@@ -89,19 +89,19 @@ def one_step(model, case) -> tuple[dict, dict]:
 
 
 if __name__ == "__main__":
-    dist.start()
-    torch.set_num_threads(1)
-    _, model = policy.load(sys.argv[1])
-    for case in CASES:
-        state, stats = one_step(model, case)
-        stats["processes"] = dist.size()
-        state |= {
-            f"stats.{name}": torch.tensor(value, dtype=torch.float64)
-            for name, value in stats.items()
-        }
-        if dist.rank() == 0:
-            save_file(
-                {name: tensor.clone() for name, tensor in state.items()},
-                f"{sys.argv[2]}/{case}.safetensors",
-            )
-        dist.barrier()
+    with dist.session():
+        torch.set_num_threads(1)
+        _, model = policy.load(sys.argv[1])
+        for case in CASES:
+            state, stats = one_step(model, case)
+            stats["processes"] = dist.size()
+            state |= {
+                f"stats.{name}": torch.tensor(value, dtype=torch.float64)
+                for name, value in stats.items()
+            }
+            if dist.rank() == 0:
+                save_file(
+                    {name: tensor.clone() for name, tensor in state.items()},
+                    f"{sys.argv[2]}/{case}.safetensors",
+                )
+            dist.barrier()

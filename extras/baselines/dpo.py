@@ -23,7 +23,8 @@ import torch
 from torch.nn import functional as F
 
 from extras.baselines import offline
-from t2g import adapters, checkpoint, cli, critics, policy, stages, supervised, tasks
+from t2g import adapters, cli, critics, policy, stages, supervised, tasks
+from t2g.folder import run_folder
 from t2g.log import read_jsonl, write_json
 from t2g.notes import write_whole
 from t2g.policy import autocast, response_logits
@@ -230,7 +231,7 @@ def main():
     # 3. Training.
     model = adapters.added(model, args)
     check_start(model, rows[: args.per_device_train_batch_size], tokenizer, args)
-    with checkpoint.run_folder(args) as folder:
+    with run_folder(args) as folder:
         write_whole(folder / "pairs.jsonl", pairs)
         write_json(folder / "sampling.json", [stats])
         step = supervised.train(model, tokenizer, rows, heldout, args, folder, "DPO", PREFERENCE)

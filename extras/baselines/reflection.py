@@ -19,7 +19,7 @@ from t2g import cli, critics, dist, policy, stages, tasks
 from t2g.critics import fitting_prompt
 from t2g.feedback import revision_prompt
 from t2g.metrics import mean_scores
-from t2g.respond import respond
+from t2g.rollout import respond
 
 
 def fitting_revision(model, tokenizer, prompt, response, feedback, response_length) -> str:

@@ -20,6 +20,7 @@ from scipy.stats import spearmanr
 from extras.baselines.scalar_critic import REWARD_UNIT, encode, scores
 from t2g import adapters, checkpoint, cli, critics, policy, stages, supervised, tasks
 from t2g.align import resolve, span_rewards, token_offsets
+from t2g.folder import run_folder
 from t2g.notes import read_annotations
 
 TOY = dict(

@@ -24,11 +24,13 @@ from tqdm import tqdm
 from t2g import cli, critics, policy, stages, tasks
 from t2g.feedback import revision_prompt
 from t2g.log import Logger
-from t2g.metrics import mean_scores, shift, token_counts
+from t2g.metrics import mean_scores, shift, summary, token_counts
 from t2g.policy import Policy, autocast, context_length, now, response_logits
 from t2g.ppo import kl_penalty
 from t2g.rollout import encode_prompts, sample, step_rng
-from train_ppo import response_logprobs, score, summary, token_rewards
+from t2g.rewards import token_rewards
+from t2g.run import seconds_of
+from t2g.score import response_logprobs, score
 
 TOY = dict(
     learning_rate=1.5e-3, max_steps=45, per_device_train_batch_size=32, num_mini_batches=2,
@@ -171,7 +173,7 @@ def main():
         change = (response_logprobs(actor, rollout, args) - old_logprobs) * mask
         clock.append(now())
         stats |= shift(change, delta, mask)
-        stats |= summary(mask, delta, quotes, kl, entropy, clock)
+        stats |= summary(mask, delta, quotes, kl, entropy) | seconds_of(clock)
         stats |= token_counts(tokenizer, rollout, feedback)
         unread, left_out = feedback.count(None), (~fits).sum().item()
         stats |= {

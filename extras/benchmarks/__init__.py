@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from t2g import cli, data, metrics, policy, tasks
-from t2g.respond import respond
+from t2g.rollout import respond
 
 
 def parser(doc, task=False):

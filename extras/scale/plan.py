@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import train_ppo
+from t2g.score import score_microbatch
 from t2g import adapters, dist, policy
 from t2g.cli import fail
 from t2g.policy import Policy
@@ -191,7 +192,7 @@ def run_passes(args, actor, reference, rollout) -> dict:
         actor.model(rollout.prompt, past_key_values=past, use_cache=True, **where)
 
     def score():
-        train_ppo.score_microbatch(actor, reference, rollout, args)
+        score_microbatch(actor, reference, rollout, args)
 
     def update():
         train_ppo.microbatch_loss(actor, rollout, batch, torch.tensor(1), args)[0].backward()

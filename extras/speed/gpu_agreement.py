@@ -65,18 +65,18 @@ def start(folder, place, cases, environment):
 def main():
     """Takes one step for each case. Writes the weights, their moves, and tokens sampled with them."""
     folder, place, *cases = sys.argv[1:]
-    dist.start("cpu_offload" in cases)
-    for case in cases:
-        flags = train_flags(*STEP, *(CASES | MODES | SHARDED)[case], "--policy", f"{folder}/model")
-        tokenizer, model = policy.load(f"{folder}/model")
-        learner = Learner(model, flags, force_fsdp=case.startswith("fsdp"))
-        before = weights_of(learner)
-        learner.learn(made_up(4, 12, 9, model.config.vocab_size, uneven=True))
-        after = weights_of(learner)
-        with dist.whole(learner.actor.model):
-            rollout = sample(learner.actor.model, tokenizer, sentences(4), 16, temperature=0)
-        state = {"after": after, "move": after - before, "sampled": rollout.response.cpu()}
-        save_file(state, f"{folder}/{place}-{case}.safetensors")
+    with dist.session("cpu_offload" in cases):
+        for case in cases:
+            flags = train_flags(*STEP, *(CASES | MODES | SHARDED)[case], "--policy", f"{folder}/model")
+            tokenizer, model = policy.load(f"{folder}/model")
+            learner = Learner(model, flags, force_fsdp=case.startswith("fsdp"))
+            before = weights_of(learner)
+            learner.learn(made_up(4, 12, 9, model.config.vocab_size, uneven=True))
+            after = weights_of(learner)
+            with dist.whole(learner.actor.model):
+                rollout = sample(learner.actor.model, tokenizer, sentences(4), 16, temperature=0)
+            state = {"after": after, "move": after - before, "sampled": rollout.response.cpu()}
+            save_file(state, f"{folder}/{place}-{case}.safetensors")
 
 
 def weights_of(learner) -> torch.Tensor:

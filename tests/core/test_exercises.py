@@ -14,7 +14,8 @@ from t2g.feedback import Feedback
 from t2g.policy import token_stats
 from t2g.ppo import gae, kl_penalty, policy_loss, value_loss, whiten
 from t2g.rollout import Rollout
-from train_ppo import first_ratio_error, place
+from t2g.rewards import place_rewards
+from train_ppo import check_first_ratio
 
 TEXT = "Ana is 27, lives in Porto."
 OFFSETS = [
@@ -102,16 +103,15 @@ def test_exercise_3_the_first_ratio_tells_whether_log_pi_is_computed_in_one_way(
     """Sampled at temperature 0.6 and scored at 1, the ratio is not 1 before any step, and the clip already binds."""
     rollout, logits = made_up(torch.tensor([[3, 1, 4, 1, 5, 2, 6, 5]])), 3 * noise(3, 1, 8, 10)
     old, _ = token_stats(logits, rollout, temperature=0.6)
-    batch, args = {"old_logprobs": old, "mask": EIGHT}, Namespace(bf16=False)
 
     same, _ = token_stats(logits, rollout, temperature=0.6)
-    assert first_ratio_error(same, batch, args) == 0
+    check_first_ratio((same - old).abs().mean().item(), bf16=False)
     assert policy_loss(same, old, REWARDS, EIGHT, cliprange=0.2)[1]["clipfrac"] == 0
 
     other, _ = token_stats(logits, rollout, temperature=1.0)
     assert policy_loss(other, old, torch.ones(1, 8), EIGHT, cliprange=0.2)[1]["clipfrac"] > 0
     with pytest.raises(RuntimeError, match="first ratio"):
-        first_ratio_error(other, batch, args)
+        check_first_ratio((other - old).abs().mean().item(), bf16=False)
 
 
 # ---- 4 -------------------------------------------------------------------------------------------------------------------
@@ -150,11 +150,11 @@ def test_exercise_5_process_rewards_are_the_sums_of_segments(tokenizer):
         expected[(number == n).nonzero()[-1]] = delta[number == n].sum()
 
     def placed(reward):
-        return place(
+        return place_rewards(
             delta[None],
             tokenizer,
             rollout,
-            SENTENCE_OR_LINE,
+            Namespace(STEP_END=SENTENCE_OR_LINE),
             Namespace(reward=reward, missing_eos_penalty=0.0),
         )[0]
 

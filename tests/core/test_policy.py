@@ -21,8 +21,7 @@ from t2g.policy import (
     token_stats,
 )
 from t2g.ppo import gae, policy_loss, value_loss
-from t2g.respond import respond
-from t2g.rollout import Rollout, chat_text, draw, encode_prompts, sample
+from t2g.rollout import Rollout, chat_text, draw, encode_prompts, respond, sample
 
 PROMPTS = [
     "Hi.",

@@ -15,7 +15,7 @@ import pytest
 from t2g import critics, policy
 from t2g.feedback import reward_prompt
 from t2g.log import read_jsonl
-from t2g.respond import respond
+from t2g.rollout import respond
 from t2g.tasks import toy
 
 ROOT = Path(__file__).parents[2]

@@ -15,7 +15,7 @@ from jinja2 import Environment
 from extras.benchmarks import answers, arc, win_rate
 from t2g import policy
 from t2g.log import read_jsonl
-from t2g.respond import respond
+from t2g.rollout import respond
 from t2g.tasks import toy
 
 

@@ -1,0 +1,41 @@
+"""Token rewards of a rollout: feedback on its sampled tokens, placed as --reward says."""
+
+import torch
+
+from t2g.align import MATCH_KINDS, SENTENCE_OR_LINE, resolve, span_rewards, steps, token_offsets
+
+
+def token_rewards(tokenizer, rollout, feedback, args):
+    """delta (B, T) from each response's feedback, and the number of quotes found in each way."""
+    delta, counts = torch.zeros(rollout.mask.shape), dict.fromkeys((*MATCH_KINDS, "ambiguous"), 0)
+    for row, (text, critique) in enumerate(zip(rollout.texts, feedback)):
+        ids = rollout.ids(row)
+        if isinstance(critique, float):  # a learned scalar for the whole response
+            delta[row, len(ids) - 1] = critique
+        elif critique is not None:
+            spans, found = resolve(text, critique, severities=args.span_weights == "severity")
+            offsets = token_offsets(tokenizer, ids)
+            delta[row, : len(ids)] = span_rewards(offsets, spans, args.span_weights)
+            counts = {kind: counts[kind] + found[kind] for kind in counts}
+    return delta.to(rollout.response.device), counts
+
+
+def place_rewards(delta, tokenizer, rollout, task, args):
+    """Rewards (B, T): delta summed over each segment, on the segment's last token.
+
+    A segment is a token (span), a sentence or what else ends with task.STEP_END (prm), or the whole
+    response (scalar). A response without EOS pays --missing_eos_penalty on its last token.
+    """
+    segment, last = torch.zeros_like(rollout.response), rollout.mask.sum(1, keepdim=True) - 1
+    if args.reward == "span":
+        segment += torch.arange(segment.shape[1], device=segment.device)
+    elif args.reward == "prm":
+        step_end = getattr(task, "STEP_END", SENTENCE_OR_LINE)
+        for row, text in enumerate(rollout.texts):
+            offsets = token_offsets(tokenizer, rollout.ids(row))
+            segment[row, : len(offsets)] = torch.tensor(steps(offsets, text, step_end))
+    sums = torch.zeros_like(delta).scatter_add(1, segment, delta).gather(1, segment)
+    following = torch.cat([segment[:, 1:], torch.full_like(last, -1)], dim=1).scatter(1, last, -1)
+    rewards = sums.where(rollout.mask & (segment != following), 0.0)
+    penalty = args.missing_eos_penalty * (~rollout.finished).float()
+    return rewards.scatter_add(1, last, -penalty[:, None])

@@ -1,0 +1,106 @@
+"""The record of a run of train_ppo.py: where it stands, what it draws and writes. No algorithm.
+
+A run resumes where a killed one stopped. Every draw of a step depends on the seed, the step and the
+rank alone.
+"""
+
+import signal
+from collections import defaultdict
+from itertools import pairwise
+
+import torch
+from tqdm import tqdm
+
+from t2g import checkpoint, dist
+from t2g.cli import fail
+from t2g.log import Logger
+from t2g.page import Samples
+from t2g.policy import now
+from t2g.rollout import step_rng
+
+PHASES = ("rollout", "critique", "score", "update", "shift")
+STATUS = (
+    "reward {reward:+.2f} kl {kl:.2f} | log pi: good {shift_good:+.3f} rest {shift_rest:+.3f} "
+    "poor {shift_poor:+.3f}"
+)
+BAD_STEPS = 5  # in a row, without one finite gradient, after which a run ends
+
+
+class Run:
+    """Resumes the run in a folder, and keeps its metrics, samples and checkpoints."""
+
+    def __init__(self, args, task, tokenizer, actor, pool, heldout, folder, sigterm):
+        self.args, self.tokenizer, self.actor = args, tokenizer, actor
+        self.pool, self.heldout, self.sigterm, self.bad_steps = pool, heldout, sigterm, 0
+        weights, rate = checkpoint.trainable(actor).values(), args.learning_rate
+        self.optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=0.0, fused=True)
+        self.meta = checkpoint.resume(actor, self.optimizer, args, pool)
+        self.first = self.meta["step"] + 1
+        self.kl_coef = self.meta["kl_coef"]
+        self.samples = Samples(folder, args.max_steps, keep_until=self.meta["step"])
+        if dist.rank() == 0:
+            options = (args.tensorboard, self.meta["step"])
+            self.logger = Logger(folder, args, task.METRICS, *options)
+
+    def steps(self):
+        """Yields each step that is left, with its learning rate set, and draws the progress bar."""
+        steps = range(self.first, self.args.max_steps + 1)
+        self.bar = tqdm(steps, desc="PPO", unit="step", disable=dist.rank() > 0)
+        for step in self.bar:
+            self.learning_rate = self.args.learning_rate * (1 - (step - 1) / self.args.max_steps)
+            self.optimizer.param_groups[0]["lr"] = self.learning_rate
+            self.clock = [now()]
+            yield step
+
+    def draw(self, step) -> list:
+        """This rank's examples of a step, short prompts first. Seeds torch for the step."""
+        rng = step_rng(self.args.seed, step, dist.rank())
+        examples = dist.own(rng.choices(self.pool, k=self.args.batch_size))
+        return sorted(examples, key=lambda example: len(example.prompt))
+
+    def lap(self):
+        """Ends a phase of the step, in the order of PHASES."""
+        self.clock.append(now())
+
+    def log(self, step, metrics):
+        """Writes the step's metrics, and ends the run if its gradients stay not finite."""
+        metrics |= seconds_of(self.clock) | {"learning_rate": self.learning_rate}
+        if dist.rank() == 0:
+            self.logger(step, metrics)
+        self.bar.set_postfix_str(STATUS.format_map(defaultdict(float, metrics)))
+        updates = self.args.num_ppo_epochs * self.args.num_mini_batches
+        is_bad = metrics.get("skipped_updates") == updates
+        self.bad_steps = self.bad_steps + 1 if is_bad else 0
+        if self.bad_steps == BAD_STEPS:
+            fail(
+                f"no finite gradient in {BAD_STEPS} steps in a row, up to {step}: lower "
+                "--learning_rate and go on with --resume CHECKPOINT"
+            )
+
+    def keep_samples(self, step, examples, rollout, feedback, delta, old, advantages, change):
+        """Keeps a few of the responses with what stands at their tokens, for the page."""
+        if dist.rank() == 0:
+            numbers = dict(delta=delta, kl=old.kl, value=old.values, advantage=advantages)
+            shown = (step, self.tokenizer, examples, rollout, feedback)
+            self.samples.add(*shown, **numbers, shift=change)
+
+    def save_or_stop(self, step, kl_coef):
+        """Saves every --save_steps steps and at the end; on SIGTERM saves and exits. Collective."""
+        args = self.args
+        stopping = dist.totals({"signals": len(self.sigterm)})["signals"]
+        if stopping or step % args.save_steps == 0 or step == args.max_steps:
+            meta = {"step": step, "kl_coef": kl_coef, "data_hash": self.meta["data_hash"]}
+            checkpoint.save_checkpoint(self.actor, self.tokenizer, self.optimizer, args, meta)
+        if stopping:
+            print(
+                f"\nSIGTERM: stopped after step {step}; run the same command to resume", flush=True
+            )
+            dist.barrier()
+            raise SystemExit(128 + signal.SIGTERM)
+
+
+def seconds_of(clock) -> dict[str, float]:
+    """The seconds of each phase and of the step, from the times at which phases began and ended."""
+    seconds = [end - start for start, end in pairwise(clock)]
+    phases = {f"seconds_{phase}": spent for phase, spent in zip(PHASES, seconds)}
+    return phases | {"seconds": sum(seconds)}

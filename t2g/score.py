@@ -1,0 +1,56 @@
+"""What policy, value head and reference say of a rollout, one microbatch at a time."""
+
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+
+from t2g.policy import autocast, response_logits, token_stats
+from t2g.ppo import kl_penalty
+
+
+class Scores(NamedTuple):
+    """What policy, value head and reference say before the update: (B, T) each, 0 off the mask."""
+
+    logprobs: torch.Tensor
+    entropy: torch.Tensor
+    values: torch.Tensor
+    kl: torch.Tensor
+
+
+@torch.no_grad()
+def score(actor, reference, rollout, args) -> Scores:
+    microbatches = torch.arange(len(rollout)).split(args.per_device_train_batch_size)
+    parts = [score_microbatch(actor, reference, rollout.rows(rows), args) for rows in microbatches]
+    return Scores(*(torch.cat(column) for column in zip(*parts)))
+
+
+def score_microbatch(actor, reference, rollout, args) -> Scores:
+    with autocast(args.bf16):
+        logits, states = response_logits(actor.model, rollout)
+        with nullcontext() if reference else actor.model.disable_adapter():
+            ref_logits, _ = response_logits(reference or actor.model, rollout)
+        values = actor.values(states, rollout.mask)
+    logprobs, entropy = token_stats(logits, rollout, args.temperature)
+    if args.kl_estimator == "full":  # a response at a time: a third tensor (B, T, V) would be large
+        rows = [full_kl(*pair, args.temperature) for pair in zip(logits, ref_logits)]
+        kl = torch.stack(rows).masked_fill(~rollout.mask, 0)
+    else:
+        ref_logprobs, _ = token_stats(ref_logits, rollout, args.temperature)
+        kl = kl_penalty(logprobs, ref_logprobs, args.kl_estimator)
+    return Scores(logprobs, entropy, values, kl)
+
+
+def full_kl(logits, ref_logits, temperature):
+    """The exact KL (T,) of one response from the logits (T, V) of both models."""
+    ours, theirs = ((x.float() / temperature).log_softmax(-1) for x in (logits, ref_logits))
+    return kl_penalty(ours, theirs, "full")
+
+
+@torch.no_grad()
+def response_logprobs(actor, rollout, args):
+    """log pi (B, T) of the response tokens under the current policy."""
+    microbatches = torch.arange(len(rollout)).split(args.per_device_train_batch_size)
+    with autocast(args.bf16):
+        parts = [actor(rollout.rows(rows), args.temperature).logprobs for rows in microbatches]
+    return torch.cat(parts)
