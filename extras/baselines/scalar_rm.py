@@ -18,7 +18,7 @@ import torch
 from scipy.stats import spearmanr
 
 from extras.baselines.scalar_critic import REWARD_UNIT, encode, scores
-from t2g import adapters, checkpoint, cli, critics, policy, stages, supervised, tasks
+from t2g import adapters, cli, critics, policy, stages, supervised, tasks
 from t2g.align import resolve, span_rewards, token_offsets
 from t2g.folder import run_folder
 from t2g.notes import read_annotations
@@ -124,7 +124,7 @@ def main():
     rows, mean, std = read_rows(path, tokenizer, limit, args.seed)
     heldout, rows = supervised.split(supervised.drop_long(rows, limit), args)
     scorer.model = adapters.added(model, args)
-    with checkpoint.run_folder(args) as folder:
+    with run_folder(args) as folder:
         desc = "scalar reward model"
         step = supervised.train(scorer, tokenizer, rows, heldout, args, folder, desc, REGRESSION)
         with torch.no_grad():  # from standard deviations back to reward units

@@ -27,8 +27,8 @@ from t2g.log import Logger
 from t2g.metrics import mean_scores, shift, summary, token_counts
 from t2g.policy import Policy, autocast, context_length, now, response_logits
 from t2g.ppo import kl_penalty
-from t2g.rollout import encode_prompts, sample, step_rng
 from t2g.rewards import token_rewards
+from t2g.rollout import encode_prompts, sample, step_rng
 from t2g.run import seconds_of
 from t2g.score import response_logprobs, score
 

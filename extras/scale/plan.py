@@ -26,11 +26,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import train_ppo
-from t2g.score import score_microbatch
 from t2g import adapters, dist, policy
 from t2g.cli import fail
 from t2g.policy import Policy
 from t2g.rollout import Rollout
+from t2g.score import score_microbatch
 
 GIB = 2**30
 GPUS = {  # GiB, TFLOP/s in bf16 and in fp32 (without TF32 or sparsity), GB/s, by their data sheets

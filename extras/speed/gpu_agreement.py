@@ -67,7 +67,9 @@ def main():
     folder, place, *cases = sys.argv[1:]
     with dist.session("cpu_offload" in cases):
         for case in cases:
-            flags = train_flags(*STEP, *(CASES | MODES | SHARDED)[case], "--policy", f"{folder}/model")
+            flags = train_flags(
+                *STEP, *(CASES | MODES | SHARDED)[case], "--policy", f"{folder}/model"
+            )
             tokenizer, model = policy.load(f"{folder}/model")
             learner = Learner(model, flags, force_fsdp=case.startswith("fsdp"))
             before = weights_of(learner)

@@ -13,8 +13,8 @@ from t2g.critics import rule_critic
 from t2g.feedback import Feedback
 from t2g.policy import token_stats
 from t2g.ppo import gae, kl_penalty, policy_loss, value_loss, whiten
-from t2g.rollout import Rollout
 from t2g.rewards import place_rewards
+from t2g.rollout import Rollout
 from train_ppo import check_first_ratio
 
 TEXT = "Ana is 27, lives in Porto."

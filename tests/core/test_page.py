@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import train_ppo
 from t2g.feedback import Feedback
 from t2g.log import read_jsonl, write_json
 from t2g.page import (
@@ -23,8 +24,8 @@ from t2g.page import (
     quotes_with_tokens,
     write_page,
 )
+from t2g.score import Scores
 from t2g.tasks import toy
-from train_ppo import token_rewards
 
 EVIL = "<script>alert(1)</script>"
 STEPS, PER_STEP, WATCHED = (1, 2, 4), 2, (0, 4)
@@ -362,23 +363,18 @@ ARGS = {
 
 
 def watch(samples, model, tokenizer, step, critic, **args):
-    """Watches a step, with numbers that tell the place, and of three held-out prompts."""
-    examples = [SimpleNamespace(prompt=f"Post {i}.") for i in range(3)]
+    """Shows three held-out prompts after a step; values and KL are numbers that tell the place."""
+    run = SimpleNamespace(args=SimpleNamespace(**ARGS | args), samples=samples, first=1)
+    run.heldout = [SimpleNamespace(prompt=f"Post {i}.") for i in range(3)]
+    run.tokenizer = tokenizer
 
-    def score(rollout, args):
+    def score(actor, reference, rollout, args):
         places = rollout.mask * torch.arange(1.0, rollout.mask.shape[1] + 1)
-        return None, None, places, places / 100
+        return Scores(None, None, places, places / 100)
 
-    samples.watch(
-        model,
-        token_rewards,
-        score,
-        tokenizer,
-        examples,
-        critic,
-        SimpleNamespace(**ARGS | args),
-        step,
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_ppo, "score", score)
+        train_ppo.show_heldout(step, SimpleNamespace(model=model), None, critic, run)
     return read_jsonl(samples.folder / "samples.jsonl")
 
 

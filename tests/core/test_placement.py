@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import train_ppo
 from t2g.align import SENTENCE_OR_LINE, steps, token_offsets
+from t2g.rewards import place_rewards, token_rewards
 from t2g.rollout import Rollout
 from t2g.tasks import toy
 
@@ -29,7 +29,8 @@ def rollout_of(tokenizer, texts, finished):
 
 def placed(tokenizer, rollout, delta, reward, step_end=SENTENCE_OR_LINE, penalty=0.0):
     args = argparse.Namespace(reward=reward, missing_eos_penalty=penalty)
-    return train_ppo.place(delta, tokenizer, rollout, step_end, args)
+    task = argparse.Namespace(STEP_END=step_end)
+    return place_rewards(delta, tokenizer, rollout, task, args)
 
 
 def test_a_step_is_rewarded_on_its_last_token(tokenizers):
@@ -87,7 +88,7 @@ def test_a_number_is_the_reward_of_the_last_token(tokenizers):
     tokenizer = tokenizers["byte_level"]
     rollout = rollout_of(tokenizer, [TEXT, "Ana.", "Bo."], [True] * 3)
     args = argparse.Namespace(span_weights="uniform")
-    delta, quotes = train_ppo.token_rewards(tokenizer, rollout, [1.5, None, -0.5], args)
+    delta, quotes = token_rewards(tokenizer, rollout, [1.5, None, -0.5], args)
     last = rollout.mask.sum(1, keepdim=True) - 1
     assert delta.gather(1, last)[:, 0].tolist() == [1.5, 0, -0.5]
     assert delta.abs().sum() == 2 and not any(quotes.values())

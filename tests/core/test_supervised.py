@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from t2g import adapters, checkpoint, cli, supervised
 from t2g.critics import fitting_prompt
 from t2g.feedback import reward_prompt
+from t2g.folder import lock
 from t2g.log import read_jsonl
 from t2g.policy import latest_checkpoint
 from t2g.rollout import chat_text
@@ -161,7 +162,7 @@ def test_a_run_that_was_killed_after_its_checkpoint_can_be_finished(fresh, finet
 
 def test_two_processes_cannot_train_in_one_folder(finetune, tmp_path, capsys):
     (tmp_path / "run").mkdir()
-    with checkpoint.held(tmp_path / "run"), pytest.raises(SystemExit):
+    with lock(tmp_path / "run"), pytest.raises(SystemExit):
         finetune()
     assert "another process" in capsys.readouterr().err
 

@@ -1,0 +1,88 @@
+"""An error on one rank ends all of them: the others would wait for it in a collective."""
+
+import multiprocessing
+import os
+import socket
+import sys
+import time
+
+import pytest
+import torch
+
+import train_ppo
+from t2g.cli import fail
+
+SECONDS = 30  # within which all ranks are gone
+FLAGS = (
+    "--critic", "rule", "--max_steps", 3, "--per_device_train_batch_size", 2, "--eval_samples", 2,
+    "--response_length", 8, "--num_mini_batches", 1,
+)  # fmt: skip
+
+
+def too_long(*_, **__):
+    fail("prompt tokens exceed the model's context")
+
+
+def out_of_memory(*_, **__):
+    torch.empty(2**60)
+
+
+def unlike_ratio(*_, **__):
+    raise RuntimeError("the first ratio of a step must be 1")
+
+
+def server_fails(*_, **__):
+    fail("the server gave no critique")
+
+
+def not_a_number(*_, **__):
+    return {"shift_good": float("nan")}
+
+
+CAUSES = {  # what fails, by the name that train_ppo.py calls it; the sentence that must be shown
+    "a context that is too small": ("sample", too_long, "exceed the model's context"),
+    "memory": ("response_logprobs", out_of_memory, "out of memory"),
+    "the first ratio": ("check_first_ratio", unlike_ratio, "first ratio of a step must be 1"),
+    "a critic's server": ("token_rewards", server_fails, "the server gave no critique"),
+    "a metric that is not a number": ("shift", not_a_number, "not JSON compliant"),
+}
+
+
+def train(rank, port, cause, flags, errors):
+    """train_ppo.py as one of two ranks; on the last one (rank 0 logs metrics) the cause strikes."""
+    torch.set_num_threads(1)
+    sys.stderr = open(errors, "w", buffering=1)
+    place = dict(
+        RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port
+    )
+    os.environ |= {name: str(value) for name, value in place.items()}
+    name, failing, _ = CAUSES[cause]
+    if rank == (0 if name == "shift" else 1):
+        setattr(train_ppo, name, failing)
+    sys.argv = ["train_ppo.py", *map(str, flags)]
+    train_ppo.main()
+
+
+@pytest.mark.parametrize("cause", CAUSES)
+def test_whatever_one_rank_dies_of_both_are_gone_and_say_why(cause, model, tokenizer, tmp_path):
+    model.save_pretrained(tmp_path / "sft")
+    tokenizer.save_pretrained(tmp_path / "sft")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = [*FLAGS, "--policy", tmp_path / "sft", "--output_dir", tmp_path / "ppo"]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["annotate", "train_ppo"])
+    arguments = [(rank, port, cause, flags, tmp_path / f"errors{rank}") for rank in (0, 1)]
+    ranks = [context.Process(target=train, args=these) for these in arguments]
+    start = time.monotonic()
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(max(SECONDS - (time.monotonic() - start), 0.1))
+    alive = [process.is_alive() for process in ranks]
+    for process in ranks:
+        process.kill()
+    assert alive == [False, False]
+    assert all(process.exitcode for process in ranks)
+    assert CAUSES[cause][2] in "".join((tmp_path / f"errors{r}").read_text() for r in (0, 1))
