@@ -29,7 +29,12 @@ def parser(doc, task=False):
     if task:
         tasks.add_flags(add)
         add("--eval_samples", 500, "number of held-out prompts")
-        add("--response_length", None, "default: the task's own", cli.positive(int))
+        add(
+            "--response_length",
+            None,
+            "maximum tokens; the task's own if not given",
+            cli.positive(int),
+        )
     else:
         add("--seed", 0, "random seed", int)
         add("--bf16", False, "matrix products in bf16, weights in fp32")

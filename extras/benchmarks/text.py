@@ -29,7 +29,12 @@ def main():
     parser, add = benchmarks.parser(__doc__, task=True)
     parser.add_argument("models", nargs="+", metavar="MODEL", help="a model or a .jsonl file")
     add("--bert_model", None, "BERTScore's encoder, such as roberta-large or a folder")
-    add("--bert_layers", None, "layer of the encoder; default: bert-score's", cli.positive(int))
+    add(
+        "--bert_layers",
+        None,
+        "layer of the encoder; bert-score's choice if not given",
+        cli.positive(int),
+    )
     _, args = tasks.parse(parser, "benchmark")
     scorer = bert_scorer(args.bert_model, args.bert_layers) if args.bert_model else None
     scores, columns, expected = {}, {}, None
@@ -40,12 +45,13 @@ def main():
             cli.fail(f"{name} has not the references of {args.models[0]}; score it by itself")
         columns[name] = score_texts(references, texts, scorer)
         scores[name] = {metric: interval(column) for metric, column in columns[name].items()}
-        scores[name]["bleu"] = corpus_bleu(references, texts)
+        scores[name]["bleu"], signature = corpus_bleu(references, texts)
     first, differences = columns.pop(args.models[0]), {}
     for name, own in columns.items():
         differences[name] = {metric: interval(own[metric] - first[metric]) for metric in first}
     result = {"scores": scores, "differences": differences, "examples": len(expected)}
-    benchmarks.report(result | {"bert_score": scorer.hash if scorer else None})
+    how = {"bleu": signature, "bert_score": scorer.hash if scorer else None}
+    benchmarks.report(result | how)
 
 
 def responses(name, args) -> tuple[list[str], list[str]]:
@@ -72,12 +78,13 @@ def score_texts(references, texts, scorer=None) -> dict[str, np.ndarray]:
     return {name: np.array(column, dtype=float) for name, column in columns.items()}
 
 
-def corpus_bleu(references, texts) -> dict:
-    """Returns BLEU of all texts together with the interval of sacrebleu's bootstrap."""
+def corpus_bleu(references, texts) -> tuple[dict, str]:
+    """Returns BLEU of all texts together with its bootstrap interval, and sacrebleu's signature."""
     metric = needed("sacrebleu", "BLEU").BLEU()
     found = metric.corpus_score(texts, [references], n_bootstrap=DRAWS)
     value, half = found.score / 100, found._ci / 100
-    return {"value": value, "low": max(value - half, 0.0), "high": min(value + half, 1.0)}
+    figure = {"value": value, "low": max(value - half, 0.0), "high": min(value + half, 1.0)}
+    return figure, str(metric.get_signature())
 
 
 def bert_scorer(name, layers=None):

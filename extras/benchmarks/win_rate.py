@@ -56,7 +56,7 @@ def main():
     parser.add_argument("b", metavar="B", help="answers of model B")
     add = cli.flags(parser)
     add("--judge", None, "the judge's name on the server", required=True)
-    add("--base_url", None, "address of the server; default: OpenAI")
+    add("--base_url", None, "address of the server; OpenAI's if not given")
     add("--out", "runs/win_rate/verdicts.jsonl", "file of the verdicts")
     add("--concurrency", 16, "requests at the same time")
     args = parser.parse_args()

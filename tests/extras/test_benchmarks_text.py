@@ -55,10 +55,11 @@ def test_rouge_is_what_counting_by_hand_gives():
 def test_bleu_is_of_the_whole_corpus_and_a_share_of_1():
     sacrebleu = pytest.importorskip("sacrebleu")
     references, texts = [FOX, "She is 27, not 41.", "A cat."], [DOG, "She is 41, not 27.", ""]
-    found = text.corpus_bleu(references, texts)
+    found, signature = text.corpus_bleu(references, texts)
+    assert signature.startswith("nrefs:1|") and "|tok:13a|smooth:exp|" in signature
     assert found["value"] == pytest.approx(sacrebleu.corpus_bleu(texts, [references]).score / 100)
     assert 0 <= found["low"] < found["value"] < found["high"] <= 1
-    assert text.corpus_bleu([FOX, DOG], [FOX, DOG])["value"] == pytest.approx(1)
+    assert text.corpus_bleu([FOX, DOG], [FOX, DOG])[0]["value"] == pytest.approx(1)
 
 
 def test_bert_score_ranks_texts_and_is_what_the_package_computes(encoder):
