@@ -1,7 +1,9 @@
-"""What makes a CPU fast: matrix products through oneDNN, and freed memory that is kept. What each gives: docs/RESULTS.md.
+"""Speed on a CPU: matrix products by oneDNN, packed weights for sampling, memory that is kept.
 
-oneDNN uses AVX-512 wherever a CPU has it, torch's own fp32 products do so on Intel alone. Under autocast products are in bf16 and
-all between them stays in fp32, attention as well, whose bf16 kernel is the slower one. Left out: GPUs, CPUs without AVX-512.
+torch's own fp32 products use AVX-512 on Intel alone; oneDNN's use it wherever a CPU has it. Under
+autocast products are in bf16 and everything else, attention included, stays in fp32, because bf16
+attention is slower. docs/RESULTS.md has what each part gives. Left out: GPUs, and CPUs without
+AVX-512, which keep torch's own path.
 """
 
 import ctypes
@@ -19,8 +21,8 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def use(model):
-    """The same model; where it pays, its linear layers take products from oneDNN."""
-    if not pays():
+    """The same model, whose linear layers use oneDNN where the CPU has AVX-512."""
+    if not is_faster():
         return model
     keep_freed_memory()
     for module in model.modules():
@@ -33,15 +35,16 @@ def use(model):
     return model
 
 
-def pays() -> bool:
-    return (
-        torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
-    )
+def is_faster() -> bool:
+    has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return torch.backends.mkldnn.is_available() and has_avx512
 
 
 def keep_freed_memory():
-    """glibc gives large blocks back to the system when they are freed, and each page that is asked for again costs a fault: not so
-    from here on. Its own variables, such as MALLOC_MMAP_THRESHOLD_=262144 for the least memory, go before."""
+    """Stops glibc from returning freed pages to the system, for each costs a page fault again.
+
+    A MALLOC_ variable of the user's, such as MALLOC_MMAP_THRESHOLD_=262144, takes precedence.
+    """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt") and not any(name.startswith("MALLOC_") for name in os.environ):
         for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
@@ -49,30 +52,27 @@ def keep_freed_memory():
 
 
 def product(x, weight, bias=None):
-    """x W^T + b in fp32, the sums of products in the weight's dtype. torch takes bf16 from oneDNN by itself, strides and all."""
+    """x W^T + b in fp32, with the products in the weight's dtype."""
     x = x.to(weight.dtype)
     if weight.dtype == torch.float32 or weight.is_mkldnn:
-        y = torch.ops.mkldnn._linear_pointwise(
-            x, weight, None, "none", [], ""
-        ).float()  # not every torch has it
-    else:
+        y = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "").float()
+    else:  # torch's own bf16 products use oneDNN
         y = F.linear(x, weight).float()
     return y if bias is None else y.add_(bias)
 
 
 def precision() -> torch.dtype:
-    """Of products: autocast's, fp32 without it."""
-    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
+    """The dtype of products: autocast's, or fp32 without it."""
+    enabled = torch.is_autocast_enabled("cpu")
+    return torch.get_autocast_dtype("cpu") if enabled else torch.float32
 
 
 class Linear(nn.Linear):
     packed = None
 
     def forward(self, x):
-        elsewhere = x.dtype != torch.float32 or x.device.type != "cpu"
-        if (
-            elsewhere or not x.numel()
-        ):  # oneDNN knows no product of no rows, such as those of an expert that got no token
+        on_other_path = x.dtype != torch.float32 or x.device.type != "cpu"
+        if on_other_path or not x.numel():  # oneDNN has no product of 0 rows
             return F.linear(x, self.weight, self.bias)
         if self.packed is not None:
             return product(x, self.packed, self.bias)
@@ -80,39 +80,35 @@ class Linear(nn.Linear):
 
 
 class Product(torch.autograd.Function):
-    """y = x W^T + b, for x (..., K), W (N, K), b (N,) or None, all in fp32; the products themselves in dtype."""
+    """y = x W^T + b for x (..., K), W (N, K), b (N,) or None in fp32; products in dtype."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, dtype):
         x, weight = x.to(dtype), weight.to(dtype)
-        of_x, of_weight, *_ = ctx.needs_input_grad
+        x_needs_grad, weight_needs_grad = ctx.needs_input_grad[:2]
         ctx.dtype = dtype
-        ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
+        saved = x if weight_needs_grad else None, weight if x_needs_grad else None
+        ctx.save_for_backward(*saved)
         return product(x, weight, bias)
 
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        of_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None
-        grad = grad.to(ctx.dtype)
         rows = grad.reshape(-1, grad.shape[-1])
-        of_x = None if weight is None else product(grad, weight.t())
-        of_weight = None if x is None else product(rows.t(), x.reshape(-1, x.shape[-1]).t())
-        return of_x, of_weight, of_bias, None
+        bias_grad = rows.sum(0) if ctx.needs_input_grad[2] else None
+        grad, rows = grad.to(ctx.dtype), rows.to(ctx.dtype)
+        x_grad = None if weight is None else product(grad, weight.t())
+        weight_grad = None if x is None else product(rows.t(), x.reshape(-1, x.shape[-1]).t())
+        return x_grad, weight_grad, bias_grad, None
 
 
 @contextmanager
 def packed(model):
-    """Within it weights also lie as products of a few rows read them fastest. For sampling, where no weight changes."""
-    layers = [
-        module
-        for module in model.modules()
-        if type(module) is Linear and module.weight.device.type == "cpu"
-    ]
+    """Keeps the weights also in the layout that is fastest for a few rows; they must not change."""
+    layers = [m for m in model.modules() if type(m) is Linear and m.weight.device.type == "cpu"]
     for layer in layers:
-        layer.packed = torch.ops.mkldnn._reorder_linear_weight(
-            layer.weight.detach().to(precision())
-        )
+        weight = layer.weight.detach().to(precision())
+        layer.packed = torch.ops.mkldnn._reorder_linear_weight(weight)
     try:
         yield
     finally:

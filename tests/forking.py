@@ -1,15 +1,17 @@
-"""Scripts in processes of their own, forked from one that has done the imports: to start Python anew takes seconds."""
+"""Scripts in processes of their own, forked from one that has done the imports, which take seconds."""
 
 import contextlib
 import importlib
 import io
 import multiprocessing
+import os
 import resource
+import socket
 import sys
 
 
 def main(script, flags, file_size=None, errors=None):
-    """A script in this process; file_size limits what it may write into one file, errors is a file for what it says of them."""
+    """Runs a script in this process; file_size limits each file, errors is a file for stderr."""
     import torch
 
     torch.set_num_threads(1)
@@ -21,17 +23,38 @@ def main(script, flags, file_size=None, errors=None):
     sys.exit(importlib.import_module(script).main())
 
 
-def forked(script, flags, **options):
-    """The same in a process of its own, which has started."""
+def started(function, *args, **options):
+    """A forked process that runs a function."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["annotate", "train_ppo"])
-    process = context.Process(target=main, args=(script, flags), kwargs=options)
+    process = context.Process(target=function, args=args, kwargs=options)
     process.start()
     return process
 
 
+def forked(script, flags, **options):
+    """A forked process that runs a script."""
+    return started(main, script, flags, **options)
+
+
+def two_ranks(prepare, flags, errors):
+    """Two processes that run train_ppo.py together, each after prepare(rank); errors: two files."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [started(as_rank, rank, port, prepare, flags, errors[rank]) for rank in (0, 1)]
+
+
+def as_rank(rank, port, prepare, flags, errors):
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2}
+    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in place.items()}
+    prepare(rank)
+    main("train_ppo", flags, errors=errors)
+
+
 def run(script, flags):
-    """A script in this process: its exit code, and what it printed."""
+    """Runs a script in this process. Returns its exit code, and what it printed."""
     before, printed, errors, code = sys.argv, io.StringIO(), io.StringIO(), 0
     try:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors):

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from t2g import cpu
 
 pytestmark = pytest.mark.skipif(
-    not cpu.pays(), reason="no CPU with AVX-512, or a torch without oneDNN"
+    not cpu.is_faster(), reason="no CPU with AVX-512, or a torch without oneDNN"
 )
 bf16 = partial(torch.autocast, "cpu", dtype=torch.bfloat16)
 

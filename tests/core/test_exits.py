@@ -1,13 +1,11 @@
 """An error on one rank ends all of them: the others would wait for it in a collective."""
 
-import multiprocessing
-import os
-import socket
-import sys
 import time
+from functools import partial
 
 import pytest
 import torch
+from forking import two_ranks
 
 import train_ppo
 from t2g.cli import fail
@@ -48,41 +46,25 @@ CAUSES = {  # what fails, by the name that train_ppo.py calls it; the sentence t
 }
 
 
-def train(rank, port, cause, flags, errors):
-    """train_ppo.py as one of two ranks; on the last one (rank 0 logs metrics) the cause strikes."""
-    torch.set_num_threads(1)
-    sys.stderr = open(errors, "w", buffering=1)
-    place = dict(
-        RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port
-    )
-    os.environ |= {name: str(value) for name, value in place.items()}
+def break_one(cause, rank):
+    """Makes the cause strike on rank 1; on rank 0 if it is one of metrics, which rank 0 logs."""
     name, failing, _ = CAUSES[cause]
     if rank == (0 if name == "shift" else 1):
         setattr(train_ppo, name, failing)
-    sys.argv = ["train_ppo.py", *map(str, flags)]
-    train_ppo.main()
 
 
 @pytest.mark.parametrize("cause", CAUSES)
 def test_whatever_one_rank_dies_of_both_are_gone_and_say_why(cause, model, tokenizer, tmp_path):
     model.save_pretrained(tmp_path / "sft")
     tokenizer.save_pretrained(tmp_path / "sft")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     flags = [*FLAGS, "--policy", tmp_path / "sft", "--output_dir", tmp_path / "ppo"]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["annotate", "train_ppo"])
-    arguments = [(rank, port, cause, flags, tmp_path / f"errors{rank}") for rank in (0, 1)]
-    ranks = [context.Process(target=train, args=these) for these in arguments]
-    start = time.monotonic()
+    errors = [tmp_path / "errors0", tmp_path / "errors1"]
+    end = time.monotonic() + SECONDS
+    ranks = two_ranks(partial(break_one, cause), flags, errors)
     for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(max(SECONDS - (time.monotonic() - start), 0.1))
+        process.join(max(end - time.monotonic(), 0.1))
     alive = [process.is_alive() for process in ranks]
     for process in ranks:
         process.kill()
-    assert alive == [False, False]
-    assert all(process.exitcode for process in ranks)
-    assert CAUSES[cause][2] in "".join((tmp_path / f"errors{r}").read_text() for r in (0, 1))
+    assert alive == [False, False] and all(process.exitcode for process in ranks)
+    assert CAUSES[cause][2] in "".join(path.read_text() for path in errors)

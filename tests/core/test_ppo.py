@@ -172,12 +172,8 @@ def test_different_shapes_are_refused(which, shape):
 @pytest.mark.parametrize("holes", [[0, 1, 1], [1, 0, 1], [0, 0, 1], [0, 1, 0]])
 def test_a_mask_that_is_no_prefix_is_refused(holes):
     mask = torch.tensor([[1, 1, 0], holes]).bool()
-    with pytest.raises(ValueError) as refused:
+    with pytest.raises(ValueError, match="prefix"):
         gae(torch.ones(2, 3), torch.ones(2, 3), mask, 1.0, 0.95)
-    assert (
-        str(refused.value)
-        == "the mask must be a prefix of each row: True up to and including EOS, False after it"
-    )
 
 
 # ---- whitening -----------------------------------------------------------------------------------------------------------
