@@ -108,7 +108,8 @@ def shift(change, delta, mask) -> dict[str, float]:
     groups |= {"poor_above": groups["poor"] & above, "good_below": groups["good"] & ~above}
     means = {}
     for name, group in groups.items():
-        if (tokens := mask & group).any():
+        tokens = mask & group
+        if tokens.any():
             means[f"shift_{name}"] = masked_mean(change, tokens).item()
     x, y = delta[mask], change[mask]
     if len(x) and (x != x[0]).any() and (y != y[0]).any():
@@ -119,15 +120,11 @@ def shift(change, delta, mask) -> dict[str, float]:
 
 
 def interval(values) -> dict:
-    """The mean of independent runs and its 95% interval by Student's t, as a dict.
-
-    With one run low and high are None, and without any the mean is None, too.
-    """
+    """The mean of independent runs and its 95% interval by Student's t; no interval of one run."""
     from scipy.stats import t
 
     values = [float(value) for value in values]
-
-    mean, low, high = float(np.mean(values)) if values else None, None, None
+    mean, low, high = float(np.mean(values)), None, None
     if len(values) > 1:
         half = t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
         low, high = float(mean - half), float(mean + half)

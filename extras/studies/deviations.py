@@ -86,10 +86,10 @@ def narrow_sampling():
         kept = ordered.masked_fill(likely.cumsum(-1) - likely > 0.9, -torch.inf)
         return index.gather(-1, draw(kept, 1.0, uniform)[:, None])[:, 0]
 
-    def sample(model, tokenizer, prompts, response_length, temperature, **kwargs):
+    def sample(model, tokenizer, prompts, response_length, temperature, *args, **kwargs):
         sampling.draw = nucleus
         try:
-            return ours(model, tokenizer, prompts, response_length, 0.6, **kwargs)
+            return ours(model, tokenizer, prompts, response_length, 0.6, *args, **kwargs)
         finally:
             sampling.draw = draw
 
