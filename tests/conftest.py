@@ -1,4 +1,4 @@
-"""What the tests share: small real tokenizers of four families, and a hypothesis profile that gives the same answer every day."""
+"""What the tests share: small tokenizers and models, and a deterministic hypothesis profile."""
 
 import copy
 import functools
@@ -11,20 +11,22 @@ from types import SimpleNamespace
 import pytest
 import torch
 from annotating import KEY
+from families import FAMILIES, build
 from hypothesis import settings
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from extras.human.families import FAMILIES
 from t2g.log import read_jsonl
 
 torch.set_num_threads(1)
 settings.register_profile("t2g", deadline=None, derandomize=True, database=None, max_examples=100)
 settings.load_profile("t2g")
 
-# Text from which the tokenizers learn. ASCII is in it letter by letter; of the rest a part only, so that some of it is unknown.
+# The tokenizers are trained on all of ASCII and some other characters; the rest is unknown.
 CORPUS = [
-    "The quick brown fox jumps over the lazy dog; the dog sleeps. She is 27, not 41, and he's grown up.",
-    "the thing that the other thinks is there, then and there. Don't panic: (a) wait, [b] run, {c} hide!",
+    "The quick brown fox jumps over the lazy dog; the dog sleeps. "
+    "She is 27, not 41, and he's grown up.",
+    "the thing that the other thinks is there, then and there. "
+    "Don't panic: (a) wait, [b] run, {c} hide!",
     "naïve café, Straße, 東京 と 大阪, привет мир, 😀😀 🎉, line\r\nline\n\nline\ttab",
     " ".join(map(chr, range(33, 127))),
 ] * 4
@@ -32,8 +34,8 @@ CORPUS = [
 
 @pytest.fixture(scope="session")
 def tokenizers():
-    """The four families by name, as a model's tokenizer comes: special tokens <unk> and <eos>."""
-    return {name: build(CORPUS) for name, build in FAMILIES.items()}
+    """A tokenizer of each family by name, with the special tokens <unk> and <eos>."""
+    return {name: build(name, CORPUS) for name in FAMILIES}
 
 
 @pytest.fixture(scope="session", params=list(FAMILIES))
@@ -44,26 +46,30 @@ def tok(request, tokenizers):
 
 @pytest.fixture(scope="session")
 def toy_tokenizer():
-    from t2g.tasks import toy  # not above: another environment uses this file too
+    from t2g.tasks import toy
 
     return toy.new_model(0)[0]
 
 
 @pytest.fixture(scope="module")
 def tokenizer(toy_tokenizer):
-    """The toy's; each module has a copy of its own, to change as it likes."""
+    """The toy's tokenizer; each module may change its own copy."""
     return copy.deepcopy(toy_tokenizer)
 
 
 @pytest.fixture(scope="module")
 def model(tokenizer):
-    """Random weights, large enough that every token, place and position matters; one token in sixteen ends a response."""
+    """A tiny Llama whose weights are large, so that every token and position matters.
+
+    One token in sixteen ends a response.
+    """
     from t2g import cpu
 
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=256, initializer_range=0.4, tie_word_embeddings=False,
-        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=256,
+        initializer_range=0.4, tie_word_embeddings=False, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     torch.manual_seed(0)
     model = cpu.use(LlamaForCausalLM(config)).eval()
@@ -73,7 +79,7 @@ def model(tokenizer):
 
 @pytest.fixture(scope="module")
 def posts():
-    """The toy's 20000 posts of a seed are made once for a module that runs many scripts, for it takes half a second."""
+    """Makes the toy's 20,000 posts of a seed once per module instead of once per script."""
     from t2g.tasks import toy
 
     made = functools.cache(lambda seed, load=toy.load: load(SimpleNamespace(seed=seed)))
@@ -98,17 +104,13 @@ def refused(capsys):
 
 @pytest.fixture
 def serve(tmp_path):
-    """serve(**settings) starts a server of its own process and returns its address and its log, a list of lines at each call."""
+    """serve(**settings) starts a fault server; returns its address and a function for its log."""
     running = []
 
     def start(**settings):
         log = tmp_path / f"server{len(running)}.log"
-        command = [
-            sys.executable,
-            Path(__file__).with_name("fault_server.py"),
-            log,
-            json.dumps(settings),
-        ]
+        script = Path(__file__).with_name("fault_server.py")
+        command = [sys.executable, script, log, json.dumps(settings)]
         running.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
         port = running[-1].stdout.readline().strip()
         return f"http://127.0.0.1:{port}/v1", lambda: read_jsonl(log)
@@ -121,8 +123,8 @@ def serve(tmp_path):
 
 @pytest.fixture
 def call(monkeypatch, capsys):
-    """call(*flags) runs annotate.py in this process and returns its exit code and all that it printed."""
-    import annotate  # not above: another environment, where openai is absent, uses this file too
+    """call(*flags) runs annotate.py in this process; returns its exit code and its output."""
+    import annotate
 
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
 
