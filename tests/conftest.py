@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from annotating import KEY
-from families import FAMILIES, build
 from hypothesis import settings
+from small_tokenizers import FAMILIES, build
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from t2g.log import read_jsonl
