@@ -86,7 +86,7 @@ def estimate(args, processes, machine) -> dict:
     share = 0 if args.cpu_offload else 1 / processes
     frozen = (2 if args.bf16 else 4) if sharded and args.replicate_frozen else 4 * share
     stays = {  # CUDA's context, or Python and its libraries, come first
-        "process": (0.5 if bandwidth else 0.3) * GIB,
+        "process": (0.5 if bandwidth else 0.55) * GIB,
         "weights": 4 * step.parameters * share,
         "gradients": 0 if keep_gradients else 4 * step.trainable * share,
         "optimiser, two moments": 8 * step.trainable * share,
