@@ -1,4 +1,4 @@
-"""Scripts in processes of their own, forked from one that has done the imports, which take seconds."""
+"""Scripts in forked processes, for the imports take seconds, and in the process of the test."""
 
 import contextlib
 import importlib

@@ -1,6 +1,6 @@
-"""One PPO step on a rollout that is given, in as many processes as start it: what it leaves must not hang on their number.
+"""One PPO step on a given rollout, for tests that compare the weights after it.
 
-torchrun --nproc_per_node 2 tests/one_step.py MODEL OUT         # writes OUT/CASE.safetensors for each case
+torchrun --nproc_per_node 2 tests/one_step.py MODEL OUT [CASE ...]    # OUT/CASE.safetensors each
 """
 
 import argparse
@@ -13,17 +13,19 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from t2g import adapters, checkpoint, dist, policy
-from t2g.policy import Policy
+from t2g import dist, policy
+from t2g.checkpoint import trainable
 from t2g.ppo import gae, masked_mean, whiten
 from t2g.rollout import Rollout
-from train_ppo import score, update
+from t2g.score import score
+from train_ppo import make_models, update
 
 PLAIN = dict(
-    per_device_train_batch_size=1, num_ppo_epochs=2, num_mini_batches=1, temperature=0.9, entropy_coef=0.01, kl_estimator="full",
-    cliprange=0.2, cliprange_value=0.2, vf_coef=0.1, max_grad_norm=0.5, bf16=False, cpu_offload=False, replicate_frozen=False,
+    per_device_train_batch_size=1, num_ppo_epochs=2, num_mini_batches=1, temperature=0.9,
+    entropy_coef=0.01, kl_estimator="full", cliprange=0.2, cliprange_value=0.2, vf_coef=0.1,
+    max_grad_norm=0.5, bf16=False, cpu_offload=False, replicate_frozen=False, seed=3,
     gradient_checkpointing=False, lora_r=None, lora_alpha=32.0, lengths=(7, 3, 2, 5), unreadable=(),
-    learning_rate=3e-4,  # no more, for Adam blows up the rounding of a gradient that is nearly 0
+    learning_rate=3e-4,  # a larger one lets Adam blow up the rounding of a gradient near 0
 )  # fmt: skip
 CASES = {
     "uneven_lengths": {},
@@ -40,49 +42,36 @@ CASES = {
 
 
 def rollout_of(lengths, vocabulary) -> Rollout:
-    """Four prompts and four responses of these lengths; a process has its part, no wider than the longest of its own."""
+    """This rank's part of four prompts and four responses of these lengths."""
     rng = torch.Generator().manual_seed(5)
     prompt = torch.randint(5, vocabulary, (4, 6), generator=rng)
     response = torch.randint(5, vocabulary, (4, max(lengths)), generator=rng)
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     prompt_mask = torch.arange(6) >= torch.tensor([0, 2, 1, 3])[:, None]
-    prompt, prompt_mask, response, mask = map(
-        dist.own, (prompt, prompt_mask, response * mask, mask)
-    )
+    tensors = (prompt, prompt_mask, response * mask, mask)
+    prompt, prompt_mask, response, mask = (dist.own(x).to(dist.device()) for x in tensors)
     width = mask.sum(1).max()
-    return Rollout(
-        prompt, prompt_mask, response[:, :width], mask[:, :width], mask.any(1), [""] * len(mask)
-    )
+    response, mask = response[:, :width], mask[:, :width]
+    return Rollout(prompt, prompt_mask, response, mask, mask.any(1), [""] * len(mask))
 
 
 def one_step(model, case) -> tuple[dict, dict]:
-    """All weights after the update, and the metrics of it."""
+    """All weights after the update, and its statistics."""
     args = argparse.Namespace(**PLAIN | CASES[case])
-    torch.manual_seed(3)  # of LoRA's first weights
-    reference = None if args.lora_r else dist.frozen(copy.deepcopy(model), args)
-    actor = Policy(adapters.added(copy.deepcopy(model), args).eval())
-    dist.shard(actor.model, args.bf16, recompute=args.gradient_checkpointing)
-    dist.shard(actor.value_head)
-    optimizer = torch.optim.AdamW(
-        checkpoint.trainable(actor).values(), lr=args.learning_rate, weight_decay=0.0, fused=True
-    )
+    actor, reference = make_models(copy.deepcopy(model), args, "nowhere")
+    weights, rate = trainable(actor).values(), args.learning_rate
+    optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=0.0, fused=True)
     rollout = rollout_of(args.lengths, model.config.vocab_size)
-    readable = dist.own(torch.tensor([row not in args.unreadable for row in range(4)]))
-    delta = dist.own(
-        torch.randint(-1, 2, (4, 9), generator=torch.Generator().manual_seed(6)).float()
-    )[:, : rollout.mask.shape[1]]
-    scored = score(actor, reference, rollout, args)
-    mask, delta, logprobs, entropy, values, kl = map(
-        dist.gather, (rollout.mask & readable[:, None], delta, *scored)
-    )
+    device, width = rollout.mask.device, rollout.mask.shape[1]
+    readable = dist.own(torch.tensor([row not in args.unreadable for row in range(4)])).to(device)
+    delta = torch.randint(-1, 2, (4, 9), generator=torch.Generator().manual_seed(6)).float()
+    delta = dist.own(delta)[:, :width].to(device)
+    old = score(actor, reference, rollout, args)
+    tensors = (rollout.mask & readable[:, None], delta, *old)
+    mask, delta, logprobs, entropy, values, kl = map(dist.gather, tensors)
     advantages, returns = gae(delta - 0.1 * kl, values, mask, 1.0, 0.95)
-    batch = dict(
-        old_logprobs=logprobs,
-        advantages=whiten(advantages, mask),
-        old_values=values,
-        returns=returns,
-        mask=mask,
-    )
+    batch = dict(old_logprobs=logprobs, old_values=values, returns=returns, mask=mask)
+    batch["advantages"] = whiten(advantages, mask)
     stats = update(actor, optimizer, rollout, batch, args)
     stats["entropy"] = masked_mean(entropy, mask).item()
     return dist.whole_state(actor), stats
@@ -91,17 +80,14 @@ def one_step(model, case) -> tuple[dict, dict]:
 if __name__ == "__main__":
     with dist.session():
         torch.set_num_threads(1)
+        torch.backends.cuda.matmul.allow_tf32 = False
         _, model = policy.load(sys.argv[1])
-        for case in CASES:
+        for case in sys.argv[3:] or CASES:
             state, stats = one_step(model, case)
             stats["processes"] = dist.size()
-            state |= {
-                f"stats.{name}": torch.tensor(value, dtype=torch.float64)
-                for name, value in stats.items()
-            }
+            for name, value in stats.items():
+                state[f"stats.{name}"] = torch.tensor(value, dtype=torch.float64)
             if dist.rank() == 0:
-                save_file(
-                    {name: tensor.clone() for name, tensor in state.items()},
-                    f"{sys.argv[2]}/{case}.safetensors",
-                )
+                state = {name: tensor.clone() for name, tensor in state.items()}
+                save_file(state, f"{sys.argv[2]}/{case}.safetensors")
             dist.barrier()

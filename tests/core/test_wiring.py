@@ -1,4 +1,4 @@
-"""train() in two processes makes the run of one: with the learned critic, unreadable critiques and all."""
+"""train() in two processes makes the run of one, with the learned critic."""
 
 import random
 
