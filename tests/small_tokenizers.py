@@ -31,7 +31,7 @@ def unigram(texts):
 
 
 def byte_fallback(texts):
-    """Llama-2 style: marks for spaces, and a token per byte of characters outside the vocabulary."""
+    """Llama-2 style: marks for spaces, and a token per byte of unknown characters."""
     marks = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     learner = Tokenizer(models.BPE())
     learner.normalizer = marks
@@ -53,7 +53,7 @@ def byte_fallback(texts):
 
 
 def wordpiece(texts):
-    """BERT style: words and ##continuations; decoding inserts spaces and gets some of them wrong."""
+    """BERT style: words and ##continuations; decoding inserts some spaces at wrong places."""
     tokenizer = Tokenizer(models.WordPiece(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=False)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()

@@ -1,4 +1,4 @@
-"""The exercises of docs/GUIDE.md, solved: each solution asks the project's own functions. Try before you read."""
+"""The exercises of docs/GUIDE.md, solved with the project's own functions. Try before you read."""
 
 from argparse import Namespace
 from collections import Counter
@@ -17,17 +17,8 @@ from t2g.rewards import place_rewards
 from t2g.rollout import Rollout
 from train_ppo import check_first_ratio
 
-TEXT = "Ana is 27, lives in Porto."
-OFFSETS = [
-    (0, 3),
-    (3, 6),
-    (6, 9),
-    (9, 10),
-    (10, 16),
-    (16, 19),
-    (19, 25),
-    (25, 26),
-]  # Ana | is | 27 | , | lives | in | Porto | .
+TEXT = "Ana is 27, lives in Porto."  # eight tokens: Ana | is | 27 | , | lives | in | Porto | .
+OFFSETS = [(0, 3), (3, 6), (6, 9), (9, 10), (10, 16), (16, 19), (19, 25), (25, 26)]
 REWARDS = torch.tensor([[0.0, 0.0, -1.0, 0.0, 0.0, 0.0, 1.0, 0.0]])
 EIGHT = torch.ones(1, 8, dtype=torch.bool)
 
@@ -36,32 +27,24 @@ def noise(seed, *shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def made_up(response) -> Rollout:
-    """A rollout of these token ids, all of them real, behind a prompt of one token."""
+def rollout_of(response) -> Rollout:
+    """A rollout of these token ids, without padding, after a prompt of one token."""
     real = torch.ones_like(response, dtype=torch.bool)
     return Rollout(response[:, :1], real[:, :1], response, real, real.all(1), [""] * len(response))
 
 
-# ---- 1 -------------------------------------------------------------------------------------------------------------------
-
-
 def test_exercise_1a_the_advantages_of_the_eight_tokens_by_hand():
-    """With V = 0 the praise of Porto reaches back over 27, and nearly makes up for its blame."""
+    """With V = 0 the praise of Porto reaches back over 27 and nearly cancels its blame."""
     advantages, _ = gae(REWARDS, torch.zeros(1, 8), EIGHT, gamma=1.0, lam=0.95)
-    blame, praise = (
-        [0.95**2, 0.95, 1, 0, 0, 0, 0, 0],
-        [0.95**6, 0.95**5, 0.95**4, 0.95**3, 0.95**2, 0.95, 1, 0],
-    )
-    assert_close(advantages[0], torch.tensor([good - poor for good, poor in zip(praise, blame)]))
-    assert advantages[0, 2].item() == pytest.approx(0.95**4 - 1)  # of 27: -0.19
+    blame = torch.tensor([0.95**2, 0.95, 1, 0, 0, 0, 0, 0])
+    praise = torch.tensor([0.95**6, 0.95**5, 0.95**4, 0.95**3, 0.95**2, 0.95, 1, 0])
+    assert_close(advantages[0], praise - blame)
+    assert advantages[0, 2].item() == pytest.approx(0.95**4 - 1)  # -0.19, of 27
 
-    expecting_porto = torch.tensor(
-        [[1.0, 1, 1, 1, 1, 1, 1, 0]]
-    )  # what is still to come, had the age been left in peace
+    # A V that expects the praise: what is expected earns no advantage.
+    expecting_porto = torch.tensor([[1.0, 1, 1, 1, 1, 1, 1, 0]])
     advantages, _ = gae(REWARDS, expecting_porto, EIGHT, gamma=1.0, lam=0.95)
-    assert_close(
-        advantages, torch.tensor([[-(0.95**2), -0.95, -1, 0, 0, 0, 0, 0]])
-    )  # no praise for what was expected
+    assert_close(advantages[0], -blame)
 
 
 def test_exercise_1b_gae_is_a_matrix_of_powers_times_td():
@@ -74,11 +57,8 @@ def test_exercise_1b_gae_is_a_matrix_of_powers_times_td():
     assert_close(gae(REWARDS, values, EIGHT, gamma, lam)[0][0], powers @ td[0])
 
 
-# ---- 2 -------------------------------------------------------------------------------------------------------------------
-
-
 def test_exercise_2_whitening_keeps_the_direction_up_to_one_push_on_all_tokens():
-    """grad(whitened) = (grad(A) - mean(A) grad(1)) / std(A): the scale is a learning rate, the shift pushes all tokens alike."""
+    """grad(whitened) = (grad(A) - mean(A) grad(1)) / std(A): a learning rate and an equal push."""
     advantages = gae(REWARDS, torch.zeros(1, 8), EIGHT, 1.0, 0.95)[0]
     logprobs = noise(2, 1, 8).requires_grad_()
 
@@ -87,21 +67,16 @@ def test_exercise_2_whitening_keeps_the_direction_up_to_one_push_on_all_tokens()
         return torch.autograd.grad(loss, logprobs)[0]
 
     mean, std = advantages.mean(), advantages.std(correction=0)
-    one_push = gradient(torch.ones(1, 8))
-    assert_close(
-        gradient(whiten(advantages, EIGHT)), (gradient(advantages) - mean * one_push) / std
-    )
+    whitened, one_push = gradient(whiten(advantages, EIGHT)), gradient(torch.ones(1, 8))
+    assert_close(whitened, (gradient(advantages) - mean * one_push) / std)
     assert (
-        advantages[0, 7] == 0 and gradient(whiten(advantages, EIGHT))[0, 7] > 0
-    )  # nobody mentions the full stop: it falls
-
-
-# ---- 3 -------------------------------------------------------------------------------------------------------------------
+        advantages[0, 7] == 0 and whitened[0, 7] > 0
+    )  # the full stop falls, though not criticised
 
 
 def test_exercise_3_the_first_ratio_tells_whether_log_pi_is_computed_in_one_way():
-    """Sampled at temperature 0.6 and scored at 1, the ratio is not 1 before any step, and the clip already binds."""
-    rollout, logits = made_up(torch.tensor([[3, 1, 4, 1, 5, 2, 6, 5]])), 3 * noise(3, 1, 8, 10)
+    """Sampled at temperature 0.6 and scored at 1, the ratio is not 1 before any step."""
+    rollout, logits = rollout_of(torch.tensor([[3, 1, 4, 1, 5, 2, 6, 5]])), 3 * noise(3, 1, 8, 10)
     old, _ = token_stats(logits, rollout, temperature=0.6)
 
     same, _ = token_stats(logits, rollout, temperature=0.6)
@@ -114,35 +89,26 @@ def test_exercise_3_the_first_ratio_tells_whether_log_pi_is_computed_in_one_way(
         check_first_ratio((other - old).abs().mean().item(), bf16=False)
 
 
-# ---- 4 -------------------------------------------------------------------------------------------------------------------
-
-
 def test_exercise_4_k3_is_never_negative_and_its_mean_over_the_vocabulary_is_the_kl():
-    """k3 = x - 1 - log x >= 0 with x = pi_ref / pi, for log is concave; and E_pi[x - 1] = 0 leaves E_pi[-log x] = KL."""
+    """k3 = x - 1 - log x >= 0 with x = pi_ref / pi, since log is concave; E_pi[x - 1] = 0."""
     pi, ref = noise(4, 2, 50).log_softmax(-1)
-    if_sampled = kl_penalty(
-        pi, ref, "k3"
-    )  # the estimate, for each token that might have been drawn
-    assert (if_sampled >= 0).all() and (kl_penalty(pi, ref, "k1") < 0).any()
+    k1, k3 = kl_penalty(pi, ref, "k1"), kl_penalty(pi, ref, "k3")  # for each token of 50
+    assert (k3 >= 0).all() and (k1 < 0).any()
     exact = kl_penalty(pi[None, None], ref[None, None], "full")[0, 0]
-    assert_close((pi.exp() * if_sampled).sum(), exact)
-    assert_close((pi.exp() * kl_penalty(pi, ref, "k1")).sum(), exact)
-
-
-# ---- 5 -------------------------------------------------------------------------------------------------------------------
+    assert_close((pi.exp() * k3).sum(), exact)
+    assert_close((pi.exp() * k1).sum(), exact)
 
 
 def test_exercise_5_process_rewards_are_the_sums_of_segments(tokenizer):
-    """prm: each sentence's delta on its last token; scalar: the whole delta on the last one. Nothing is added or lost."""
+    """prm puts the sum of each sentence on its last token; scalar puts the total on the last."""
     text = "Ana is 27. Ana lives in Porto."
     ids = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
-    rollout = made_up(torch.tensor([ids]))
+    rollout = rollout_of(torch.tensor([ids]))
     rollout.texts = [text]
-    said = Feedback(
-        "The age is 41. The name and the city are right.", good=["Ana", " Porto"], poor=[" 27"]
-    )
+    critique = "The age is 41. The name and the city are right."
+    feedback = Feedback(critique, good=["Ana", " Porto"], poor=[" 27"])
     offsets = token_offsets(tokenizer, ids)
-    delta = span_rewards(offsets, resolve(text, said)[0])
+    delta = span_rewards(offsets, resolve(text, feedback)[0])
 
     number = torch.tensor(steps(offsets, text))
     expected = torch.zeros(len(ids))
@@ -150,39 +116,25 @@ def test_exercise_5_process_rewards_are_the_sums_of_segments(tokenizer):
         expected[(number == n).nonzero()[-1]] = delta[number == n].sum()
 
     def placed(reward):
-        return place_rewards(
-            delta[None],
-            tokenizer,
-            rollout,
-            Namespace(STEP_END=SENTENCE_OR_LINE),
-            Namespace(reward=reward, missing_eos_penalty=0.0),
-        )[0]
+        task = Namespace(STEP_END=SENTENCE_OR_LINE)
+        args = Namespace(reward=reward, missing_eos_penalty=0.0)
+        return place_rewards(delta[None], tokenizer, rollout, task, args)[0]
 
     assert_close(placed("prm"), expected)
-    assert (
-        expected.tolist().count(0) == len(ids) - 1
-    )  # Ana + 27 = 0 in the first sentence, Porto = 1 in the second
+    assert expected.count_nonzero() == 1  # Ana + 27 = 0 in the first sentence, Porto = 1
     assert_close(placed("span"), delta)
     assert_close(placed("scalar"), torch.tensor([0.0] * (len(ids) - 1) + [1.0]))
 
 
-# ---- 6 -------------------------------------------------------------------------------------------------------------------
-
-
 def test_exercise_6_a_span_that_cuts_a_token_marks_the_whole_token():
-    """A token is rewarded if it shares one character with a span; where good and poor meet in it, poor wins."""
-    assert locate(TEXT, "7, l") == [
-        (8, 12)
-    ]  # the second half of " 27" to the first letter of " lives"
+    """A token is rewarded if it shares a character with a span; poor wins over good."""
+    assert locate(TEXT, "7, l") == [(8, 12)]  # from inside " 27" to inside " lives"
     spans, _ = resolve(TEXT, Feedback("Not 7.", good=["is 2"], poor=["7, l"]))
     assert span_rewards(OFFSETS, spans).tolist() == [0, 1, -1, -1, -1, 0, 0, 0]
 
 
-# ---- 7 -------------------------------------------------------------------------------------------------------------------
-
-
 def test_exercise_7_a_split_into_microbatches_changes_nothing_and_a_mean_of_means_would():
-    """With the minibatch's token count in every microbatch, losses add up; rows of unlike length show it."""
+    """With the token count of the minibatch in every microbatch, the losses add up."""
     mask = torch.arange(8) < torch.tensor([8, 2, 5])[:, None]
     new, old, target = noise(7, 3, 3, 8) * 0.3 * mask
     for loss in (policy_loss, value_loss):
@@ -192,23 +144,19 @@ def test_exercise_7_a_split_into_microbatches_changes_nothing_and_a_mean_of_mean
         assert abs(sum(loss(*part, 0.2)[0] for part in parts) / 2 - whole) > 1e-3
 
 
-# ---- 8 -------------------------------------------------------------------------------------------------------------------
-
-
 def critique(example, response):
-    times = Counter(response.rstrip(".").split())
-    twice = [word for word, n in times.items() if n > 1]
+    counts = Counter(response.rstrip(".").split())
+    twice = [word for word, n in counts.items() if n > 1]
     return Feedback(f"It repeats {', '.join(twice) or 'nothing'}.", good=[], poor=twice)
 
 
 def test_exercise_8_a_critic_is_a_function_that_quotes(tokenizer):
-    """Whatever says a word twice is blamed where it says it for the second time: a poor quote marks its last place."""
+    """A repeated word is blamed where it is repeated, because a poor quote marks its last place."""
     text = "Ana lives in Porto, lives in Lyon."
     ids = tokenizer.encode(text, add_special_tokens=False)
-    (said,) = rule_critic(SimpleNamespace(critique=critique))([None], [text])
-    assert Feedback.parse(said.render()) == said and said.poor == ["lives", "in"]
-    delta = span_rewards(token_offsets(tokenizer, ids), resolve(text, said)[0])
-    words = [tokenizer.decode([i]) for i in ids]
-    assert list(zip(words, delta.tolist())) == [
-        ("Ana", 0), (" lives", 0), (" in", 0), (" Porto", 0), (",", 0), (" lives", -1), (" in", -1), (" Lyon", 0), (".", 0)
-    ]  # fmt: skip
+    [feedback] = rule_critic(SimpleNamespace(critique=critique))([None], [text])
+    assert Feedback.parse(feedback.render()) == feedback and feedback.poor == ["lives", "in"]
+    delta = span_rewards(token_offsets(tokenizer, ids), resolve(text, feedback)[0])
+    tokens = "".join(f"{tokenizer.decode([i])}({d:.0f})" for i, d in zip(ids, delta))
+    expected = "Ana(0) lives(0) in(0) Porto(0),(0) lives(-1) in(-1) Lyon(0).(0)"
+    assert tokens == expected

@@ -128,7 +128,7 @@ def bytes_of_tokens(name, tok):
 def test_every_tokenisation_of_a_text_gives_each_token_the_characters_of_its_bytes(
     tokenizers, name, text, seed
 ):
-    """Cuts a text into tokens at random, also inside characters, and counts its bytes one by one."""
+    """Cuts a text into tokens at random, also inside characters, and counts its bytes."""
     tok, rng = tokenizers[name], random.Random(seed)
     written = ("" if name == "byte_level" else " ") + text
     raw = written.encode()
