@@ -1,4 +1,4 @@
-"""examples/products.py: a product described in one sentence."""
+"""examples/products.py: a task of one's own, which describes a product in one sentence."""
 
 import re
 
@@ -12,8 +12,8 @@ BOASTS = re.compile(r"\b(?:best|perfect|amazing|unique|ultimate|stunning)\b", re
 
 def load(args):
     def example(row):  # a line of --data
-        ask = f"Describe in one sentence: {row['name']}. Features: {row['features']}."
-        return Example(prompt=ask, reference=row["text"], facts=row)
+        prompt = f"Describe in one sentence: {row['name']}. Features: {row['features']}."
+        return Example(prompt, reference=row["text"], facts=row)
 
     return data.load(args, lambda rows, name: example)
 
@@ -25,8 +25,6 @@ def critique(example, response):
 
 
 def score(example, response):
-    said = critique(example, response)
-    return {
-        "named": len(said.good) / len(example.facts["features"].split(", ")),
-        "boasts": len(said.poor),
-    }
+    feedback = critique(example, response)
+    features = example.facts["features"].split(", ")
+    return {"named": len(feedback.good) / len(features), "boasts": len(feedback.poor)}
