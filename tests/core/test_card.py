@@ -155,14 +155,6 @@ def test_an_unreadable_critique_counts_in_recall_and_not_in_precision():
     assert {figures["recall"] for figures in found["kinds"].values()} == {1 / 2}
 
 
-def test_responses_without_a_fault_show_who_finds_faults_everywhere():
-    records = [record(TEXT, Feedback("c", poor=["27"] if i < 2 else [])) for i in range(8)]
-    everywhere = of(records, [Feedback("c", poor=["Ana"])] * 8)
-    assert three(everywhere["any_poor"]) == (2 / 8, 1, 2 * 2 / 10)
-    nowhere = of(records, [Feedback("c", poor=["London"])] * 8)
-    assert three(nowhere["any_poor"]) == (0, 0, 0), "a quote that stands nowhere marks nothing"
-
-
 def test_kinds_add_up_to_all_poor_spans(tok):
     records = toy_records(40)
     found = of(records, halves(records), tok)
@@ -195,9 +187,10 @@ def test_the_kinds_of_the_toy_stand_beside_its_poor_quotes():
     assert seen == set(toy.SEVERITY) - {"unclear"}, "what noise can be is of a known kind"
 
 
-def test_intervals_hold_the_figure_and_shrink_with_more_responses():
+def test_intervals_hold_the_figure_shrink_with_more_responses_and_follow_the_seed():
     records = toy_records(10)
     feedback = halves(records[:7]) + [None] * 3
+    assert of(records, feedback, seed=1)["intervals"] != of(records, feedback)["intervals"]
     few, many = (of(records * n, feedback * n) for n in (1, 16))
     values, wide, shrunk = flat(many), flat(few["intervals"]), []
     for name, (low, high) in flat(many["intervals"]).items():
@@ -205,12 +198,6 @@ def test_intervals_hold_the_figure_and_shrink_with_more_responses():
         if high - low > 0.01 and not name.startswith("kinds"):  # few spans have odd intervals
             shrunk.append((wide[name][1] - wide[name][0]) / (high - low))
     assert len(shrunk) > 12 and min(shrunk) > 2 and max(shrunk) < 10, "about the root of 16"
-
-
-def test_the_same_seed_draws_the_same_intervals():
-    records = toy_records(10)
-    one, again, other = (of(records, halves(records), seed=seed) for seed in (1, 1, 2))
-    assert one == again and one["intervals"] != other["intervals"]
 
 
 # ---- files and the command line ----------------------------------------------------------------
@@ -278,22 +265,15 @@ def test_a_reward_model_is_measured_by_its_own_tokens_against_annotations(run, t
 
 
 @pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        (dict(response="another"), "critic.jsonl has no feedback on these prompts and responses"),
-        (dict(status="failed"), "critic.jsonl has no feedback on these prompts and responses"),
-        (dict(good_spans=[3]), "critic.jsonl"),
-        (dict(critique="\ud800"), "critic.jsonl"),
-        (dict(critique=None), "critic.jsonl"),
-        (dict(kinds=["a", "b"]), "critic.jsonl"),
-    ],
+    "change",
+    [{"response": "another"}, {"status": "failed"}, {"good_spans": [3]}, {"critique": "\ud800"}],
 )
-def test_records_that_cannot_be_compared_end_in_one_sentence(run, tmp_path, change, sentence):
+def test_records_that_cannot_be_compared_end_in_one_sentence(run, tmp_path, change):
     row = record(TEXT, Feedback("c", poor=["27"]))
     truth = write(tmp_path / "truth.jsonl", [row])
     critic = write(tmp_path / "critic.jsonl", [row], **change)
     error = run(critic, "--annotations", truth, refuse=True)
-    assert error.startswith("error: ") and error.count("\n") == 1 and sentence in error
+    assert error.startswith("error: ") and error.count("\n") == 1 and "critic.jsonl" in error
 
 
 def test_flags_that_do_not_go_together_end_in_one_sentence(run, tmp_path):
