@@ -11,7 +11,6 @@ import itertools
 import random
 import re
 from collections import Counter, defaultdict
-from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -90,23 +89,24 @@ def labels(view, feedback) -> np.ndarray:
 
 def count(sample, feedback) -> Counter:
     """What one response adds to the sums of figures()."""
-    n, said = Counter(responses=1, readable=feedback is not None), feedback or Feedback("")
+    n = Counter(responses=1, readable=feedback is not None)
+    marked = feedback or Feedback("")  # an unreadable critique marks nothing
 
     def overlap(truth, critic, *key):
         for part, marked in (("both", truth & critic), ("truth", truth), ("critic", critic)):
             n[(*key, part)] += marked.sum()
 
     for unit, view in sample.views.items():
-        truth, critic = labels(view, sample.truth), labels(view, said)
+        truth, critic = labels(view, sample.truth), labels(view, marked)
         for sign, value in SIGNS.items():
             overlap(truth == value, critic == value, unit, sign)
         for kind, spans in spans_of_kinds(sample, view[0]).items():
             overlap(span_rewards(view[1], spans).numpy() < 0, critic < 0, unit, "kind", kind)
     # of the last view: whether any character is poor
     overlap((truth < 0).any(), (critic < 0).any(), "response", "poor")
-    for who, opinion in (("truth", sample.truth), ("critic", said)):
-        _, how_found = resolve(sample.response, opinion)
-        n.update({(who, kind): how_found[kind] for kind in MATCH_KINDS})
+    for who, opinion in (("truth", sample.truth), ("critic", marked)):
+        _, matches = resolve(sample.response, opinion)
+        n.update({(who, kind): matches[kind] for kind in MATCH_KINDS})
     return n
 
 
@@ -174,8 +174,8 @@ def card(samples, feedback, seed=0) -> dict:
     kinds = [kind for kind, _ in counted.most_common()] if set(counted) != {"unnamed"} else []
 
     def interval(values):
-        low, high = itemgetter("low", "high")(bootstrapped(values))
-        return None if low is None else [low, high]
+        figure = bootstrapped(values)
+        return None if figure["low"] is None else [figure["low"], figure["high"]]
 
     draws = figures(n, kinds)
     result = each(draws, lambda values: float(np.nan_to_num(values[0])))
@@ -228,13 +228,14 @@ def write_page(path, truth, tokens, samples, feedback, cards, seed=0):
 
 def opinion(sample, feedback) -> dict:
     """A response in pieces with their labels, and the critique with its quotes."""
-    text, said = sample.response, feedback or Feedback("")
-    spans, _ = resolve(text, said)
+    text, marked = sample.response, feedback or Feedback("")
+    spans, _ = resolve(text, marked)
     cuts = sorted({0, len(text), *(s.start for s in spans), *(s.end for s in spans)})
     ranges = list(itertools.pairwise(cuts))
-    pieces = [text[start:end] for start, end in ranges]
-    signs = span_rewards(ranges, spans).tolist()
-    tokens = [{"text": piece, "delta": sign} for piece, sign in zip(pieces, signs)]
-    row = {"prompt": sample.prompt, "tokens": [*tokens, {"text": "", "delta": 0}]}
-    row |= {"good": said.good, "poor": said.poor, "step": 0, "heldout": True}
-    return row | {"critique": feedback and feedback.critique} | quotes_with_tokens(row)
+    tokens = [
+        {"text": text[start:end], "delta": sign}
+        for (start, end), sign in zip(ranges, span_rewards(ranges, spans).tolist())
+    ]
+    row = {"prompt": sample.prompt, "critique": feedback and feedback.critique, "step": 0}
+    row |= {"tokens": [*tokens, {"text": "", "delta": 0}], "heldout": True}
+    return row | quotes_with_tokens({"good": marked.good, "poor": marked.poor, **row})

@@ -165,3 +165,9 @@ def peak_memory_gib() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
+
+
+if __name__ == "__main__":  # python -m t2g.log prints the metrics as a Markdown table
+    print("| metric | meaning |\n|---|---|")
+    for metric, meaning in METRICS.items():
+        print(f"| `{metric}` | {meaning} |")

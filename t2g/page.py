@@ -236,8 +236,8 @@ def quotes_with_tokens(sample) -> dict[str, list]:
     if words and not sample["tokens"][-1]["delta"]:
         words[-1] = ""  # mostly EOS, whose name is no part of the text
     text, ends = "".join(words), list(accumulate(map(len, words)))
-    found = {"good": [], "poor": []}
-    for kind, quotes in found.items():
+    linked = {"good": [], "poor": []}
+    for kind, quotes in linked.items():
         given = [quoted(quote)[0] for quote in sample.get(kind, ())]
         for quote, plain in zip(sample.get(kind, ()), given):
             # a quote that is given k times marks k places
@@ -250,7 +250,7 @@ def quotes_with_tokens(sample) -> dict[str, list]:
             ]
             entry = quote if isinstance(quote, dict) else {"text": quote}
             quotes.append(entry | {"tokens": marked})
-    return found
+    return linked
 
 
 def changed_words(before, after) -> dict[str, list]:
