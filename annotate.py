@@ -1,4 +1,4 @@
-"""Stage 1: responses -> critiques and spans. Who criticises: a program, unit tests, a model behind a server, or people.
+"""Stage 1: responses -> critiques and spans. Who criticises: a program, a model behind a server, or people.
 
     python annotate.py                                                 # the toy: 6000 samples, criticised by its rule
     python annotate.py --task summarize --policy MODEL --data posts.jsonl --num_samples 500 --out runs/posts/annotations.jsonl
@@ -23,11 +23,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from extras.code import unit_tests
-from extras.human import records as human_feedback
 from t2g import annotator, cli, policy, server, stages, tasks
 from t2g.feedback import FeedbackError
-from t2g.log import read_jsonl
 from t2g.notes import WRITTEN, Notes, check_kinds, read_responses, write_whole, writing
 from t2g.rollout import respond
 
@@ -40,7 +37,7 @@ def parse_args():
     add("--out", help="the .jsonl file to write; runs/TASK/annotations.jsonl if not given")
     add(
         "--critic",
-        choices=("rule", "openai", "tests", "human"),
+        choices=("rule", "openai", "human"),
         help="openai if --model or --base_url is given, else rule",
     )
     add(
@@ -132,10 +129,8 @@ def parse_args():
     args.critic = args.critic or ("openai" if args.model or args.base_url else "rule")
     if args.critic == "openai" and not args.model:
         cli.fail("--model is missing: the annotator's name at the server")
-    if args.severity and args.critic not in ("rule", "tests"):
-        cli.fail(
-            "--severity is for --critic rule or tests: a server is not asked for it, and people's stays without it"
-        )
+    if args.severity and args.critic != "rule":
+        cli.fail("--severity is for --critic rule")
     if args.dry_run and args.critic != "openai":
         cli.fail("--dry_run is for a model behind a server; the other critics cost nothing")
     if args.policy and args.responses:
@@ -202,14 +197,11 @@ def sampled(task, args, out) -> tuple[list[tasks.Example], list[dict]]:
 
 
 def examples_of(records, task, args) -> list[tasks.Example]:
-    """The task's example for each record, by its prompt; where the records bring unit tests of their own, these are enough."""
-    if hasattr(task, "test_log") and all("tests" in record for record in records):
-        for number, record in enumerate(records, 1):
-            tests = record["tests"] if isinstance(record["tests"], list) else [record["tests"]]
-            obstacle = unit_tests.obstacle("\n".join(map(str, tests)))
-            if obstacle:
-                cli.fail(f"the unit tests of record {number} cannot be run: {obstacle}")
-        return [tasks.Example(record["prompt"], "", record) for record in records]
+    """The example of each record: one that the record itself holds, or else the task's, by its prompt."""
+    read_example = getattr(task, "example_of_record", lambda record: None)
+    examples = [read_example(record) for record in records]
+    if all(examples):
+        return examples
     known = {example.prompt: example for part in task.load(args) for example in part}
     for number, record in enumerate(records, 1):
         if record["prompt"] not in known:
@@ -222,10 +214,8 @@ def with_test_logs(records, task, args) -> list[dict]:
     """The records with what their unit tests say, for the annotator to read, if the task has such tests and may run them."""
     if not hasattr(task, "test_log") or all("test_log" in record for record in records):
         return records
-    if not args.allow_code_execution:
-        print(
-            "the annotator is not shown what the unit tests say: that takes --allow_code_execution"
-        )
+    if not getattr(args, "allow_code_execution", True):  # a flag of tasks that run programs
+        print("without --allow_code_execution the annotator does not see what the unit tests say")
         return records
     pairs = tqdm(
         list(zip(examples_of(records, task, args), records)), desc="unit tests", unit="record"
@@ -240,9 +230,7 @@ def with_test_logs(records, task, args) -> list[dict]:
 
 
 def by_program(task, args, out) -> list[dict]:
-    """The task's rule, or the unit tests that it runs."""
-    if args.critic == "tests" and not hasattr(task, "test_log"):
-        cli.fail(f"the task {args.task} runs no unit tests; see --task")
+    """The task's rule."""
     if args.responses:
         records = given(args)
         examples = examples_of(records, task, args)
@@ -262,12 +250,7 @@ def by_program(task, args, out) -> list[dict]:
 
 
 def by_people(args) -> list[dict]:
-    """What people wrote: into the records' own fields, or a published data set. Lines that are not done yet are counted."""
-    rows = read_jsonl(args.responses)
-    if not rows:
-        cli.fail(f"{args.responses} holds no record")
-    if not any("response" in row for row in rows):
-        return human_feedback.records(rows, args.responses)
+    """What people wrote into the records' own fields. Records that are not filled in yet are counted."""
     records, empty, faulty = [], 0, 0
     for number, record in enumerate(read_responses(args.responses), 1):
         if not record.get("critique"):

@@ -49,14 +49,16 @@ DEFAULTS = {
 }
 
 
+def add_flags(add):
+    add("--allow_code_execution", False, "run in a sandbox what the policy writes")
+
+
 def check(args, script):
     """Programs are run where responses are judged; the other scripts only read."""
     what = getattr(args, "what", None)
     judges = script == "train_ppo" or what == "policy" or (what == "rm" and not args.annotations)
     if script == "annotate":
-        judges = args.critic in ("rule", "tests") or not (
-            args.critic or args.model or args.base_url
-        )
+        judges = args.critic == "rule" or not (args.critic or args.model or args.base_url)
     if judges and not args.allow_code_execution:
         fail(
             "the task code runs what the policy writes, with the unit tests, in a sandbox: allow it by --allow_code_execution"
@@ -155,6 +157,16 @@ def example_of(question, solution, tests, **facts):
     if not (obstacle := unit_tests.obstacle(tests)) and not unit_tests.uses(tests, solution):
         obstacle = "their tests use nothing of the solution, so that every program passes"
     return obstacle or example
+
+
+def example_of_record(record) -> Example | None:
+    """The example of a record that brings unit tests of its own."""
+    if "tests" not in record:
+        return None
+    example = Example(record["prompt"], "", record)
+    if obstacle := unit_tests.obstacle(tests_of(example)):
+        fail(f"the unit tests of record {record['id']} cannot be run: {obstacle}")
+    return example
 
 
 def load(args):

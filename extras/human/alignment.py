@@ -1,6 +1,6 @@
 """How long alignment takes: offsets, quotes and rewards of one response, in milliseconds on one core, medians of many rounds.
 
-python -m bench.alignment [TOKENIZER]         # a folder, a hub id or a .gguf file; a small byte-level BPE if not given
+python -m extras.human.alignment TOKENIZER         # a folder, a hub id or a .gguf file
 """
 
 import itertools
@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from statistics import median
 
-from extras.human import families
+from extras.human.spans import load
 from t2g.align import resolve, response_text, span_rewards, token_offsets
 from t2g.feedback import Feedback
 
@@ -55,7 +55,7 @@ def milliseconds(tokenizer, ids, feedback):
 
 
 def main():
-    tokenizer = families.load(sys.argv[1]) if len(sys.argv) > 1 else families.byte_level(WORDS)
+    tokenizer = load(sys.argv[1])
     rows = [
         (128, 20),
         (256, 20),

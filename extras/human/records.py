@@ -1,8 +1,8 @@
 """What people said of responses, as the records that train_rm.py learns from.
 
-    python annotate.py --critic human --responses FILE --out notes.jsonl
+    python -m extras.human.records FILE --out annotations.jsonl
 
-Each line of FILE is a record that somebody filled in (the fields of annotate.py), a row of DeFacto (an explanation, instructions,
+Each line of FILE is a row of DeFacto (an explanation, instructions,
 a corrected summary), a row of FineGrainedRLHF's QA feedback (ranges of errors by kind) or a row of ILF's feedback on programs (what
 is wrong, and the mended program). Where people gave no quotes, they are made from what they did mark. Poor is what they took out or
 named. Good is sparse, as in the paper: of a summary the names and numbers that the corrector left and the article has, of an answer
@@ -11,13 +11,17 @@ the longest runs without an error, of a program the longest lines that were kept
 
 import json
 import re
+from pathlib import Path
 
 from extras.code import task as code
 from extras.human.spans import INSTRUCTION, WORD, changes
+from t2g import cli
 from t2g.align import find
 from t2g.cli import fail
 from t2g.critics import quote_of
 from t2g.feedback import Feedback
+from t2g.log import read_jsonl
+from t2g.notes import write_whole
 from t2g.tasks import summarize
 
 MAX_GOOD, SHORTEST_GOOD = 2, 4  # good quotes of a response; words of a run that counts as good
@@ -198,3 +202,18 @@ def longest_kept(text, wrong) -> list[tuple[int, int]]:
 
 def one_line(text) -> str:
     return " ".join(text.split())
+
+
+def main():
+    parser = cli.parser(__doc__)
+    parser.add_argument("file", help="rows of DeFacto, FineGrainedRLHF or ILF")
+    parser.add_argument("--out", required=True, help="the annotations to write, a .jsonl file")
+    args = parser.parse_args()
+    cli.make_folder(Path(args.out).parent, "--out")
+    found = records(read_jsonl(args.file), args.file)
+    write_whole(Path(args.out), found)
+    print(f"annotations: {args.out}, {len(found)} records")
+
+
+if __name__ == "__main__":
+    main()

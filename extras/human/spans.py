@@ -2,7 +2,7 @@
 
     python -m extras.human.spans --data FILE [TOKENIZER ...]
 
-Tokenizers are folders, hub ids or .gguf files; if none is given, small ones are trained. The last line printed is a JSON object.
+Tokenizers are folders, hub ids or .gguf files. The last line printed is a JSON object.
 
 Each line of FILE is an object in one of three forms: {"response": text, "spans": [[start, end], ...]}; FineGrainedRLHF's QA
 feedback (character offsets of errors); DeFacto (instructions that say what to remove or replace, and a corrected text).
@@ -16,8 +16,9 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-from extras.human import families
-from t2g import cli
+from transformers import AutoTokenizer
+
+from t2g import cli, policy
 from t2g.align import (
     MATCH_KINDS,
     find,
@@ -313,12 +314,8 @@ def measure(data, tokenizers=(), seed=0) -> dict:
         corrections = against_corrections(responses)
         print_table(corrections)
         return {"quotes": shares, "corrections": corrections}
-    if tokenizers:
-        short = len({Path(name).name for name in tokenizers}) == len(tokenizers)
-        loaded = {Path(name).name if short else name: families.load(name) for name in tokenizers}
-    else:
-        texts = [marked.text for marked in responses]
-        loaded = {name: train(texts) for name, train in families.FAMILIES.items()}
+    short = len({Path(name).name for name in tokenizers}) == len(tokenizers)
+    loaded = {Path(name).name if short else name: load(name) for name in tokenizers}
     rules, garbled = rules_for_ambiguous_quotes(responses), garbled_quotes(responses, seed)
     tokens = {name: tokens_marked(responses, tokenizer) for name, tokenizer in loaded.items()}
     for table in (rules, garbled["ways"], garbled["found"]):
@@ -327,6 +324,18 @@ def measure(data, tokenizers=(), seed=0) -> dict:
         print(f"\ntokens of {name} quotes")
         print_table({key: table[name] for key, table in tokens.items()})
     return {"quotes": shares, "rules": rules, "garbled": garbled, "tokenizers": tokens}
+
+
+def load(source: str):
+    """A fast tokenizer: a folder, a hub id or a .gguf file."""
+    folder, options = policy.pretrained(source)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    except (OSError, ValueError, ImportError) as error:
+        fail(f"no tokenizer can be loaded from {source!r}: {str(error).splitlines()[0]}")
+    if not tokenizer.is_fast:
+        fail(f"the tokenizer {source!r} has no offsets to compare with; use a fast one")
+    return tokenizer
 
 
 def print_table(columns):

@@ -11,6 +11,7 @@ and, where the task needs them,
     critique(example, response) -> Feedback    a program as a critic: --critic rule
     kinds(example, response) -> list           the kind of each poor quote of that critique
     test_log(example, response) -> str         the unit tests' output, which annotators are shown
+    example_of_record(record)                  an Example from annotate.py's record, or None
     CRITERIA                                   what is good and what is poor, for annotators
     STEP_END                                   a regular expression for the end of a step (prm)
     DEFAULTS                                   {script: {flag: default}}
@@ -60,7 +61,6 @@ def add_flags(add):
     add("--source_field", "article", "field of --data with the text to work on")
     add("--reference_field", "abstract", "field of --data with a good response")
     add("--max_prompt_length", None, "maximum tokens of a prompt", positive(int))
-    add("--allow_code_execution", False, "code: run in a sandbox what the policy writes")
     add("--bf16", False, "matrix products in bf16, weights in fp32")
     add("--seed", 0, "seed of every random choice", int)
 
@@ -69,7 +69,7 @@ def data_flags(args) -> list[str]:
     """Returns the flags with which an earlier stage works on the same data in the same way."""
     names = ["task", "seed", "max_prompt_length", "heldout_data"]
     names += ["data", "source_field", "reference_field"] if args.data else []
-    names += ["allow_code_execution", "bf16"]
+    names.append("bf16")
     own_flags = getattr(load_task(args.task), "add_flags", lambda add: None)
     own_flags(lambda name, *_: names.append(name.removeprefix("--")))
     words = []

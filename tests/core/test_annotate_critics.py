@@ -7,7 +7,6 @@ import pytest
 from annotating import flags, requests, texts, write
 from fault_server import annotation
 
-import annotate
 from t2g import annotator, critics, policy
 from t2g.feedback import Feedback
 from t2g.log import read_jsonl
@@ -75,110 +74,35 @@ def test_sampled_responses_of_a_paid_annotator_are_kept(serve, untrained, tmp_pa
 
 
 @pytest.fixture
-def code(monkeypatch):
-    """The toy as a task that runs unit tests."""
-    said = lambda example, response: f"{response} fails {example.facts['tests']}"  # noqa: E731
-    monkeypatch.setattr(
-        toy, "critique", lambda example, response: Feedback(said(example, response), [], [response])
+def tested(monkeypatch):
+    """The toy as a task with unit tests, which a record may bring along."""
+    result = lambda example, response: f"{response} fails {example.facts['tests']}"  # noqa: E731
+    critique = lambda example, response: Feedback(result(example, response), [], [response])  # noqa: E731
+    examples = [Example("Add.", "", {"tests": "all"})], [Example("Sub.", "", {"tests": "few"})]
+    own = lambda record: Example("", "", record) if "tests" in record else None  # noqa: E731
+    hooks = dict(
+        critique=critique, test_log=result, load=lambda args: examples, example_of_record=own
     )
-    monkeypatch.setattr(toy, "test_log", said, raising=False)
-    monkeypatch.setattr(
-        toy,
-        "load",
-        lambda args: (
-            [Example("Add.", "", {"tests": "all"})],
-            [Example("Sub.", "", {"tests": "few"})],
-        ),
-    )
+    for name, hook in hooks.items():
+        monkeypatch.setattr(toy, name, hook, raising=False)
 
 
-def test_unit_tests_criticise_with_those_of_the_record_or_of_the_task(tmp_path, call, code):
-    records = [
-        {"id": str(n), "prompt": "Add.", "response": f"code{n}", "tests": f"assert {n}"}
-        for n in range(2)
-    ]
-    to = ("--critic", "tests", "--responses", write(tmp_path / "in.jsonl", records), "--out")
-    assert call(*to, tmp_path / "out.jsonl")[0] == 0
-    assert [r["critique"] for r in read_jsonl(tmp_path / "out.jsonl")] == [
-        "code0 fails assert 0",
-        "code1 fails assert 1",
-    ]
-    records[0]["prompt"] = "None of the task's."
-    rule = (
-        "--critic",
-        "rule",
-        "--responses",
-        write(tmp_path / "in.jsonl", records),
-        "--out",
-        tmp_path / "rule.jsonl",
-    )
-    assert call(*rule)[0] == 0, "the rule of such a task is its unit tests"
+def test_records_are_judged_by_their_own_example_or_by_the_task_s(tmp_path, call, tested):
+    records = [{"id": str(n), "prompt": "p", "response": f"r{n}", "tests": n} for n in range(2)]
+    given = ("--responses", write(tmp_path / "in.jsonl", records), "--out")
+    assert call(*given, tmp_path / "own.jsonl")[0] == 0
+    critiques = [record["critique"] for record in read_jsonl(tmp_path / "own.jsonl")]
+    assert critiques == ["r0 fails 0", "r1 fails 1"]
     write(tmp_path / "in.jsonl", [{"id": "a", "prompt": "Sub.", "response": "x"}])
-    call(*to, tmp_path / "task.jsonl")
+    call(*given, tmp_path / "task.jsonl")
     assert read_jsonl(tmp_path / "task.jsonl")[0]["critique"] == "x fails few"
 
 
-def test_unit_tests_need_a_task_that_runs_them(tmp_path, call):
-    write(tmp_path / "in.jsonl", [texts(1)[0] | {"tests": "assert 1"}])
-    tests = (
-        "--critic",
-        "tests",
-        "--responses",
-        tmp_path / "in.jsonl",
-        "--out",
-        tmp_path / "out.jsonl",
-    )
-    assert "the task toy runs no unit tests" in call(*tests)[1]
-    write(tmp_path / "in.jsonl", [texts(1)[0] | {"tests": "assert ("}])
-    assert (
-        "of record 1 cannot be run: their tests are no Python"
-        in call(*tests, "--task", "code", "--allow_code_execution")[1]
-    )
-
-
-def test_unit_tests_of_the_records_judge_code(tmp_path, call):
-    """The task code as it is, without data of its own."""
-    records = [
-        {
-            "id": str(n),
-            "prompt": "Double x.",
-            "response": f"def f(x):\n    return x * {n}",
-            "tests": "assert f(3) == 6",
-        }
-        for n in (2, 3)
-    ]
-    tests = (
-        "--critic",
-        "tests",
-        "--task",
-        "code",
-        "--responses",
-        write(tmp_path / "in.jsonl", records),
-        "--out",
-        tmp_path / "out.jsonl",
-    )
-    assert "--allow_code_execution" in call(*tests)[1]
-    if call(*tests, "--allow_code_execution")[0] == 2:
-        pytest.skip("this machine has no sandbox")
-    right, wrong = read_jsonl(tmp_path / "out.jsonl")
-    assert (right["good_spans"], right["poor_spans"]) == (["return x * 2"], [])
-    assert (wrong["good_spans"], wrong["poor_spans"]) == (
-        [],
-        ["return x * 3"],
-    ) and "f(3) is 9, not 6" in wrong["critique"]
-
-
-def test_a_served_annotator_reads_what_the_unit_tests_said(serve, tmp_path, call, code):
+def test_a_served_annotator_reads_the_log_of_the_unit_tests(serve, tmp_path, call, tested):
     url, log = serve()
-    records = [{"id": "a", "prompt": "Sub.", "response": "x"}]
-    assert (
-        "that takes --allow_code_execution" in call(*flags(url, tmp_path, records, "--dry_run"))[1]
-    )
-    call(*flags(url, tmp_path, records, "--allow_code_execution"))
-    assert (
-        "### Log of the unit tests\nx fails few"
-        in requests(log())[0]["asked"]["messages"][0]["content"]
-    )
+    call(*flags(url, tmp_path, [{"id": "a", "prompt": "Sub.", "response": "x"}]))
+    question = requests(log())[0]["asked"]["messages"][0]["content"]
+    assert "### Log of the unit tests\nx fails few" in question
     assert read_jsonl(tmp_path / "out.jsonl")[0]["test_log"] == "x fails few"
 
 
@@ -236,24 +160,6 @@ def test_an_empty_file_of_people_is_told(tmp_path, call):
         "--critic", "human", "--responses", tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl"
     )
     assert code == 2 and "holds no record" in printed and not (tmp_path / "out.jsonl").exists()
-
-
-def test_published_feedback_of_people(tmp_path, call, monkeypatch):
-    notes = [{"id": "0", "prompt": "p", "response": "r"}]
-    monkeypatch.setattr(
-        annotate.human_feedback,
-        "records",
-        lambda rows, name: notes if rows == [{"candidate": "r"}] else None,
-    )
-    call(
-        "--critic",
-        "human",
-        "--responses",
-        write(tmp_path / "in.jsonl", [{"candidate": "r"}]),
-        "--out",
-        tmp_path / "out.jsonl",
-    )
-    assert read_jsonl(tmp_path / "out.jsonl") == notes
 
 
 def test_a_task_s_own_criteria_stand_in_the_prompt(serve, tmp_path, call, monkeypatch):

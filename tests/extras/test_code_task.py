@@ -10,6 +10,7 @@ import pytest
 from extras.code import sandbox, unit_tests
 from extras.code import task as code
 from t2g import cli, data, tasks
+from t2g.log import read_jsonl
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 linux = pytest.mark.skipif(sys.platform != "linux", reason="programs are run on Linux only")
@@ -35,11 +36,11 @@ ILF = {
 }  # fmt: skip
 
 
-def flags(task, path, *more):
-    """The arguments of a script with --task, --data and more flags."""
+def flags(path):
+    """The arguments of a script with --data."""
     parser = argparse.ArgumentParser()
     tasks.add_flags(cli.flags(parser))
-    return parser.parse_args(["--task", task, "--data", str(path), *map(str, more)])
+    return parser.parse_args(["--data", str(path)])
 
 
 def write(path, rows):
@@ -66,7 +67,7 @@ def rows_of(folder, name):
 
 def test_rows_of_no_known_form_are_refused(tmp_path, refused):
     path = write(tmp_path / "a.jsonl", [{"text": "a"}])
-    assert "question, solution, test; " in refused(code.load, flags("code", path))
+    assert "question, solution, test; " in refused(code.load, flags(path))
 
 
 @linux
@@ -81,7 +82,7 @@ def test_problems_are_read_in_each_form_and_their_solutions_pass(tmp_path, form)
             "prompt": "def double(x):\n    # another",
         },
     ]
-    train, heldout = code.load(flags("code", write(tmp_path / "a.jsonl", rows)))
+    train, heldout = code.load(flags(write(tmp_path / "a.jsonl", rows)))
     example = next(example for example in train + heldout if "nother" not in example.prompt)
     assert "```python block" in example.prompt and "double" in example.prompt
     assert example.reference.startswith("```python\n") and "\r" not in example.reference
@@ -125,7 +126,7 @@ def test_a_function_with_the_name_of_a_builtin_is_the_solution_s(tmp_path):
 def test_tests_that_cannot_run_here_are_left_out_and_counted(tmp_path, capsys, tests, reason):
     assert reason in unit_tests.obstacle(tests) and bool(reason) == bool(unit_tests.obstacle(tests))
     rows = [{**KODCODE, "question": str(n)} for n in range(3)] + [{**KODCODE, "test": tests}]
-    train, heldout = code.load(flags("code", write(tmp_path / "a.jsonl", rows)))
+    train, heldout = code.load(flags(write(tmp_path / "a.jsonl", rows)))
     assert len(train) + len(heldout) == 3 + (not reason)
     assert not reason or (reason in (said := capsys.readouterr().out) and "3 of 4 rows" in said)
 
@@ -162,7 +163,7 @@ def test_rows_whose_tests_use_nothing_of_the_solution_are_left_out(tests, used):
         ("eval", {"what": "seeds"}, False),
         ("annotate", {"critic": None, "model": None, "base_url": None}, True),
         ("annotate", {"critic": None, "model": "gpt", "base_url": None}, False),
-        ("annotate", {"critic": "tests", "model": None, "base_url": None}, True),
+        ("annotate", {"critic": "rule", "model": None, "base_url": None}, True),
         ("train_sft", {"model": None}, False),
     ],
 )
@@ -174,6 +175,39 @@ def test_running_programs_must_be_allowed(refused, capsys, script, given, needed
         assert "--allow_code_execution" in sentence
     else:
         code.check(argparse.Namespace(allow_code_execution=False, **given), script)
+
+
+@linux
+def test_annotate_judges_records_by_unit_tests_of_their_own(serve, tmp_path, call):
+    program = "def f(x):\n    return x * {}"
+    records = [
+        {
+            "id": str(n),
+            "prompt": "Double.",
+            "response": program.format(n),
+            "tests": "assert f(3) == 6",
+        }
+        for n in (2, 3)
+    ]
+    given = ("--responses", write(tmp_path / "in.jsonl", records), "--out", tmp_path / "out.jsonl")
+    task = ("--task", "extras/code/task.py")
+    assert "--allow_code_execution" in call(*task, *given)[1]
+    assert call(*task, *given, "--allow_code_execution")[0] == 0
+    right, wrong = read_jsonl(tmp_path / "out.jsonl")
+    assert (right["good_spans"], right["poor_spans"]) == (["return x * 2"], [])
+    assert (wrong["good_spans"], wrong["poor_spans"]) == ([], ["return x * 3"])
+    assert "f(3) is 9, not 6" in wrong["critique"]
+
+    out = tmp_path / "served.jsonl"
+    served = (*task, *given[:-1], out, "--model", "m", "--base_url", serve()[0])
+    assert "without --allow_code_execution" in call(*served, "--dry_run")[1]
+    call(*served, "--allow_code_execution")
+    assert "f(3) is 9, not 6" in read_jsonl(out)[1]["test_log"]
+
+    write(tmp_path / "in.jsonl", [records[0] | {"tests": "assert ("}])
+    (tmp_path / "out.jsonl").unlink()
+    printed = call(*task, *given, "--allow_code_execution")[1]
+    assert "of record 2 cannot be run: their tests are no Python" in printed
 
 
 @linux

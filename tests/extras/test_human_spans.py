@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from extras.human import spans as human_spans
-from extras.human.families import FAMILIES
 from t2g.align import token_offsets
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -140,14 +139,14 @@ def test_quotes_in_instructions_lead_to_words_that_the_correction_changed():
         assert table["changed"] >= 0.98 > table["by_chance"], kind
 
 
-def test_spans_of_a_file_are_measured(tmp_path):
+def test_spans_of_a_file_are_measured(tmp_path, tok):
     rows = []
     for age in range(20, 60):
         response = f"Ana is {age}, lives in Porto and is {age} again."
         rows.append({"response": response, "spans": [[19, 24], [32, 34]]})
+    tok.save_pretrained(tmp_path / "tokenizer")
     (tmp_path / "spans.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    result = human_spans.measure(tmp_path / "spans.jsonl")
+    result = human_spans.measure(tmp_path / "spans.jsonl", [str(tmp_path / "tokenizer")])
     assert result["quotes"]["exact"] == 1 and result["quotes"]["ambiguous"] == 0.5
     assert result["rules"]["last"]["precision"] == 1 and result["rules"]["first"]["precision"] == 0
-    assert set(result["tokenizers"]) == set(FAMILIES)
-    assert all(table["all"]["wrong"] == 0 for table in result["tokenizers"].values())
+    assert result["tokenizers"]["tokenizer"]["all"]["wrong"] == 0
