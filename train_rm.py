@@ -39,10 +39,10 @@ def main():
     add(
         "--model",
         None,
-        "initial run, folder, hub id or .gguf file (default: sft beside the output)",
+        "initial run, folder, hub id or .gguf file; sft beside --output_dir if not given",
     )
-    add("--annotations", None, "of annotate.py (default: annotations.jsonl beside the output)")
-    add("--output_dir", None, "folder of the run (default: runs/TASK/rm)")
+    add("--annotations", None, "records; annotations.jsonl beside --output_dir if not given")
+    add("--output_dir", None, "folder of the run; runs/TASK/rm if not given")
     add("--no_critique", False, "learn the span map alone, an ablation of the paper")
     supervised.add_flags(add, validation_share=0.05)
     task, args = tasks.parse(parser, "train_rm")

@@ -18,9 +18,9 @@ def main():
     add(
         "--model",
         None,
-        "initial hub id, folder or .gguf file (default: the task makes a small one)",
+        "initial hub id, folder or .gguf file; the toy can make a small one",
     )
-    add("--output_dir", None, "folder of the run (default: runs/TASK/sft)")
+    add("--output_dir", None, "folder of the run; runs/TASK/sft if not given")
     supervised.add_flags(add)
     task, args = tasks.parse(parser, "train_sft")
     args.output_dir = args.output_dir or f"runs/{task.NAME}/sft"

@@ -38,7 +38,12 @@ def add_flags(add, validation_share=0.0):
     add("--max_steps", 200, "optimiser steps")
     add("--per_device_train_batch_size", 8, "sequences per microbatch")
     add("--gradient_accumulation_steps", 1, "microbatches per optimiser step")
-    add("--max_length", None, "maximum tokens of a text (default: the context)", positive(int))
+    add(
+        "--max_length",
+        None,
+        "maximum tokens of a training text, at most the context",
+        positive(int),
+    )
     add("--optimizer", "adamw", "muon is for models from scratch", ("adamw", "muon"))
     add("--max_grad_norm", 1.0, "maximum norm of the gradient; longer ones are clipped")
     adapters.add_flags(add)
@@ -250,7 +255,7 @@ def train_step(model, microbatches, args, objective=NEXT_TOKEN) -> dict:
 
 
 def make_optimizers(model, kind, learning_rate):
-    """Returns AdamW for all weights, or Muon for the matrices of the blocks and AdamW for others."""
+    """Returns AdamW for all weights, or Muon for the blocks' matrices and AdamW for others."""
 
     def is_matrix(name, p):
         return kind == "muon" and p.ndim == 2 and "embed" not in name and "head" not in name

@@ -57,7 +57,7 @@ def add_flags(add):
     """Adds the flags that choose a task and its examples."""
     add("--task", "toy", f"{', '.join(BUILT_IN)}, or a .py file")
     add("--data", None, "examples: a .jsonl, .json or .parquet file, or a hub id NAME[:SPLIT]")
-    add("--heldout_data", None, "held-out examples (default: a fifth of --data)")
+    add("--heldout_data", None, "held-out examples; a fifth of --data if not given")
     add("--source_field", "article", "field of --data with the text to work on")
     add("--reference_field", "abstract", "field of --data with a good response")
     add("--max_prompt_length", None, "maximum tokens of a prompt", positive(int))

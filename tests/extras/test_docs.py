@@ -240,7 +240,7 @@ def test_each_flag_is_explained_and_read(script, parse_only):
     actions = [action for action in parse_only(script)._actions if action.dest != "help"]
     for action in actions:
         assert action.help and "default" not in action.help, action.dest
-        uses = re.findall(rf'args\.{action.dest}\b(?! =)|"{action.dest}"', source)
+        uses = re.findall(rf'args\.{action.dest}\b(?! = )|"{action.dest}"', source)
         assert uses, f"nothing reads --{action.dest}"
     assert len({action.help for action in actions}) == len(actions), "two flags, one explanation"
 
