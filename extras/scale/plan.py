@@ -1,12 +1,12 @@
-"""Plans a run of train_ppo.py before there is a GPU: its memory, its seconds, and what makes it fit.
+"""Plans a run of train_ppo.py before there is a GPU: memory, seconds, and what makes it fit.
 
-    python -m extras.scale.plan 8xH100-80 --policy meta-llama/Llama-3.1-8B-Instruct --critic rule ...
+    python -m extras.scale.plan 8xH100-80 --policy meta-llama/Llama-3.1-8B-Instruct --critic rule
 
-The first argument is the number of processes and what each has; the others are flags of train_ppo.py.
-No weight is loaded: the forward and backward passes of a microbatch run on fake tensors, and all that
-is alive at once is counted. Weights, optimiser, key-value cache and FSDP's gathers are arithmetic.
-Responses and critiques count at their longest. Seconds, for GPUs alone, are a lower bound: they leave
-out communication, the launching of kernels, and critics that are programs or servers.
+First comes the number of processes and what each has, then flags of train_ppo.py. No weight is
+loaded: the passes of a microbatch run on fake tensors, and all that is alive at once is counted.
+Weights, optimiser, key-value cache and FSDP's gathers are arithmetic. Responses and critiques
+count at their longest. Seconds, for GPUs alone, are a lower bound: they leave out communication,
+the launching of kernels, and critics that are programs or servers.
 """
 
 import copy
@@ -28,7 +28,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 import train_ppo
 from t2g import adapters, dist, policy
 from t2g.cli import fail
-from t2g.policy import Policy
 from t2g.rollout import Rollout
 from t2g.score import score_microbatch
 
@@ -158,7 +157,7 @@ def fake_step(args, config, sharded, keep_gradients=False):
             fail(f"there is no plan for {type(model).__name__}: it does not name its blocks")
         block = sum(weights.numel() for weights in dist.blocks(model)[0].parameters())
         reference = None if args.lora_r else copy.deepcopy(model)
-        actor = Policy(adapters.added(model, args)).eval()
+        actor = policy.Policy(adapters.added(model, args)).eval()
     with FakeTensorMode():
         make_fake(nn.ModuleList(filter(None, (actor, reference))))
         if args.gradient_checkpointing:

@@ -36,7 +36,7 @@ WORDS = (
 
 
 def random_model(shape, folder=None, **config):
-    """The toy's tokenizer, and a Llama of one of SHAPES with random weights; saved in folder too."""
+    """The toy's tokenizer, and a Llama with random weights of one of SHAPES; folder gets both."""
     tokenizer = toy.new_model(0)[0]
     special = dict(bos_token_id=None, eos_token_id=tokenizer.eos_token_id)
     settings = SHAPES[shape] | special | {"tie_word_embeddings": True} | config
@@ -125,7 +125,7 @@ def generate_seconds(model, tokenizer, prompts, new, bf16=False) -> float:
 
 
 def profiled(work) -> tuple[dict[str, float], int]:
-    """Seconds of each kernel (of each operation on a CPU), the dearest first; host synchronisations."""
+    """Seconds of each kernel (operation on a CPU), dearest first; how often the host waited."""
     gpu = torch.cuda.is_available()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
     with profile(activities=activities) as profiler:

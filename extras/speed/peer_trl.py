@@ -2,8 +2,8 @@
 
     python extras/speed/peer_trl.py WORK STEPS      # with requirements-peer.txt
 
-Prints one JSON object a step. Loss, optimiser and sampling are the peer's own, in fp32. Each response
-gets one number as its reward, for the peer takes no others.
+Prints one JSON object a step. Loss, optimiser and sampling are the peer's own, in fp32. Each
+response gets one number as its reward, for the peer takes no others.
 """
 
 import json

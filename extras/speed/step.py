@@ -1,4 +1,4 @@
-"""One PPO step beside that of trl 0.11.3, the peer, on the same work; and sampling beside `generate`.
+"""One PPO step beside one of trl 0.11.3, the peer, on the same work; sampling beside `generate`.
 
     python3.11 -m venv ../peer
     ../peer/bin/pip install -r extras/speed/requirements-peer.txt
@@ -7,8 +7,8 @@
 MODEL is a folder, a hub id or a .gguf file. The work: 8 prompts of about 60 tokens, 48 new tokens
 each, 4 epochs of 2 minibatches of 4. Ours is train_ppo.py as users start it, so it also criticises,
 aligns and logs. The peer computes in fp32, and its update includes the forward passes that ours
-counts as score. Each turn runs every program once, in a process of its own, and leaves out its first
-step. Ratios are the peer's seconds by ours (of memory ours by the peer's), medians over turns.
+counts as score. Each turn runs every program once, in a process of its own, without counting its
+first step. Ratios are the peer's seconds by ours (memory: ours by the peer's), medians over turns.
 """
 
 import json

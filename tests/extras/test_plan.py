@@ -46,7 +46,7 @@ def llama(tokenizer, tmp_path_factory):
 
 @pytest.fixture
 def planned(monkeypatch, capsys):
-    """planned(where, model, *flags) runs the command. Returns its JSON object, and all it printed."""
+    """planned(where, model, *flags) runs the command. Returns its JSON object, and its output."""
 
     def run(where, model, *flags):
         policy = ["--policy", model] if model else []
