@@ -19,7 +19,7 @@ from t2g.rollout import respond
 def evaluate(
     task, model, tokenizer, examples, response_length, bf16=False, desc=None, seed=0
 ) -> tuple[dict, list[str]]:
-    """The task's scores of one response per example, sampled at temperature 1, and greedy (_greedy).
+    """The task's scores of a response per example, sampled at temperature 1, and greedy (_greedy).
 
     Sampling has a generator of its own, so measuring does not change the run.
 

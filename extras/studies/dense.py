@@ -1,6 +1,6 @@
-"""Dense labels, an ablation of the paper: labels spread to the neighbouring words until 70% of them are labelled.
+"""Dense labels, an ablation of the paper: labels spread until 70% of the words have one.
 
-It wraps another critic, or rewrites annotations for a reward model that learns to write dense labels:
+It wraps another critic, or rewrites annotations for a reward model to learn from:
 
 python train_ppo.py --critic extras/studies/dense.py --output_dir runs/toy/ppo_dense
 python -m extras.studies.dense runs/toy/annotations.jsonl runs/toy/dense.jsonl
@@ -39,7 +39,7 @@ def critic(task, args):
 
 
 def dense(spans, text: str) -> list[Span]:
-    """Returns one span per labelled word: labels spread word by word until SHARE of the words have one."""
+    """Returns a span per labelled word; labels spread until SHARE of the words have one."""
     words = [word.span() for word in re.finditer(r"\S+", text)]
     labels = [
         min((score for s, e, score in spans if s < end and start < e), default=0)
@@ -58,7 +58,7 @@ def dense(spans, text: str) -> list[Span]:
 
 
 def dense_feedback(text: str, feedback: Feedback) -> Feedback:
-    """Returns the same critique with dense labels; neighbouring words of one label make one quote."""
+    """Returns the critique with dense labels; neighbouring words of one label are one quote."""
     places, last = {1.0: [], -1.0: []}, None
     for start, end, score in dense(resolve(text, feedback)[0], text):
         if last and last[2] == score and not text[last[1] : start].strip():

@@ -97,7 +97,7 @@ def narrow_sampling():
 
 
 def whitened_apart():
-    """Whitens eight parts of the rollout apart, as eight processes do, with variances over n - 1."""
+    """Whitens eight parts of the rollout apart, with variances over n - 1."""
     ours = train_ppo.whiten
 
     def whiten(x, mask):

@@ -9,7 +9,7 @@ It wraps another critic and spoils each of its quotes with a given probability:
 
 python train_ppo.py --critic extras/studies/noisy.py --noise flip:0.3 --output_dir runs/toy/ppo_flip
 
-The errors depend on the seed, the prompt and the response alone, so a resumed run makes the same ones.
+The errors depend on the seed, the prompt and the response alone, so a resumed run repeats them.
 """
 
 import argparse
