@@ -55,7 +55,7 @@ PARTS = {
     "toy": Part("The toy, with its rule as the critic", "gpu_jobs:toy", 150),
     "speed": Part("Speed in bf16, random weights", "gpu_speed:speed", 180),
     "peers": Part("Sampling by transformers' own functions", "gpu_speed:peers", 90),
-    "news": Part("Spans, one scalar", "gpu_jobs:news", 400, ("model", "data"), ("rouge_score",)),
+    "news": Part("SmolLM2 on news", "gpu_jobs:news", 400, ("model", "data"), ("rouge_score",)),
     "human": Part("Critics against people's feedback", "gpu_jobs:human", 300, ("model", "human")),
 }  # fmt: skip
 
