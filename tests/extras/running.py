@@ -31,4 +31,4 @@ def refused(capsys, command, **paths) -> str:
     with pytest.raises(SystemExit) as stopped:
         run(command, **paths)
     assert stopped.value.code == 2
-    return capsys.readouterr().err.splitlines()[-1].removeprefix("error: ")
+    return capsys.readouterr().err.rpartition("error: ")[2]
