@@ -99,7 +99,7 @@ def parse_only(monkeypatch):
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_get_through_the_parsers_of_their_scripts(page, parse_only, tmp_path):
     (example,) = re.findall(
-        r'^```python\n(""".*?criticise\n)```', TEXTS["docs/TASKS.md"], re.S | re.M
+        r'^```python\n("""shout.py.*?criticise\n)```', TEXTS["docs/TASKS.md"], re.S | re.M
     )
     (tmp_path / "shout.py").write_text(example)
     for module, arguments in our_commands(TEXTS[page]):
