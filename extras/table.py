@@ -147,6 +147,9 @@ def summarise(cells, recipe, rows) -> dict:
             columns["kl"] = [cell["kl"][-1] for cell in ours]
         if ours[0]["curve"] and theirs and theirs[0]["curve"]:
             columns["difference_at_equal_kl"] = list(map(gain_at_equal_kl, ours, theirs))
+            reached = [rollouts_to_end(a["curve"], b["curve"]) for a, b in zip(ours, theirs)]
+            if any(reached):
+                columns["rollouts_to_rival"] = [number for number in reached if number]
         columns["seconds"] = [cell["seconds"] for cell in ours]
         for part, unit in ours[0]["ledger"]:
             columns[f"{part}_{unit}"] = [cell["ledger"][part, unit] for cell in ours]
@@ -164,6 +167,17 @@ def gain_at_equal_kl(ours, theirs) -> float:
     return float(a - b)
 
 
+def rollouts_to_end(curve, rival) -> int | None:
+    """The rollouts until a curve is as far as its rival's last value; None if it never is.
+
+    >>> rollouts_to_end([0.1, 0.5, 0.4], [0.2, 0.3, 0.4]), rollouts_to_end([9, 8], [9, 7])
+    (2, None)
+    """
+    way = np.sign(rival[-1] - rival[0])  # of some metrics less is better
+    reached = (np.array(curve) - rival[-1]) * way >= 0
+    return int(reached.argmax()) + 1 if reached.any() else None
+
+
 def markdown(result, recipe, rows) -> str:
     """The table, and below it the ledger."""
     titles = {name: row["title"] for name, row in rows.items()}
@@ -173,12 +187,16 @@ def markdown(result, recipe, rows) -> str:
         "difference": f"{recipe['main']}, difference to {rival}",
         "kl": "kl",
         "difference_at_equal_kl": f"{logged} in rollouts at equal KL, difference",
+        "rollouts_to_rival": f"rollouts to the final {logged} of {rival}",
     }
     lines = ["| | " + " | ".join(heads.values()) + " |", "|---" * (len(heads) + 1) + "|"]
     for name, row in result["rows"].items():
         title, other = titles[name], rows[name].get("against")
         title += f" (differences to {titles.get(other, other)})" if other else ""
         cells = [shown(row.get(head), head) for head in heads]
+        reached = row.get("rollouts_to_rival", row["seconds"])["seeds"]
+        if reached < row["seconds"]["seeds"]:
+            cells[-1] += f", reached by {reached} of {row['seconds']['seeds']} seeds"
         lines.append(f"| {title} | {' | '.join(cells)} |")
     heads = [f"{part}, {UNITS[unit][0]}" for part, unit in LEDGER]
     lines += ["", f"| | {' | '.join(heads)} | all, s |", "|---" * (len(heads) + 2) + "|"]

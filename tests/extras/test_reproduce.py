@@ -107,6 +107,8 @@ def test_each_stage_runs_once_a_seed_before_the_rows_that_need_it(run, tmp_path)
     assert rows["c"]["good"]["mean"] == pytest.approx(0.11) and "difference" not in rows["b"]
     assert rows["a"]["kl"]["mean"] == pytest.approx(0.9 * 18), "the mean of the last five steps"
     assert rows["a"]["difference_at_equal_kl"]["mean"] == pytest.approx(0.3, abs=0.01)
+    assert rows["a"]["rollouts_to_rival"]["values"] == [9, 9, 9], "the mean of five is 0.9 * 0.7"
+    assert "rollouts_to_rival" not in rows["c"], "what is not trained has no rollouts"
     assert set(result["stages"]) == {"sft", "rm"} and result["stages"]["rm"]["seeds"] == 3
     assert json.loads((tmp_path / "out" / "table.json").read_text()) == result
     printed = (tmp_path / "out" / "table.md").read_text()
@@ -248,6 +250,19 @@ def test_at_equal_kl_a_run_is_read_where_it_had_gone_as_far_as_the_other():
     near = {"kl": [0, 1, 3, 2], "curve": [0.0, 0.1, 0.2, 0.3]}
     assert table.gain_at_equal_kl(far, near) == pytest.approx(0.65 - 0.3)
     assert table.gain_at_equal_kl(near, far) == pytest.approx(0.3 - 0.65)
+
+
+def test_rollouts_to_the_rival_s_end_say_how_many_seeds_reach_it():
+    cells = {name: [] for name in "ab"}
+    for ours in ([0.9, 0.4, 0.2], [0.9, 0.6, 0.5]):  # of this metric less is better
+        for name, curve in (("a", ours), ("b", [0.8, 0.6, 0.4])):
+            cell = {"scores": {"bad": curve[-1]}, "seconds": 1, "ledger": {}, "kl": [0, 1, 2]}
+            cells[name].append(cell | {"curve": curve})
+    recipe = {"main": "bad", "metrics": ["bad"], "against": "b"}
+    rows = {name: {"title": name.upper()} for name in cells}
+    result = {"rows": table.summarise(cells, recipe, rows), "stages": {}}
+    assert result["rows"]["a"]["rollouts_to_rival"]["values"] == [2]
+    assert "| 2.00, reached by 1 of 2 seeds |" in table.markdown(result, recipe, rows)
 
 
 def test_curves_can_be_drawn_of_any_rows(tmp_path):
