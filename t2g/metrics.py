@@ -17,11 +17,12 @@ from t2g.rollout import respond
 
 
 def evaluate(
-    task, model, tokenizer, examples, response_length, bf16=False, desc=None, seed=0
+    task, model, tokenizer, examples, length, bf16=False, desc=None, seed=0, respond=respond
 ) -> tuple[dict, list[str]]:
     """The task's scores of a response per example, sampled at temperature 1, and greedy (_greedy).
 
-    Sampling has a generator of its own, so measuring does not change the run.
+    Sampling has a generator of its own, so measuring does not change the run. respond may be any
+    function with the arguments of rollout.respond().
 
     Returns: the means over examples, with eos_rate; and the sampled texts.
     """
@@ -30,7 +31,7 @@ def evaluate(
     for suffix, temperature in (("", 1.0), ("_greedy", 0)):
         label = desc and f"{desc}, {'greedy' if suffix else 'sampled'}"
         sampling = dict(temperature=temperature, bf16=bf16, generator=generator, desc=label)
-        texts[suffix], finished = respond(model, tokenizer, prompts, response_length, **sampling)
+        texts[suffix], finished = respond(model, tokenizer, prompts, length, **sampling)
         means |= {
             name + suffix: mean for name, mean in mean_scores(task, examples, texts[suffix]).items()
         }

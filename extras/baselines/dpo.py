@@ -16,14 +16,12 @@ python -m extras.baselines.dpo --policy HUB_ID --pairs pairs.jsonl --output_dir 
 """
 
 import random
-import time
-from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 
-from extras.baselines import offline
-from t2g import adapters, cli, critics, policy, stages, supervised, tasks
+from extras.baselines import common
+from t2g import adapters, cli, critics, policy, supervised
 from t2g.folder import run_folder
 from t2g.log import read_jsonl, write_json
 from t2g.notes import write_whole
@@ -97,9 +95,9 @@ def best_and_worst(groups) -> tuple[list[dict], dict]:
 def sample_pairs(task, args, tokenizer, model, root) -> tuple[list[dict], dict]:
     """Returns pairs of the policy's own responses, and the metrics of the sampling."""
     critic = critics.load_critic(task, args, root, policy.device())
-    examples = offline.draw_examples(task, args, tokenizer)
+    examples = common.draw_examples(task, args, tokenizer)
     prompts, size = [example.prompt for example in examples], args.samples_per_prompt
-    rows, stats = offline.sample_and_score(examples, prompts, critic, tokenizer, model, args)
+    rows, stats = common.sample_and_score(examples, prompts, critic, tokenizer, model, args)
     pairs, dropped = best_and_worst([rows[i : i + size] for i in range(0, len(rows), size)])
     if not pairs:
         hint = "raise --num_prompts or --samples_per_prompt, or see --critic"
@@ -168,51 +166,20 @@ def add_references(rows, tokenizer, model, args) -> list[tuple]:
     return [(*row, *references[number]) for number, row in enumerate(rows)]
 
 
-@torch.no_grad()
-def check_start(model, rows, tokenizer, args):
-    """Checks that log pi equals log ref before the first update, in training mode as well."""
-    batch, trained, references = collate(rows, tokenizer.pad_token_id, model.device)
-    logprobs = sequence_logprobs(model.train(), batch, trained, args.bf16)
-    per_token = (logprobs - references.flatten()).abs() / trained.sum(1).clamp(min=1)
-    error = per_token.max().item()
-    if not error <= (0.05 if args.bf16 else 1e-4):
-        raise RuntimeError(
-            f"policy and reference must agree before the first update, but log pi differs by "
-            f"{error:.2g} nats a token; does the model use dropout?"
-        )
-
-
-def longest(row) -> int:
-    """Returns the tokens of a row's prompt with the longer of its two responses."""
-    return len(row[0]) + max(len(row[1]), len(row[2]))
-
-
-def parse_args():
-    parser = cli.parser(__doc__)
-    add = cli.flags(parser)
-    tasks.add_flags(add)
-    offline.add_flags(add, num_prompts=1024, samples_per_prompt=4)
-    add("--pairs", None, ".jsonl file of pairs (default: pairs of the policy's own samples)")
-    add("--output_dir", None, "folder of the run (default: runs/TASK/dpo)")
+def add_flags(add):
+    common.add_sampling_flags(add, num_prompts=1024, samples_per_prompt=4)
+    add("--pairs", None, ".jsonl file of pairs; pairs of the policy's own samples if not given")
     add("--beta", 0.1, "strength of the pull towards the reference")
     supervised.add_flags(add)
-    task, args = tasks.parse(parser, "dpo", toy=TOY)
-    if args.samples_per_prompt < 2:
-        cli.fail("--samples_per_prompt must be at least 2: a pair needs two responses to a prompt")
-    args.output_dir = args.output_dir or f"runs/{task.NAME}/dpo"
-    return task, args
 
 
 def main():
-    task, args = parse_args()
-    root = Path(args.output_dir).parent
-    needed = ["sft", *([] if args.pairs else critics.stages_before(args))]
-    stages.ensure(needed, args, root, args.policy)
-    start = time.perf_counter()
+    task, args = common.parse(__doc__, "dpo", add_flags, TOY)
+    if args.samples_per_prompt < 2:
+        cli.fail("--samples_per_prompt must be at least 2: a pair needs two responses to a prompt")
+    root, tokenizer, model = common.start(args, needs_critic=not args.pairs)
 
     # 1. Pairs of responses of the starting policy.
-    torch.manual_seed(args.seed)
-    tokenizer, model = policy.load(args.policy or root / "sft", policy.device())
     if args.pairs:
         pairs, stats = read_pairs(args.pairs), {}
     else:
@@ -220,7 +187,8 @@ def main():
 
     # 2. Log-probabilities of the reference, computed once.
     limit = supervised.longest_text(model, args)
-    rows = supervised.drop_long(encode(tokenizer, pairs), limit, longest)
+    rows = encode(tokenizer, pairs)
+    rows = supervised.drop_long(rows, limit, lambda row: len(row[0]) + max(map(len, row[1:])))
     before = policy.now()
     rows = add_references(rows, tokenizer, model, args)
     stats["reference_tokens"] = sum(2 * len(row[0]) + len(row[1]) + len(row[2]) for row in rows)
@@ -230,13 +198,12 @@ def main():
 
     # 3. Training.
     model = adapters.added(model, args)
-    check_start(model, rows[: args.per_device_train_batch_size], tokenizer, args)
     with run_folder(args) as folder:
         write_whole(folder / "pairs.jsonl", pairs)
         write_json(folder / "sampling.json", [stats])
         step = supervised.train(model, tokenizer, rows, heldout, args, folder, "DPO", PREFERENCE)
         saved = supervised.save(model, tokenizer, folder, step, args)
-    print(f"policy: {saved} ({time.perf_counter() - start:.0f} s)")
+    print(f"policy: {saved}")
 
 
 if __name__ == "__main__":

@@ -12,15 +12,11 @@ python -m extras.baselines.ilf --task summarize --policy HUB_ID --data posts.jso
 
 import itertools
 import random
-import time
 from pathlib import Path
 
-import torch
-
-from extras.baselines import offline
+from extras.baselines import common
 from extras.baselines.reflection import fitting_revision
-from t2g import cli, critics, policy, stages, supervised, tasks
-from t2g.feedback import Feedback
+from t2g import cli, critics, policy, supervised
 from t2g.log import write_json
 
 TOY = dict(
@@ -29,42 +25,29 @@ TOY = dict(
 )  # fmt: skip
 
 
-def parse_args():
-    parser = cli.parser(__doc__)
-    add = cli.flags(parser)
-    tasks.add_flags(add)
-    offline.add_flags(add, num_prompts=256, samples_per_prompt=2)
-    add("--output_dir", None, "folder of the run (default: runs/TASK/ilf)")
+def add_flags(add):
+    common.add_sampling_flags(add, num_prompts=256, samples_per_prompt=2)
     supervised.add_flags(add)
-    task, args = tasks.parse(parser, "ilf", toy=TOY)
-    args.output_dir = args.output_dir or f"runs/{task.NAME}/ilf"
-    return task, args
 
 
 def main():
-    task, args = parse_args()
-    root = Path(args.output_dir).parent
-    stages.ensure(["sft", *critics.stages_before(args)], args, root, args.policy)
-    start = time.perf_counter()
-
-    torch.manual_seed(args.seed)
-    tokenizer, model = policy.load(args.policy or root / "sft", policy.device())
+    task, args = common.parse(__doc__, "ilf", add_flags, TOY)
+    root, tokenizer, model = common.start(args)
     critic = critics.load_critic(task, args, root, policy.device())
-    examples = offline.draw_examples(task, args, tokenizer)
+    examples = common.draw_examples(task, args, tokenizer)
     prompts = [example.prompt for example in examples]
     num_prompts = len(set(prompts))
-    first, stats = offline.sample_and_score(examples, prompts, critic, tokenizer, model, args)
+    first, stats = common.sample_and_score(examples, prompts, critic, tokenizer, model, args)
 
     # A response without a readable critique cannot be revised.
     first, length = [row for row in first if row.feedback is not None], args.response_length
-    if not all(isinstance(row.feedback, Feedback) for row in first):
-        cli.fail(f"--critic {args.critic} gives numbers, and a revision needs a critique in words")
+    common.in_words([row.feedback for row in first], args)
     prompts = [
         fitting_revision(model, tokenizer, row.example.prompt, row.text, row.feedback, length)
         for row in first
     ]
     examples = [row.example for row in first]
-    second, revised = offline.sample_and_score(
+    second, revised = common.sample_and_score(
         examples, prompts, critic, tokenizer, model, args, desc="revising"
     )
     pairs = best_revisions(first, second)
@@ -74,7 +57,7 @@ def main():
     print(f"mean reward: {rewards}; {len(pairs)} revisions to learn from")
     saved = supervised.finetune(model, tokenizer, pairs, args, desc="ILF")
     write_json(Path(args.output_dir) / "sampling.json", [stats, revised])
-    print(f"policy: {saved} ({time.perf_counter() - start:.0f} s)")
+    print(f"policy: {saved}")
 
 
 def best_revisions(first, second) -> list[tuple[str, str]]:

@@ -16,17 +16,16 @@ python -m extras.baselines.sdpo --task summarize --policy HUB_ID --data posts.js
 import argparse
 import copy
 import math
-import time
 from collections import defaultdict
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from t2g import cli, critics, policy, stages, tasks
-from t2g.feedback import Feedback, revision_prompt
+from extras.baselines import common
+from t2g import cli, critics, policy, tasks
+from t2g.feedback import revision_prompt
 from t2g.log import Logger
 from t2g.metrics import mean_scores, shift, summary, token_counts
 from t2g.policy import Policy, autocast, context_length, now, response_logits
@@ -40,16 +39,11 @@ TOY = dict(
     learning_rate=1.5e-3, max_steps=45, per_device_train_batch_size=32, num_mini_batches=2,
     num_ppo_epochs=2, response_length=40
 )  # fmt: skip
+STATUS = "reward {reward:+.2f} kl {kl:.2f} divergence {divergence:.4f}"
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
 
 
-def parse_args():
-    parser = cli.parser(__doc__)
-    add = cli.flags(parser)
-    tasks.add_flags(add)
-    critics.add_flags(add)
-    add("--policy", None, "starting policy: run, folder, hub id or .gguf file; sft if not given")
-    add("--output_dir", None, "folder of the run; runs/TASK/sdpo if not given")
+def add_flags(add):
     add("--tensorboard", False, "also write TensorBoard files")
     add("--divergence", "reverse_kl", "D, from policy to teacher", DIVERGENCES)
     rate = "step of the teacher towards the policy: 1 is the policy, 0 the starting policy"
@@ -63,33 +57,26 @@ def parse_args():
     add("--max_grad_norm", 1.0, "gradients are clipped to this norm")
     add("--response_length", 64, "maximum tokens of a response")
     add("--temperature", 1.0, "temperature of sampling and of all log-probabilities")
-    task, args = tasks.parse(parser, "sdpo", toy=TOY)
-    args.output_dir = args.output_dir or f"runs/{task.NAME}/sdpo"
-    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    args.batch_size = rows * args.num_mini_batches
-    return task, args
 
 
 def main():
-    task, args = parse_args()
-    root = Path(args.output_dir).parent
-    stages.ensure(["sft", *critics.stages_before(args)], args, root, args.policy)
+    task, args = common.parse(__doc__, "sdpo", add_flags, TOY)
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    args.batch_size = rows * args.num_mini_batches
+    root, tokenizer, model = common.start(args)
     with cli.friendly_errors():
-        start = time.perf_counter()
-        tokenizer, model = policy.load(args.policy or root / "sft", policy.device())
         critic = critics.load_critic(task, args, root, policy.device())
         pool = tasks.short_enough(task.load(args)[0], tokenizer, args.max_prompt_length)
         train(task, args, tokenizer, model, critic, pool)
         saved = policy.save(model, tokenizer, args.output_dir, args.max_steps)
-        print(f"policy: {saved} ({time.perf_counter() - start:.0f} s)")
+        print(f"policy: {saved}")
 
 
 def train(task, args, tokenizer, model, critic, pool):
     reference = copy.deepcopy(model).requires_grad_(False)
     teacher = model if args.teacher_update_rate == 1 else copy.deepcopy(reference)
     actor = Policy(model).to(model.device)  # score() wants one; its values are not used
-    weights = model.parameters()
-    optimizer = torch.optim.AdamW(weights, lr=args.learning_rate, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
     metric_args = argparse.Namespace(**vars(args), kl_estimator="full", span_weights="uniform")
     log = Logger(cli.fresh_folder(args.output_dir), args, task.METRICS, args.tensorboard)
     bar = tqdm(range(1, args.max_steps + 1), desc="SDPO", unit="step")
@@ -107,9 +94,7 @@ def train(task, args, tokenizer, model, critic, pool):
         clock.append(now())
 
         # 2. Critique: None is unreadable, and masked out of the loss.
-        feedback = critic(examples, rollout.texts)
-        if any(isinstance(one, float) for one in feedback):
-            cli.fail(f"--critic {args.critic} gives numbers; a teacher needs a critique in words")
+        feedback = common.in_words(critic(examples, rollout.texts), args)
         clock.append(now())
 
         # 3. Hindsight: the same responses after prompts that show response and critique.
@@ -134,16 +119,12 @@ def train(task, args, tokenizer, model, critic, pool):
         clock.append(now())
         stats |= shift(change, delta, mask) | summary(mask, delta, quotes, old.kl, old.entropy)
         stats |= token_counts(tokenizer, rollout, feedback) | seconds_of(clock)
-        stats |= mean_scores(task, examples, rollout.texts)
-        unreadable = feedback.count(None)
-        stats["unparsable"] = unreadable / len(feedback)
-        stats["too_long"] = ((~fits).sum().item() - unreadable) / len(feedback)
-        log(step, stats | {"learning_rate": rate})
-        status = "reward {reward:+.2f} kl {kl:.2f} divergence {divergence:.4f}"
-        bar.set_postfix_str(status.format_map(defaultdict(float, stats)))
+        stats |= mean_scores(task, examples, rollout.texts) | {"learning_rate": rate}
+        log(step, stats | dropped_share(feedback, fits))
+        bar.set_postfix_str(STATUS.format_map(defaultdict(float, stats)))
 
 
-def add_critiques(tokenizer, model, prompts, rollout, feedback: list[Feedback | None]):
+def add_critiques(tokenizer, model, prompts, rollout, feedback):
     """Returns the rollout as the teacher reads it: after prompts that ask for a revision.
 
     A prompt that is too long for the model's context is shortened in the middle. A row without a
@@ -163,6 +144,13 @@ def add_critiques(tokenizer, model, prompts, rollout, feedback: list[Feedback | 
     prompt, prompt_mask = encode_prompts(tokenizer, asked, rollout.response.device)
     hindsight = replace(rollout, prompt=prompt, prompt_mask=prompt_mask)
     return hindsight, torch.tensor(fits, device=prompt.device)
+
+
+def dropped_share(feedback, fits) -> dict[str, float]:
+    """Returns the shares of rows without a readable critique, and without room for theirs."""
+    unreadable, dropped = feedback.count(None), (~fits).sum().item()
+    too_long = (dropped - unreadable) / len(feedback)
+    return {"unparsable": unreadable / len(feedback), "too_long": too_long}
 
 
 def divergence(logprobs, teacher_logprobs, kind):

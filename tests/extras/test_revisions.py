@@ -8,7 +8,7 @@ import pytest
 import torch
 from running import noisy_examples, refused, run
 
-from extras.baselines import ilf, offline, reflection
+from extras.baselines import common, ilf, reflection
 from t2g.feedback import Feedback, revision_prompt
 from t2g.log import read_jsonl
 from t2g.policy import save
@@ -34,7 +34,7 @@ def test_the_reward_of_a_sample_is_the_sum_of_its_token_rewards(untrained):
         return [Feedback("All.", [], [text]) if text.strip() else None for text in texts]
 
     torch.manual_seed(0)
-    rows, stats = offline.sample_and_score(
+    rows, stats = common.sample_and_score(
         examples, prompts, critic, tokenizer, model, argparse.Namespace(**args), size=2
     )
     torch.manual_seed(0)
@@ -53,32 +53,31 @@ def test_the_reward_of_a_sample_is_the_sum_of_its_token_rewards(untrained):
 
 def test_a_response_is_revised_after_its_critique_and_stays_without_one(untrained, monkeypatch):
     tokenizer, model = untrained
-    asked = []
+    calls, answers = [], [["Ana is 27.", "Bo."], ["better"]]
 
     def answer(model, tokenizer, prompts, response_length, **sampling):
-        asked.extend(prompts)
-        return ["better"] * len(prompts), [False] * len(prompts)
+        calls.append(prompts)
+        return answers[len(calls) - 1], [False] * len(prompts)
 
     monkeypatch.setattr(reflection, "respond", answer)
     examples = [toy.make_example(random.Random(n)) for n in range(2)]
-    feedback = Feedback("The age is 41.", [], [" 27"])
-    responses = ["Ana is 27.", "Bo."]
-    texts, finished = reflection.revise(
-        model, tokenizer, examples, responses, lambda *_: [feedback, None], 8
+    feedback, prompts = Feedback("The age is 41.", [], [" 27"]), [e.prompt for e in examples]
+    texts, finished = reflection.reflect(
+        model, tokenizer, prompts, 8, examples=examples, critic=lambda *_: [feedback, None]
     )
     assert texts == ["better", "Bo."] and finished == [False, True]
-    assert asked == [revision_prompt(examples[0].prompt, "Ana is 27.", feedback)]
-    for part in (examples[0].prompt, "Ana is 27.", "The age is 41."):
-        assert part in asked[0]
+    assert calls == [prompts, [revision_prompt(prompts[0], "Ana is 27.", feedback)]]
+    for part in (prompts[0], "Ana is 27.", "The age is 41."):
+        assert part in calls[1][0]
 
 
 def test_reflection_measures_the_revisions(untrained, monkeypatch, tmp_path, capsys):
     save(untrained[1], untrained[0], tmp_path / "sft", 1)
-    revisions = lambda model, tokenizer, examples, *_, **__: (  # noqa: E731
-        [example.reference for example in examples],
-        [True] * len(examples),
-    )
-    monkeypatch.setattr(reflection, "revise", revisions)
+
+    def perfect(model, tokenizer, prompts, response_length, examples, critic, **sampling):
+        return [example.reference for example in examples], [True] * len(examples)
+
+    monkeypatch.setattr(reflection, "reflect", perfect)
     run(f"reflection {tmp_path}/sft --critic rule --eval_samples 2 --response_length 4")
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
     scores = printed[f"{tmp_path}/sft"]
@@ -91,7 +90,7 @@ def test_reflection_measures_the_revisions(untrained, monkeypatch, tmp_path, cap
 
 def scored(text, reward, prompt="p", finished=True):
     example = toy.Example(prompt, "", {})
-    return offline.Scored(example, text, finished, Feedback("Well."), reward)
+    return common.Scored(example, text, finished, Feedback("Well."), reward)
 
 
 def test_the_best_revision_of_a_prompt_is_kept_unless_it_is_worse_than_its_response(capsys):

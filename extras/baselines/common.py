@@ -1,11 +1,13 @@
-"""Sampling for the methods that sample once and then train: responses, feedback and rewards."""
+"""What the baselines share: flags, the start of a run, and sampling once before training."""
 
 import random
+from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from tqdm import tqdm
 
-from t2g import cli, critics, tasks
+from t2g import cli, critics, policy, stages, tasks
 from t2g.align import resolve, span_rewards, token_offsets
 from t2g.feedback import Feedback
 from t2g.metrics import token_counts
@@ -23,9 +25,30 @@ class Scored(NamedTuple):
     reward: float | None  # the sum of delta_t over its tokens, less the penalty of a missing EOS
 
 
-def add_flags(add, num_prompts, samples_per_prompt):
-    add("--policy", None, "starting policy: run, folder, hub id or .gguf file (default: sft)")
+def parse(doc, name, add_own_flags, toy):
+    """Parses the flags of the baseline called name; toy: its own defaults for the toy task."""
+    parser = cli.parser(doc)
+    add = cli.flags(parser)
+    tasks.add_flags(add)
     critics.add_flags(add)
+    add("--policy", None, "starting policy: run, folder, hub id or .gguf file; sft if not given")
+    add("--output_dir", None, f"folder of the run; runs/TASK/{name} if not given")
+    add_own_flags(add)
+    task, args = tasks.parse(parser, name, toy=toy)
+    args.output_dir = args.output_dir or f"runs/{task.NAME}/{name}"
+    return task, args
+
+
+def start(args, needs_critic=True):
+    """Runs the missing earlier stages. Returns: the run's parent folder, tokenizer and policy."""
+    root = Path(args.output_dir).parent
+    needed = ["sft", *(critics.stages_before(args) if needs_critic else [])]
+    stages.ensure(needed, args, root, args.policy)
+    torch.manual_seed(args.seed)
+    return root, *policy.load(args.policy or root / "sft", policy.device())
+
+
+def add_sampling_flags(add, num_prompts, samples_per_prompt):
     add("--num_prompts", num_prompts, "number of prompts that the policy answers")
     add("--samples_per_prompt", samples_per_prompt, "responses to each prompt")
     add("--response_length", 64, "maximum tokens of a response")
@@ -74,6 +97,13 @@ def sample_and_score(examples, prompts, critic, tokenizer, model, args, desc="sa
     means["unparsable"] = 1 - len(rewards) / len(rows)
     means["reward"] = sum(rewards) / len(rewards)
     return rows, {"samples": len(rows), **seconds, **means}
+
+
+def in_words(feedback, args):
+    """Returns the feedback, which must have critiques and not numbers."""
+    if any(isinstance(one, float) for one in feedback):
+        cli.fail(f"--critic {args.critic} gives numbers, but this method reads critiques in words")
+    return feedback
 
 
 def total_reward(tokenizer, rollout, row, feedback, args) -> float | None:
