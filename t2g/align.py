@@ -239,7 +239,9 @@ def _offsets_by_cuts(tokenizer, anchor, ids):
             common = len(os.path.commonprefix([prefix, text[base : base + length]]))  # noqa: RUF071
             broken = common < len(prefix) or prefix.endswith("\ufffd")  # its last character
             settled = max(settled, min(common, len(prefix) - broken, length - broken))
-            offsets.append((base + start, base + min(settled + broken, length)))
+            # The last token ends the segment, even if it is blank when decoded alone.
+            end = min(settled + broken, length) if n < behind - 1 else length
+            offsets.append((base + start, base + end))
         base += length
     return text, offsets
 

@@ -277,3 +277,10 @@ def test_earlier_calls_change_no_offsets(tok, data):
     used = Counting(tok)
     for ids in data.draw(st.lists(sampled_ids(tok), min_size=2, max_size=4)):
         assert token_offsets(used, ids) == token_offsets(Counting(tok), ids)
+
+
+def test_a_space_between_broken_bytes_is_a_broken_character_too(tokenizers):
+    tok = tokenizers["byte_fallback"]
+    ids = tok.convert_tokens_to_ids(["<0x80>", "<0x20>", "<0x80>"])
+    assert response_text(tok, ids) == "\ufffd" * 3
+    assert token_offsets(tok, ids) == [(0, 1), (1, 2), (2, 3)]
