@@ -155,7 +155,7 @@ PREFERENCE = supervised.Objective(
 
 @torch.no_grad()
 def add_references(rows, tokenizer, model, args) -> list[tuple]:
-    """Appends log ref of the chosen and the rejected response to each row, by the initial policy."""
+    """Appends log ref of the two responses to each row; the reference is the initial policy."""
     references = {}
     numbered = [(*row, number) for number, row in enumerate(rows)]
     for part in supervised.by_length(numbered, args):

@@ -1,4 +1,4 @@
-"""Reflection, a baseline without training: the policy rewrites its response after reading a critique.
+"""Reflection, a baseline without training: the policy revises its response after a critique.
 
     y ~ pi(. | x),  c its critique,  y' ~ pi(. | x, y, c); y' is measured
 
@@ -19,7 +19,7 @@ from t2g.rollout import respond
 
 
 def fitting_revision(model, tokenizer, prompt, response, feedback, response_length) -> str:
-    """Returns revision_prompt(), the middle of the prompt left out where the context is too short."""
+    """Returns revision_prompt(), with the prompt shortened in the middle to fit the context."""
     room = policy.context_length(model) - response_length
     question = partial(revision_prompt, feedback=feedback)
     return critics.fitting_prompt(tokenizer, prompt, response, room, question)

@@ -1,11 +1,11 @@
 """A scalar reward model, a baseline: one number for a response where train_rm.py's says where.
 
-    L = E[ (score(x, y) - s)^2 ],  s = sum over the tokens of y of delta_t, from the same annotations
+    L = E[ (score(x, y) - s)^2 ],  s the sum of delta_t over y, from the same annotations
 
 The tokens are those of the reward model's tokenizer. Long prompts are shortened in the middle,
 responses never. scalar_critic.py defines the score and is the critic that uses the model.
 
-python -m extras.baselines.scalar_rm                                # the toy, into runs/toy/rm_scalar
+python -m extras.baselines.scalar_rm                             # the toy, into runs/toy/rm_scalar
 python -m extras.baselines.scalar_rm --model HUB_ID --annotations notes.jsonl --lora_r 16
 """
 

@@ -75,7 +75,7 @@ def losses_and_gradients(policy, value, mask, rates):
 
 
 def kl_coefficients(generator):
-    """Returns settings (init, target, horizon), updates (kl, n), and the path of the coefficient."""
+    """Returns settings (init, target, horizon), updates (kl, n) and the coefficient's path."""
     settings = torch.rand(5, 3, generator=generator) * torch.tensor([10, 100, 1e5]) + 0.1
     updates = torch.rand(5, UPDATES, 2, generator=generator) * torch.tensor([100, 1000]) + 1
     paths = []

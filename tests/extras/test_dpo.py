@@ -119,8 +119,9 @@ def test_the_best_response_is_preferred_to_the_worst_and_dropped_prompts_are_cou
     same_text = group(1, 2, text=lambda _: "same")
     groups = [group(1, 3, -7, 2), group(None, 2, 2), group(None, 4, None), same_text]
     [pair], dropped = dpo.best_and_worst(groups)
-    assert pair == {"prompt": example.prompt, "chosen": "3", "chosen_reward": 3, "chosen_finished": True,
-                    "rejected": "-7", "rejected_reward": -7, "rejected_finished": False}  # fmt: skip
+    chosen = {"chosen": "3", "chosen_reward": 3, "chosen_finished": True}
+    rejected = {"rejected": "-7", "rejected_reward": -7, "rejected_finished": False}
+    assert pair == {"prompt": example.prompt, **chosen, **rejected}
     assert dropped == {"ties": 0.5, "unpaired": 0.25}
 
 

@@ -105,7 +105,10 @@ def test_the_best_revision_of_a_prompt_is_kept_unless_it_is_worse_than_its_respo
 
 def test_two_steps_of_ilf(untrained, tmp_path, monkeypatch):
     save(untrained[1], untrained[0], tmp_path / "sft", 1)
-    all_revisions = lambda first, second: [(row.example.prompt, row.text) for row in second]  # noqa: E731
+
+    def all_revisions(first, second):
+        return [(row.example.prompt, row.text) for row in second]
+
     monkeypatch.setattr(ilf, "best_revisions", all_revisions)
     short = "--num_prompts 4 --response_length 5 --max_steps 2 --per_device_train_batch_size 2"
     run(f"ilf --critic rule {short}", output_dir=tmp_path / "ilf")

@@ -90,7 +90,7 @@ def batch(model, tokenizer):
 
 @torch.no_grad()
 def next_token(model, tokenizer, prompt, ids):
-    """Returns the distribution after a prompt and response ids, by a forward pass without padding."""
+    """Returns the distribution after a prompt and response ids, by a pass without padding."""
     prompt_ids = tokenizer(chat_text(tokenizer, prompt), add_special_tokens=False)["input_ids"]
     logits = model(input_ids=torch.tensor([prompt_ids + ids])).logits[0, -1]
     return Categorical(logits=logits / ARGS["temperature"])
