@@ -1,23 +1,22 @@
-"""Stage 1: responses -> critiques and spans. Who criticises: a program, a model behind a server, or people.
+"""Stage 1: annotates responses with critiques and spans, by a program, a server or people.
 
-    python annotate.py                                                 # the toy: 6000 samples, criticised by its rule
-    python annotate.py --task summarize --policy MODEL --data posts.jsonl --num_samples 500 --out runs/posts/annotations.jsonl
-    python annotate.py --responses texts.jsonl --out notes.jsonl --model gpt-4o --input_price 2.5 --output_price 10 --budget 5
-    python annotate.py --responses texts.jsonl --out notes.jsonl --model NAME --base_url http://localhost:8000/v1
-    python annotate.py --responses filled_in.jsonl --out notes.jsonl --critic human
+python annotate.py                                        # the toy: 6000 samples and its rule
+python annotate.py --task summarize --policy MODEL --data posts.jsonl --num_samples 500
+python annotate.py --responses texts.jsonl --out notes.jsonl --model NAME \\
+    --base_url http://localhost:8000/v1
+python annotate.py --responses texts.jsonl --out notes.jsonl --model gpt-4o \\
+    --input_price 2.5 --output_price 10 --budget 5        # OpenAI, with OPENAI_API_KEY
+python annotate.py --responses filled_in.jsonl --out notes.jsonl --critic human
 
-Each line of --responses: {"id", "prompt", "response"}; further fields are kept. Without it, responses are sampled from a policy.
-Each line of --out has these and {"critique", "good_spans", "poor_spans", "status", "reason"}. With --severity, a span is
-{"text": ..., "severity": ...} where the critic says how much it matters.
+A line of --responses has {"id", "prompt", "response"}; other fields are kept. Without it, a policy
+is sampled. A line of --out adds {"critique", "good_spans", "poor_spans", "status", "reason"}, and a
+server's also "reasoning" and "usage". Status is "ok" or "failed".
 
-A server's annotations are written as they come, with "reasoning" and "usage". Stopped at any moment, by a kill, Ctrl-C (exit code
-130) or the budget (exit code 0), the same command goes on where it was, and asks again only for what was on its way. The key is
-read from OPENAI_API_KEY.
+A server's records are written as they arrive. After a kill, Ctrl-C (exit code 130) or the end of
+the budget (exit code 0), the same command continues and asks nothing twice that was written.
 """
 
-import asyncio
 import random
-import time
 from pathlib import Path
 
 import torch
@@ -31,123 +30,41 @@ from t2g.rollout import respond
 
 def parse_args():
     parser = cli.parser(__doc__)
-    add = parser.add_argument
+    add = cli.flags(parser)
     tasks.add_flags(add)
-    add("--responses", help="records to annotate; a policy's samples if not given")
-    add("--out", help="the .jsonl file to write; runs/TASK/annotations.jsonl if not given")
-    add(
-        "--critic",
-        choices=("rule", "openai", "human"),
-        help="openai if --model or --base_url is given, else rule",
-    )
-    add(
-        "--policy",
-        help="whose responses are criticised: a run, a folder, a hub id or a .gguf file; sft beside --out if not given",
-    )
-    add(
-        "--num_samples",
-        type=cli.positive(int),
-        default=500,
-        help="responses to sample and criticise, without --responses",
-    )
-    add("--response_length", type=cli.positive(int), default=64, help="most tokens of a response")
-    add(
-        "--temperature",
-        type=cli.positive(float),
-        default=1.0,
-        help="the policy's sampling temperature",
-    )
-    add(
-        "--severity",
-        action="store_true",
-        help="keep how bad or good each quote is, where the critic says so",
-    )
-    add("--model", help="openai: the annotator's name at the server")
-    add(
-        "--base_url",
-        help="openai: any server that speaks OpenAI's API, such as http://localhost:8000/v1; OpenAI if not given",
-    )
-    add(
-        "--annotator_temperature",
-        type=cli.between(0, 2),
-        default=0.3,
-        help="openai: the annotator's sampling temperature",
-    )
-    add(
-        "--max_tokens",
-        type=cli.positive(int),
-        default=1024,
-        help="openai: most tokens of an answer",
-    )
-    add(
-        "--max_spans",
-        type=cli.positive(int),
-        default=2,
-        help="openai: most good quotes, and most poor ones, of a response",
-    )
-    add("--concurrency", type=cli.positive(int), default=16, help="openai: requests at once")
-    add(
-        "--max_retries",
-        type=cli.positive(int),
-        default=5,
-        help="openai: how often a request is sent again, and a question put again",
-    )
-    add(
-        "--timeout",
-        type=cli.positive(float),
-        default=120.0,
-        help="openai: seconds to wait for an answer",
-    )
-    add(
-        "--input_price",
-        type=cli.between(0, 1e9),
-        default=0.0,
-        help="openai: money for a million tokens of prompts",
-    )
-    add(
-        "--output_price",
-        type=cli.between(0, 1e9),
-        default=0.0,
-        help="openai: money for a million tokens of answers",
-    )
-    add(
-        "--budget",
-        type=cli.between(0, 1e9),
-        help="openai: stop before --out has cost more money than this, earlier runs included",
-    )
-    add(
-        "--retry_failed",
-        action="store_true",
-        help="openai: ask again for the records of --out that failed",
-    )
-    add(
-        "--dry_run",
-        action="store_true",
-        help="openai: print one prompt and what all would cost; responses are sampled and kept",
-    )
+    add("--responses", None, "records to annotate (default: samples of a policy)")
+    add("--out", None, "the .jsonl file to write (default: runs/TASK/annotations.jsonl)")
+    critics = ("rule", "openai", "human")
+    add("--critic", None, "who annotates (default: openai with --model, otherwise rule)", critics)
+    add("--policy", None, "run, folder, hub id or .gguf file to sample (default: sft beside --out)")
+    add("--num_samples", 500, "responses to sample and annotate")
+    add("--response_length", 64, "maximum tokens of a sampled response")
+    add("--temperature", 1.0, "temperature of the policy")
+    add("--severity", False, "rule: keep the severities of quotes")
+    add("--model", None, "openai: name of the annotator on the server")
+    add("--annotator_temperature", 0.3, "openai: temperature of the annotator", cli.between(0, 2))
+    add("--max_tokens", 1024, "openai: maximum tokens of an answer")
+    add("--max_spans", 2, "openai: maximum number of good quotes, and of poor ones")
+    add("--dry_run", False, "openai: print one question and the price of all, and ask nothing")
+    server.add_flags(add)
     task, args = tasks.parse(parser, "annotate")
     args.critic = args.critic or ("openai" if args.model or args.base_url else "rule")
     if args.critic == "openai" and not args.model:
-        cli.fail("--model is missing: the annotator's name at the server")
+        cli.fail("--model is missing: the name of the annotator on the server")
     if args.severity and args.critic != "rule":
-        cli.fail("--severity is for --critic rule")
+        cli.fail("--severity needs --critic rule")
     if args.dry_run and args.critic != "openai":
-        cli.fail("--dry_run is for a model behind a server; the other critics cost nothing")
+        cli.fail("--dry_run needs --critic openai; the other critics cost nothing")
     if args.policy and args.responses:
-        cli.fail(
-            "--policy and --responses exclude each other: either a policy is sampled, or its responses are there"
-        )
-    if args.responses and Path(args.responses).is_dir():
-        cli.fail(f"--responses {args.responses} is a folder; name a .jsonl file in it")
+        cli.fail("--policy and --responses exclude each other")
     if args.critic == "human" and not args.responses:
         cli.fail("--responses is missing: the file that people filled in")
     if args.budget is not None and not args.input_price + args.output_price:
-        cli.fail("--budget needs --input_price and --output_price, the money for a million tokens")
+        cli.fail("--budget needs --input_price and --output_price")
     return task, args
 
 
 def main():
-    start = time.perf_counter()
     task, args = parse_args()
     out = Path(args.out or f"runs/{task.NAME}/annotations.jsonl")
     if args.responses and out.resolve() == Path(args.responses).resolve():
@@ -156,48 +73,38 @@ def main():
         cli.fail(f"{out} exists already; move it away or choose another --out")
     cli.make_folder(out.parent, "--out")
     if args.critic == "openai":
-        return by_server(task, args, out)
-    records = by_people(args) if args.critic == "human" else by_program(task, args, out)
+        annotate_by_server(task, args, out)
+        return
+    records = read_human(args) if args.critic == "human" else annotate_by_rule(task, args, out)
     write_whole(out, records)
-    print(f"annotations: {out}, {len(records)} records ({time.perf_counter() - start:.0f} s)")
+    print(f"annotations: {out}, {len(records)} records")
 
 
-# ---- responses ---------------------------------------------------------------------------------------------------------
+# ---- responses ---------------------------------------------------------------------------------
+def read_unannotated(args) -> list[dict]:
+    """Returns the records of --responses without the fields of an earlier annotator."""
+    records = read_responses(args.responses)
+    return [{key: r[key] for key in r if key not in WRITTEN} for r in records]
 
 
-def given(args) -> list[dict]:
-    """The records of --responses, without what an earlier annotator wrote."""
-    return [
-        {name: value for name, value in r.items() if name not in WRITTEN}
-        for r in read_responses(args.responses)
-    ]
-
-
-def sampled(task, args, out) -> tuple[list[tasks.Example], list[dict]]:
-    """Examples of the task, and a record for each with a response that the policy samples."""
+def sample_responses(task, args, out) -> tuple[list[tasks.Example], list[dict]]:
+    """Samples the policy; returns examples of the task and a record with a response for each."""
     stages.ensure(["sft"], args, out.parent, args.policy)
     torch.manual_seed(args.seed)
     tokenizer, model = policy.load(args.policy or out.parent / "sft", policy.device())
     examples = tasks.short_enough(task.load(args)[0], tokenizer, args.max_prompt_length)
-    chosen = random.Random(args.seed).choices(examples, k=args.num_samples)
-    sampling = dict(temperature=args.temperature, bf16=args.bf16)
-    texts, _ = respond(
-        model,
-        tokenizer,
-        [e.prompt for e in chosen],
-        args.response_length,
-        128,
-        "sampling to annotate",
-        **sampling,
-    )
-    return chosen, [
-        {"id": str(n), "prompt": e.prompt, "response": text}
-        for n, (e, text) in enumerate(zip(chosen, texts))
-    ]
+    examples = random.Random(args.seed).choices(examples, k=args.num_samples)
+    prompts = [example.prompt for example in examples]
+    options = dict(temperature=args.temperature, bf16=args.bf16, desc="sampling")
+    texts, _ = respond(model, tokenizer, prompts, args.response_length, batch_size=128, **options)
+    records = []
+    for number, (prompt, text) in enumerate(zip(prompts, texts)):
+        records.append({"id": str(number), "prompt": prompt, "response": text})
+    return examples, records
 
 
 def examples_of(records, task, args) -> list[tasks.Example]:
-    """The example of each record: one that the record itself holds, or else the task's, by its prompt."""
+    """Returns the example of each record: the record's own, or the task's with the same prompt."""
     read_example = getattr(task, "example_of_record", lambda record: None)
     examples = [read_example(record) for record in records]
     if all(examples):
@@ -205,166 +112,129 @@ def examples_of(records, task, args) -> list[tasks.Example]:
     known = {example.prompt: example for part in task.load(args) for example in part}
     for number, record in enumerate(records, 1):
         if record["prompt"] not in known:
-            cli.fail(f"the prompt of record {number} is none of the task {args.task}, which is needed to judge its response; "
-                     "see --task, --data and --seed")  # fmt: skip
+            problem = f"the prompt of record {number} does not occur in the task {args.task}"
+            cli.fail(f"{problem}; check --task, --data and --seed")
     return [known[record["prompt"]] for record in records]
 
 
-def with_test_logs(records, task, args) -> list[dict]:
-    """The records with what their unit tests say, for the annotator to read, if the task has such tests and may run them."""
+def add_test_logs(records, task, args) -> list[dict]:
+    """Adds the output of the unit tests, for the annotator, if the task has and may run them."""
     if not hasattr(task, "test_log") or all("test_log" in record for record in records):
         return records
     if not getattr(args, "allow_code_execution", True):  # a flag of tasks that run programs
-        print("without --allow_code_execution the annotator does not see what the unit tests say")
+        print("without --allow_code_execution the annotator does not see the unit tests' output")
         return records
-    pairs = tqdm(
-        list(zip(examples_of(records, task, args), records)), desc="unit tests", unit="record"
-    )
-    return [
-        {"test_log": task.test_log(example, record["response"]), **record}
-        for example, record in pairs
-    ]
+    examples, logged = examples_of(records, task, args), []
+    for example, record in zip(examples, tqdm(records, desc="unit tests", unit="record")):
+        logged.append({"test_log": task.test_log(example, record["response"]), **record})
+    return logged
 
 
-# ---- critics -----------------------------------------------------------------------------------------------------------
-
-
-def by_program(task, args, out) -> list[dict]:
-    """The task's rule."""
+# ---- critics -----------------------------------------------------------------------------------
+def annotate_by_rule(task, args, out) -> list[dict]:
+    """Annotates responses with the task's own program."""
     if args.responses:
-        records = given(args)
+        records = read_unannotated(args)
         examples = examples_of(records, task, args)
     else:
-        examples, records = sampled(task, args, out)
-    for example, record in zip(examples, tqdm(records, desc="criticising", unit="record")):
-        said = task.critique(example, record["response"])
-        said = said if args.severity else said.plain()
-        record |= {
-            "critique": said.critique,
-            "good_spans": said.good,
-            "poor_spans": said.poor,
-            "status": "ok",
-            "reason": "",
-        }
+        examples, records = sample_responses(task, args, out)
+    for example, record in zip(examples, tqdm(records, desc="annotating", unit="record")):
+        feedback = task.critique(example, record["response"])
+        feedback = feedback if args.severity else feedback.plain()
+        record["critique"] = feedback.critique
+        record |= {"good_spans": feedback.good, "poor_spans": feedback.poor}
+        record |= {"status": "ok", "reason": ""}
     return records
 
 
-def by_people(args) -> list[dict]:
-    """What people wrote into the records' own fields. Records that are not filled in yet are counted."""
-    records, empty, faulty = [], 0, 0
+def read_human(args) -> list[dict]:
+    """Returns the records that people filled in, and reports those that are empty or invalid."""
+    records, empty, invalid = [], 0, 0
     for number, record in enumerate(read_responses(args.responses), 1):
         if not record.get("critique"):
             empty += 1
             continue
         try:
-            said = annotator.checked(
-                {"good_spans": [], "poor_spans": [], **record}, record["response"]
-            )
-            check_kinds({**record, **said})
-            records.append({**record, **said, "status": "ok", "reason": ""})
-        except FeedbackError as fault:
-            faulty += 1
-            print(f"record {number} of {args.responses} is left out: {fault}")
+            spans = {"good_spans": [], "poor_spans": []}
+            record |= annotator.checked(spans | record, record["response"])
+            check_kinds(record)
+            records.append({**record, "status": "ok", "reason": ""})
+        except FeedbackError as error:
+            invalid += 1
+            print(f"record {number} of {args.responses} is left out: {error}")
     if not records:
-        cli.fail(
-            f"no record of {args.responses} is filled in as it should be: critique, good_spans and poor_spans"
-        )
-    if empty or faulty:
-        print(
-            f"{empty} records are not filled in yet and {faulty} have a fault; mend them, move --out away and call again"
-        )
+        cli.fail(f"no record of {args.responses} has a valid critique, good_spans and poor_spans")
+    if empty or invalid:
+        print(f"{empty} records are empty and {invalid} invalid; correct them and start again")
     return records
 
 
-def by_server(task, args, out):
-    """A model behind a server, record by record into --out; see t2g/annotator.py."""
+def annotate_by_server(task, args, out):
+    """Annotates responses by a model behind a server, and writes each record as it arrives."""
+    if not args.dry_run:  # fails before the policy is sampled if the address or the key is wrong
+        server.client(args.base_url, args.timeout, args.max_retries)
+    records = read_unannotated(args) if args.responses else keep_responses(task, args, out)
     criteria = getattr(task, "CRITERIA", annotator.CRITERIA)
-    client = None if args.dry_run else server.client(args.base_url, args.timeout, args.max_retries)
-    records = given(args) if args.responses else samples_kept(task, args, out)
     if args.dry_run:
-        todo = Notes(out).left(records, args.retry_failed) if out.exists() else records
-        return dry_run(
-            [
-                annotator.question(r, criteria, args.max_spans)
-                for r in with_test_logs(todo, task, args)
-            ],
-            args,
-        )
-    start = time.perf_counter()
+        dry_run(task, args, out, records, criteria)
+        return
     with writing(out), Notes(out) as notes:
-        todo = with_test_logs(notes.left(records, args.retry_failed), task, args)
-        spent = [
-            sum(column) for column in zip((0, 0), *map(annotator.tokens_of, notes.records.values()))
-        ]
-        meter = server.Meter((args.input_price, args.output_price), args.budget, spent)
-        bar = tqdm(
-            total=len(records), initial=len(records) - len(todo), desc="annotating", unit="record"
-        )
-
-        def state():
-            return f"{len(notes.failed)} failed, {meter.tokens[0]} + {meter.tokens[1]} tokens, {meter.money(meter.tokens):.4f} spent"
+        spent = map(annotator.tokens_of, notes.records.values())
+        prices = (args.input_price, args.output_price)
+        meter = server.Meter(prices, args.budget, sum(spent, server.Tokens()))
+        todo = add_test_logs(notes.left(records, args.retry_failed), task, args)
+        bar = tqdm(total=len(records), initial=len(records) - len(todo), desc="annotating")
 
         def save(record):
             notes.add(record)
-            bar.set_postfix_str(state(), refresh=False)
+            bar.set_postfix_str(f"{meter.money(meter.tokens):.4f} spent", refresh=False)
             bar.update()
 
+        kept = f"the same command continues from {out}"
         try:
-            asyncio.run(
-                annotator.annotate_all(
-                    todo, save, annotator.Annotator(client, args, criteria, meter), args.concurrency
-                )
-            )
+            with bar:
+                annotator.Annotator(args, criteria, meter).annotate_all(todo, save)
         except server.Stop as error:
-            bar.close()
-            cli.fail(
-                f"{error}. The same command goes on from the {len(notes.records)} records in {out}"
-            )
+            cli.fail(f"{error}; {kept}")
         except KeyboardInterrupt:
-            bar.close()
-            print(
-                f"stopped; the same command goes on from the {len(notes.records)} records in {out}"
-            )
+            print(f"interrupted; {kept}")
             raise SystemExit(130) from None
-        bar.close()
-        print(
-            f"annotations: {out}, {len(notes.records)} records, {state()} ({time.perf_counter() - start:.0f} s)"
-        )
+        failed = sum(record["status"] == "failed" for record in notes.records.values())
+        tokens = "{} + {} tokens".format(*meter.tokens)
+        counts = f"{len(notes.records)} records, {failed} failed, {tokens}"
+        print(f"annotations: {out}, {counts}, {meter.money(meter.tokens):.4f} spent")
         if left := len(notes.left(records)):
-            print(
-                f"{left} records are left, for the next request could pass the budget; a larger --budget goes on from there"
-            )
-        if notes.failed:
-            print("each failed record has its reason; --retry_failed asks again for them")
+            print(f"{left} records are left: the budget is reached; raise --budget to continue")
+        if failed:
+            print("--retry_failed asks again about failed records, each of which has a reason")
 
 
-def samples_kept(task, args, out) -> list[dict]:
-    """Sampled responses, in a file beside --out, so that an interrupted run goes on with the same ones."""
+def keep_responses(task, args, out) -> list[dict]:
+    """Samples responses into a file beside --out, where an interrupted run finds them again."""
     path = out.with_suffix(".responses.jsonl")
     if path.exists():
         print(f"responses: {path} (sampled before; move it away to sample anew)")
         return read_responses(path)
     if out.exists():
-        cli.fail(
-            f"{out} exists already, without {path}, its responses; move it away or choose another --out"
-        )
-    _, records = sampled(task, args, out)
+        cli.fail(f"{out} exists without its responses {path}; move it away or change --out")
+    _, records = sample_responses(task, args, out)
     write_whole(path, records)
     return records
 
 
-def dry_run(questions, args):
-    """One prompt in full, and what the whole would cost."""
-    tokens = (
-        sum(len(question.encode()) for question in questions) // 4,
-        len(questions) * args.max_tokens,
-    )
-    money = server.Meter((args.input_price, args.output_price), None, (0, 0)).money(tokens)
+def dry_run(task, args, out, records, criteria):
+    """Prints one question and the price of all of them."""
+    if out.exists():
+        with Notes(out) as notes:
+            records = notes.left(records, args.retry_failed)
+    records = add_test_logs(records, task, args)
+    questions = [annotator.question(record, criteria, args.max_spans) for record in records]
+    asked = sum(len(question.encode()) for question in questions) // 4  # four bytes per token
+    tokens = server.Tokens(asked, len(questions) * args.max_tokens)
+    money = server.Meter((args.input_price, args.output_price), None, tokens).money(tokens)
     print("\n".join(questions[:1]))
-    print(
-        f"{len(questions)} records to ask for: about {tokens[0]} tokens of prompts (four bytes each) and at most {tokens[1]} of "
-        f"answers (--max_tokens each), {money:.4f} at most where nothing must be asked again. Nothing was asked."
-    )
+    print(f"{len(questions)} records, about {tokens[0]} prompt tokens, at most {tokens[1]} answer")
+    print(f"tokens, and a price of at most {money:.4f} without repeated questions; nothing asked")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,15 @@
-"""Where feedback comes from. A critic is a function (examples, responses) -> a list of Feedback, None where it is unreadable;
-the scalar critic, a baseline, says numbers instead.
+"""Critics: where feedback comes from during training.
 
-Critic and policy talk in text only: a reward model has its own tokenizer and may be of another family.
+A critic is a function (examples, responses) -> list of Feedback, with None where the feedback is
+unreadable. It exchanges only text with the policy, so a reward model may have a tokenizer of its
+own. The scalar critic in extras/baselines returns numbers instead of Feedback.
 """
-
-import asyncio
 
 from tqdm import tqdm
 
 from t2g import dist, policy
 from t2g.align import locate, token_offsets
-from t2g.cli import fail, load_file, positive
+from t2g.cli import fail, load_file
 from t2g.feedback import Feedback, FeedbackError, reward_prompt
 from t2g.rollout import chat_text, respond
 
@@ -18,32 +17,34 @@ BUILT_IN = ("rm", "rule", "openai")
 
 
 def add_flags(add):
-    who = "rm: a reward model; rule: the task's program; openai: a server; or a .py file"
-    add("--critic", default="rm", help=f"where feedback comes from. {who}")
+    """Adds the flags that choose a critic, with the add() of cli.flags."""
     add(
-        "--reward_model", help="reward model: a run, folder, hub id, .gguf file or name on a server"
+        "--critic",
+        "rm",
+        "rm: a reward model; rule: the task's program; openai: a server; or FILE.py",
     )
-    add("--base_url", help="openai: the server, such as http://localhost:8000/v1")
-    add("--critique_length", type=positive(int), default=200, help="maximum tokens of a critique")
+    add("--reward_model", None, "a run, folder, hub id, .gguf file, or name on the server")
+    add("--base_url", None, "openai: server, such as http://localhost:8000/v1")
+    add("--critique_length", 200, "maximum tokens of a critique")
 
 
 def stages_before(args) -> list[str]:
-    """The stages that make the reward model; none for other critics, or if the user names one.
+    """Returns the stages that train the reward model: none if the user names one, or no "rm".
 
-    Raises: SystemExit with one sentence if the critic's flags do not fit together.
+    Fails with one sentence if the flags of the critic do not fit together.
     """
     if args.critic == "openai" and not (args.base_url and args.reward_model):
         fail("--critic openai needs --base_url and --reward_model, the model's name on that server")
     if args.critic not in BUILT_IN:
-        load_file(args.critic, "--critic", BUILT_IN)  # a misspelt name fails before hours of stages
+        load_file(args.critic, "--critic", BUILT_IN)  # a wrong name fails before the stages
     return ["annotate", "rm"] if args.critic == "rm" and not args.reward_model else []
 
 
 def load_critic(task, args, root, device):
-    """The critic that --critic names: a function (examples, responses) -> list of Feedback or None.
+    """Returns the critic that --critic names.
 
-    A .py file defines critic(task, args), which returns such a function, and may define add_flags(add)
-    for flags of its own. The learned reward model lies in root/rm unless --reward_model names it.
+    A .py file defines critic(task, args), which returns a critic, and may define add_flags(add).
+    The learned reward model lies in root/rm unless --reward_model names another one.
     """
     if args.critic == "rule":
         return rule_critic(task)
@@ -57,125 +58,112 @@ def load_critic(task, args, root, device):
 
 
 def warning(critic):
-    """The same critic; the first time that none of a batch's critiques can be read, it says what that means."""
+    """Returns the same critic; it warns the first time that all critiques are unreadable."""
     warned = False
 
     def warning_critic(examples, responses):
         nonlocal warned
-        said = critic(examples, responses)
-        if not warned and all(one is None for one in said):
+        feedback = critic(examples, responses)
+        if not warned and all(one is None for one in feedback):
             warned = True
             tqdm.write(
-                f"warning: none of the {len(said)} critiques of this batch can be read, so nothing is learnt from it. If that goes "
-                "on, see unparsable in metrics.jsonl, --reward_model must name one that train_rm.py trained, and "
-                "--critique_length leave room for its whole critique"
+                f"warning: none of the {len(feedback)} critiques of this batch is readable, so "
+                "it teaches nothing. Check --reward_model (it must come from train_rm.py) and "
+                "--critique_length (a whole critique must fit)"
             )
-        return said
+        return feedback
 
     return warning_critic
 
 
 def rule_critic(task):
-    """The task's own program as the critic."""
-    return lambda examples, responses: [
-        task.critique(example, response) for example, response in zip(examples, responses)
-    ]
-
-
-def reward_model_critic(model, tokenizer, critique_length=200, bf16=False, desc=None):
-    """A generative reward model: it writes z = [critique ; span map], greedily, and what does not parse is None.
-
-    desc shows a progress line.
-    """
-    ask = asker(model, tokenizer, critique_length, desc=desc, bf16=bf16)
+    """Returns the task's own program as a critic."""
 
     def critic(examples, responses):
-        return [
-            None if z is None else parse_or_none(z) for z in ask(examples, responses, reward_prompt)
-        ]
+        return [task.critique(*pair) for pair in zip(examples, responses)]
 
     return critic
 
 
-def asker(model, tokenizer, critique_length, **options):
-    """ask(examples, responses, question) -> a model's greedy answers to question(prompt, response), None where that is too long.
+def reward_model_critic(model, tokenizer, critique_length=200, bf16=False, desc=None):
+    """Returns a reward model as a critic: it writes z = [critique ; span map] greedily.
 
-    Long prompts are shortened: see fitting_prompt(). What is too long even so does not fit the context with critique_length
-    tokens more; it is left out, and how many are is printed the first time.
+    desc labels a progress bar; without it there is none.
+    """
+    ask = asker(model, tokenizer, critique_length, bf16, desc)
+
+    def critic(examples, responses):
+        return list(map(parse_or_none, ask(examples, responses, reward_prompt)))
+
+    return critic
+
+
+def asker(model, tokenizer, critique_length, bf16=False, desc=None):
+    """Returns ask(examples, responses, question), which gives a model's greedy answers.
+
+    question(prompt, response) is the text that the model is asked. Long prompts are shortened, see
+    fitting_prompt(). If that is not enough the answer is None, and the first time it happens the
+    number of such responses is printed.
     """
     context, warned = policy.context_length(model), False
-    if critique_length >= context:
+    room = context - critique_length
+    if room <= 0:
         fail(
-            f"--critique_length {critique_length} leaves no room in the context of {context} tokens of the model that criticises"
+            f"--critique_length {critique_length} leaves no room for a prompt in the critic's "
+            f"context of {context} tokens; lower it"
         )
 
     def ask(examples, responses, question):
         nonlocal warned
-        room, pairs = context - critique_length, zip(examples, responses)
-        asked = [
-            fitting_prompt(tokenizer, example.prompt, response, room, question)
-            for example, response in pairs
-        ]
-        fits = [token_count(tokenizer, text) <= room for text in asked]
-        if not warned and not all(fits):
+        texts = []
+        for example, response in zip(examples, responses):
+            text = fitting_prompt(tokenizer, example.prompt, response, room, question)
+            texts.append(text if token_count(tokenizer, text) <= room else None)
+        if None in texts and not warned:
             warned = True
             tqdm.write(
-                f"{fits.count(False)} of {len(fits)} responses are too long to be criticised: with the critique they do not fit "
-                f"the context of {context} tokens. They count as unreadable, as later ones will"
+                f"{texts.count(None)} of {len(texts)} responses are too long for the critic's "
+                f"context of {context} tokens; these and later ones count as unreadable"
             )
-        some = [text for text, fit in zip(asked, fits) if fit]
-        answers = iter(
-            respond(model, tokenizer, some, critique_length, temperature=0, **options)[0]
-        )
-        return [next(answers) if fit else None for fit in fits]
+        fitting = [text for text in texts if text is not None]
+        options = dict(temperature=0, bf16=bf16, desc=desc)
+        answers = iter(respond(model, tokenizer, fitting, critique_length, **options)[0])
+        return [None if text is None else next(answers) for text in texts]
 
     return ask
 
 
-def openai_critic(
-    base_url, model, critique_length=200, concurrency=16, timeout=600.0, max_retries=5
-):
-    """The same behind a server that speaks OpenAI's API, under the name `model`, with its own tokenizer.
+def openai_critic(base_url, model, critique_length=200, timeout=600.0, max_retries=5):
+    """Returns a reward model behind an OpenAI-compatible server as a critic.
 
-    A critique that does not come, after max_retries, is None as well; where none of a batch comes, the program ends. The server's
-    context must hold the whole text and critique_length tokens more: without its tokenizer nothing can be shortened here.
+    A critique that does not arrive is None; if none of a batch arrives, the program ends. The
+    server's context must hold everything: without its tokenizer no prompt can be shortened.
     """
-    from t2g import server  # the package openai takes most of a second to load
+    from t2g import server  # importing openai takes most of a second
 
-    server.client(base_url, timeout, max_retries)  # a wrong address or a missing key shows now
-
-    async def judge(prompts):
-        client, room = server.client(base_url, timeout, max_retries), asyncio.Semaphore(concurrency)
-        options = dict(model=model, max_tokens=critique_length, temperature=0)
-
-        async def one(prompt):
-            async with room:
-                try:
-                    return (
-                        await server.ask(
-                            client, messages=[{"role": "user", "content": prompt}], **options
-                        )
-                    ).text
-                except server.NoAnswer as error:
-                    return error
-
-        async with client:
-            return await asyncio.gather(*map(one, prompts))
+    server.client(base_url, timeout, max_retries)  # fails now if the address or the key is wrong
+    options = dict(model=model, max_tokens=critique_length, temperature=0)
 
     def critic(examples, responses):
-        prompts = [
-            reward_prompt(example.prompt, response)
-            for example, response in zip(examples, responses)
-        ]
+        texts, errors = [None] * len(responses), []
+        client = server.client(base_url, timeout, max_retries)
+
+        async def ask_one(i):
+            content = reward_prompt(examples[i].prompt, responses[i])
+            messages = [{"role": "user", "content": content}]
+            try:
+                texts[i] = (await server.ask(client, messages=messages, **options)).text
+            except server.NoAnswer as error:
+                errors.append(error)
+
         try:
-            answers = asyncio.run(judge(prompts))
+            server.ask_all(client, range(len(responses)), ask_one, concurrency=16)
         except server.Stop as error:
-            fail(f"the reward model gave no critique: {error}")
-        if not any(isinstance(answer, str) for answer in answers):
-            fail(
-                f"the reward model gave none of {len(answers)} critiques: {answers[-1]}; see --base_url and --reward_model"
-            )
-        return [parse_or_none(answer) if isinstance(answer, str) else None for answer in answers]
+            fail(f"the reward model's server cannot be used: {error}")
+        if all(text is None for text in texts):
+            reason = errors[-1] if errors else "the answers are not chat completions"
+            fail(f"no critique arrived: {reason}; check --base_url and --reward_model")
+        return list(map(parse_or_none, texts))
 
     return critic
 
@@ -183,38 +171,45 @@ def openai_critic(
 def fitting_prompt(
     tokenizer, prompt: str, response: str, max_tokens: int, question=reward_prompt
 ) -> str:
-    """question(prompt, response), with as much left out of the middle of the prompt as it takes to have at most max_tokens tokens.
+    """Returns question(prompt, response), with a prompt short enough for max_tokens tokens.
 
-    What is asked stands at the head of a prompt or at its end, and the source text between them. The response and the headers stay.
+    Tokens are removed from the middle of the prompt, because the instruction is at its beginning
+    or its end and the source text between. The response is never shortened.
     """
-    tokens, kept, asked = None, len(prompt), question(prompt, response)
-    while kept and (excess := token_count(tokenizer, asked) - max_tokens) > 0:
-        tokens = tokens or token_offsets(
-            tokenizer, tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        )
-        kept = max(0, min(kept, len(tokens)) - excess)
-        head, tail = tokens[: kept - kept // 2], tokens[len(tokens) - kept // 2 :]
-        parts = prompt[: head[-1][1]] if head else "", prompt[tail[0][0] :] if tail else ""
-        asked = question(" [...] ".join(parts), response)
-    return asked
+    text = question(prompt, response)
+    excess = token_count(tokenizer, text) - max_tokens
+    if excess <= 0:
+        return text
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    offsets = token_offsets(tokenizer, ids)
+    kept = len(offsets)
+    while kept and excess > 0:
+        kept = max(0, kept - excess)
+        head, tail = offsets[: kept - kept // 2], offsets[len(offsets) - kept // 2 :]
+        first = prompt[: head[-1][1]] if head else ""
+        last = prompt[tail[0][0] :] if tail else ""
+        text = question(f"{first} [...] {last}", response)
+        excess = token_count(tokenizer, text) - max_tokens
+    return text
 
 
-def token_count(tokenizer, asked: str) -> int:
-    """How many tokens a model gets that is asked this."""
-    return len(tokenizer(chat_text(tokenizer, asked), add_special_tokens=False)["input_ids"])
+def token_count(tokenizer, text: str) -> int:
+    """Returns the number of tokens of a question in the chat format of the model."""
+    return len(tokenizer(chat_text(tokenizer, text), add_special_tokens=False)["input_ids"])
 
 
-def parse_or_none(z: str) -> Feedback | None:
+def parse_or_none(z: str | None) -> Feedback | None:
+    """Parses feedback; returns None if it is missing or unreadable."""
     try:
-        return Feedback.parse(z)
+        return Feedback.parse(z or "")
     except FeedbackError:
         return None
 
 
 def quote_of(text: str, start: int, end: int) -> str:
-    """A quote for text[start:end], lengthened to the left word by word until it stands in one place only.
+    """Returns a quote that locate() finds at text[start:end] and nowhere else, if there is one.
 
-    The inverse of locate, for critics that are programs: what comes second ("27 ... 27") cannot be quoted alone.
+    The quote grows to the left, word by word, until it is unique.
 
     >>> quote_of("is 27, is 27", 9, 12)
     ' is 27'

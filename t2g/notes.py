@@ -1,4 +1,8 @@
-"""Files of annotations: what stands there already, and new records a line each, so that a kill at any moment loses none of them."""
+"""Reads and writes files of annotations: .jsonl files with one record per line.
+
+Notes adds record after record to such a file and loses none of them when the program is killed.
+annotate.py describes the fields of a record.
+"""
 
 import fcntl
 import json
@@ -12,158 +16,132 @@ from t2g.feedback import Feedback, FeedbackError
 from t2g.log import read_jsonl, write_text
 
 FIELDS = {"prompt": str, "response": str, "critique": str, "good_spans": list, "poor_spans": list}
-WRITTEN = (  # by annotators
-    "reasoning", "critique", "good_spans", "poor_spans", "kinds", "status", "reason", "usage", "annotator",
-)  # fmt: skip
+WRITTEN = ("reasoning", "critique", "good_spans", "poor_spans", "kinds")  # by an annotator
+WRITTEN += ("status", "reason", "usage", "annotator")
 
 
 def read_responses(path) -> list[dict]:
-    """Records to annotate: objects with the texts id, prompt and response, each id once. A whole number as id becomes a text."""
-    records, seen = read_jsonl(path), set()
+    """Returns records to annotate, which need an id, a prompt and a response each."""
+    records, ids = read_jsonl(path), set()
     for number, record in enumerate(records, 1):
         if type(record.get("id")) is int:
             record["id"] = str(record["id"])
-        if wrong := [
-            name for name in ("id", "prompt", "response") if not isinstance(record.get(name), str)
-        ]:
-            fail(f"record {number} of {path} has no {', '.join(wrong)}; each must be a text")
-        if record["id"] in seen:
-            fail(f"record {number} of {path} has the id of an earlier one; each needs its own")
-        seen.add(record["id"])
+        for key in ("id", "prompt", "response"):
+            if not isinstance(record.get(key), str):
+                fail(f"record {number} of {path} has no {key}, which must be a string")
+        if record["id"] in ids:
+            fail(f"record {number} of {path} has the id of an earlier one; ids must be unique")
+        ids.add(record["id"])
         try:
             json.dumps(record, ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            fail(
-                f"record {number} of {path} holds half of a surrogate pair, which is no text; mend it or leave it out"
-            )
+            fail(f"record {number} of {path} contains a lone surrogate; correct or remove it")
     if not records:
-        fail(f"{path} holds no record")
+        fail(f"{path} contains no records")
     return records
 
 
 def read_annotations(path) -> list[dict]:
-    """The records of an annotations file, each with its "feedback": None where its status is not "ok".
+    """Returns the records of a file with their "feedback": None where the status is not "ok".
 
-    Where an id stands twice, the later line counts: a record that failed may have been asked for again.
+    Of several records with the same id the last one counts, because it is the latest attempt.
     """
-    records = read_jsonl(path)
-    for number, record in enumerate(records, 1):
+    records = {}
+    for number, record in enumerate(read_jsonl(path), 1):
         record["feedback"] = None
-        if record.get("status", "ok") != "ok":
-            continue
-        if wrong := [
-            name for name, kind in FIELDS.items() if not isinstance(record.get(name), kind)
-        ]:
-            fail(
-                f"record {number} of {path} has no usable {', '.join(wrong)}; see annotate.py for the fields"
-            )
-        try:
-            check_kinds(record)
-            said = Feedback(record["critique"], record["good_spans"], record["poor_spans"])
-            record["feedback"] = Feedback.parse(said.render())
-            (record["prompt"] + record["response"]).encode()
-        except ValueError as error:
-            fail(f"record {number} of {path} is no feedback: {error}")
-    return list(
-        {
-            row["id"] if isinstance(row.get("id"), str) else i: row for i, row in enumerate(records)
-        }.values()
-    )
+        if record.get("status", "ok") == "ok":
+            try:
+                record["feedback"] = read_feedback(record)
+            except ValueError as error:
+                fail(f"record {number} of {path} is invalid: {error}")
+        name = record.get("id")
+        records[name if isinstance(name, str) else number] = record
+    return list(records.values())
+
+
+def read_feedback(record) -> Feedback:
+    """Returns the feedback of an annotated record. Raises: ValueError that names the fault."""
+    for key, kind in FIELDS.items():
+        if not isinstance(record.get(key), kind):
+            raise FeedbackError(f"{key} must be a {kind.__name__}")
+    feedback = Feedback(record["critique"], record["good_spans"], record["poor_spans"])
+    check_kinds(record)
+    (record["prompt"] + record["response"]).encode()  # fails for lone surrogates
+    return Feedback.parse(feedback.render())
 
 
 def check_kinds(record):
-    """Raises: FeedbackError where a record has "kinds" that are not parallel to its poor_spans."""
+    """Raises: FeedbackError if a record has "kinds" other than one string per poor span."""
     kinds, poor = record.get("kinds", []), record["poor_spans"]
-    if (
-        not isinstance(kinds, list)
-        or not all(isinstance(kind, str) for kind in kinds)
-        or len(kinds) not in (0, len(poor))
-    ):
-        raise FeedbackError(
-            f'"kinds" must be a list of texts, one for each of the {len(poor)} poor_spans'
-        )
+    strings = isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)
+    if not strings or len(kinds) not in (0, len(poor)):
+        raise FeedbackError(f'"kinds" must be a list of {len(poor)} strings, one per poor span')
 
 
 @contextmanager
 def writing(path: Path):
-    """Around what writes path: one sentence where that cannot be."""
+    """Turns an error of the file system into one sentence about path."""
     try:
         yield
     except OSError as error:
-        fail(
-            f"{path} cannot be written ({error.strerror}); make room there or choose another --out"
-        )
+        fail(f"{path} cannot be written ({error.strerror}); free some space or change --out")
 
 
 def write_whole(path: Path, records):
-    """A .jsonl file that appears whole or not at all."""
+    """Writes a .jsonl file that appears whole or not at all."""
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
     with writing(path):
-        write_text(
-            path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        )
+        write_text(path, "".join(lines))
 
 
 class Notes:
-    """The records of a .jsonl file by id, and room for more. One process at a time may hold it.
+    """The records of a .jsonl file by their ids, to which a single process adds more.
 
-    Where an id stands twice its later line counts, and closing leaves only that one.
+    An added record replaces an earlier one with the same id, in the file when it is closed.
     """
 
     def __init__(self, path: Path):
         self.path, self.file, self.synced = path, open(path, "ab"), 0.0
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours = os.path.samestat(
-                os.fstat(self.file.fileno()), os.stat(path)
-            )  # and has not just been replaced
+            if not os.path.samestat(os.fstat(self.file.fileno()), os.stat(path)):
+                raise BlockingIOError  # another process has just replaced the file
         except BlockingIOError:
-            ours = False
-        if not ours:
-            fail(f"another process is writing {path}; wait for it, or choose another --out")
-        mend_last_line(path)
+            fail(f"another process writes {path}; wait for it or choose another --out")
+        repair_last_line(path)
         rows = read_jsonl(path)
-        if wrong := [
-            number for number, row in enumerate(rows, 1) if not isinstance(row.get("id"), str)
-        ]:
-            fail(
-                f"record {wrong[0]} of {path} has no id, so this is no file of annotations; choose another --out"
-            )
+        if not all(isinstance(row.get("id"), str) for row in rows):
+            fail(f"{path} is not a file of annotations: a record has no id; choose another --out")
         self.records = {row["id"]: row for row in rows}
-        self.failed = {row["id"] for row in self.records.values() if row.get("status") == "failed"}
-        self.twice = len(self.records) < len(rows)
+        self.replaced = len(rows) > len(self.records)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
-        if self.twice:
+        if self.replaced:
             write_whole(self.path, self.records.values())
-        with suppress(OSError):  # only of a line that add() could not write, and has said so
+        with suppress(OSError):  # add() has already reported the line that it could not write
             self.file.close()
 
     def left(self, records, retry_failed=False) -> list[dict]:
-        """The records that do not stand there yet; those that failed as well if they are to be asked again, with what they cost."""
-        todo = []
+        """Returns the records that the file lacks, and on request those that failed."""
+        left = []
         for record in records:
-            there = self.records.get(record["id"])
-            if there and (there.get("prompt"), there.get("response")) != (
-                record["prompt"],
-                record["response"],
-            ):
-                fail(
-                    f"{self.path} holds the id {record['id']} with another prompt or response; choose another --out"
-                )
-            if not there:
-                todo.append(record)
-            elif retry_failed and record["id"] in self.failed:
-                todo.append({**record, "usage": there.get("usage", {})})
-        return todo
+            old = self.records.get(record["id"])
+            if not old:
+                left.append(record)
+            elif any(old.get(key) != record[key] for key in ("prompt", "response")):
+                problem = f"another prompt or response under the id {record['id']}"
+                fail(f"{self.path} has {problem}; choose another --out")
+            elif retry_failed and old.get("status") == "failed":
+                left.append({**record, "usage": old.get("usage", {})})  # what it has cost so far
+        return left
 
     def add(self, record):
-        """Writes a record, which is safe from a kill at once and from a power cut within a second or so."""
-        self.twice |= record["id"] in self.records
+        """Writes a record: a kill cannot lose it, and a power cut only within a second."""
+        self.replaced |= record["id"] in self.records
         self.records[record["id"]] = record
-        (self.failed.add if record["status"] == "failed" else self.failed.discard)(record["id"])
         self.file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
         self.file.flush()
         if time.monotonic() - self.synced > 1:
@@ -171,20 +149,16 @@ class Notes:
             self.synced = time.monotonic()
 
 
-def mend_last_line(path: Path):
-    """Cuts off a last line that a killed run half wrote. If no more than its line break is missing, that is added."""
-    text = path.read_bytes()
-    last = text[text.rfind(b"\n") + 1 :]
+def repair_last_line(path: Path):
+    """Cuts off a half-written last line; one that lacks only its line break receives it."""
+    last = path.read_bytes().rpartition(b"\n")[2]
     if not last:
         return
     try:
         json.loads(last)
     except ValueError:
-        os.truncate(path, len(text) - len(last))
-        print(
-            f"the last line of {path} was half written and is cut off: its record will be annotated again",
-            flush=True,
-        )
+        os.truncate(path, path.stat().st_size - len(last))
+        print(f"the half-written last line of {path} was cut off", flush=True)
     else:
         with open(path, "ab") as file:
             file.write(b"\n")

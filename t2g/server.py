@@ -1,8 +1,10 @@
-"""A client of servers that speak OpenAI's /v1/chat/completions: vLLM, llama.cpp, transformers serve, OpenAI and the like.
+"""Asks servers with OpenAI's /v1/chat/completions: vLLM, llama.cpp, transformers serve, OpenAI.
 
-The openai package does the asking again: after 429, 5xx, a time-out or a broken connection it waits, longer each time and as
-long as Retry-After says, at most max_retries times. What is told of a failure is its status or its class, in our words: the
-bodies of answers may hold texts, and even the key.
+The openai package repeats a request after 429, 5xx, a timeout or a broken connection: it waits
+longer each time, or as long as Retry-After says. Error messages name a status or a kind of failure
+and never quote an answer, because its body may contain texts and even the key.
+
+Left out: streaming, tools and all other endpoints. annotator.py repeats invalid answers.
 """
 
 import asyncio
@@ -10,92 +12,109 @@ import json
 import math
 import os
 from typing import NamedTuple
-from urllib.parse import urlsplit
 
-import httpx2  # which openai is built on
+import httpx2  # the HTTP library of openai
 import openai
 
-from t2g.cli import fail
+from t2g import cli
 
-HOPELESS = {  # what every further request would end in
-    401: "the server does not accept the key (401); set OPENAI_API_KEY to one that it knows",
-    402: "the server wants to be paid first (402); see to your account there",
-    403: "the server forbids this (403); see whether your key may use this model",
-    404: "the server knows no such model, or has no /chat/completions under this --base_url, which mostly ends in /v1 (404)",
-    405: "the server has no /chat/completions under this --base_url, which mostly ends in /v1 (405)",
+HOPELESS = {  # statuses that every further request would end in as well
+    401: "the server rejects the key (401); set OPENAI_API_KEY to a valid one",
+    402: "the server demands payment first (402); check your account",
+    403: "the server forbids the request (403); check which models your key may use",
+    404: "the model or the address is unknown (404); check --base_url, which mostly ends in /v1",
+    405: "the address takes no questions (405); check --base_url, which mostly ends in /v1",
 }
 
 
 class Stop(Exception):
-    """The server cannot be used like this. The message is one sentence that says what to do."""
+    """The server cannot be used like this; the message is one sentence that says what to do."""
 
 
 class NoAnswer(Exception):
-    """This request got no answer, after all retries. The message says why."""
+    """This request got no answer after all retries; the message says why."""
 
 
 class Refused(NoAnswer):
-    """The server will not take this request; param is the option that it names as the reason, if it names one."""
+    """The server rejects this request. param is the option it blames, None if it names none."""
 
     def __init__(self, status, param):
         super().__init__(f"the server refused the request ({status})")
         self.param = param
 
 
-class Unreadable(NoAnswer):
-    """An answer came and was no chat completion: cut off, empty, or something else."""
+class OverBudget(Exception):
+    """The next request might exceed the budget."""
 
-    def __init__(self):
-        super().__init__("the server's answer was no chat completion")
+
+class Tokens(NamedTuple):
+    """Numbers of tokens, as in the "usage" of an answer.
+
+    >>> Tokens(100, 50) + Tokens(10, 5)
+    Tokens(prompt_tokens=110, completion_tokens=55)
+    """
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    def __add__(self, other):
+        return Tokens(self[0] + other[0], self[1] + other[1])
 
 
 class Answer(NamedTuple):
-    text: str
-    finish_reason: str | None  # "length" if max_tokens cut it off
-    tokens: (
-        tuple[int, int] | None
-    )  # of the prompt and of the answer, as the server counts them, None if it does not
+    text: str | None  # None if the body of the answer is not a chat completion
+    finish_reason: str | None = None  # "length" if max_tokens cut the answer off
+    tokens: Tokens | None = None  # None if the server does not count them
 
 
-class InTime(openai.DefaultAsyncHttpxClient):
-    """Bounds a whole answer by the time that is allowed for each read of it: a server may send a byte now and then for ever."""
-
-    async def send(self, request, **options):
-        try:
-            async with asyncio.timeout(request.extensions["timeout"]["read"]):
-                return await super().send(request, **options)
-        except TimeoutError:
-            raise httpx2.ReadTimeout("the answer was not whole in time", request=request) from None
+def add_flags(add):
+    """Adds the flags about a server, its retries and its prices, with the add() of cli.flags."""
+    price = cli.between(0, 1e9)
+    add("--base_url", None, "server, such as http://localhost:8000/v1 (default: OpenAI)")
+    add("--concurrency", 16, "number of simultaneous requests")
+    add("--max_retries", 5, "maximum repetitions of a request or of an invalid answer")
+    add("--timeout", 120.0, "seconds to wait for a whole answer")
+    add("--input_price", 0.0, "price of a million prompt tokens", price)
+    add("--output_price", 0.0, "price of a million answer tokens", price)
+    add("--budget", None, "maximum price of the whole output file", price)
+    add("--retry_failed", False, "ask again about the records that failed")
 
 
 def client(base_url, timeout, max_retries) -> openai.AsyncOpenAI:
-    """A client for one event loop; use it as `async with client(...)`. The key comes from the environment and from nowhere else."""
-    base_url, key = (
-        base_url or os.environ.get("OPENAI_BASE_URL"),
-        os.environ.get("OPENAI_API_KEY", "").strip(),
-    )
+    """Returns a client for one event loop. Its key comes from OPENAI_API_KEY and nowhere else."""
+    base_url = base_url or os.environ.get("OPENAI_BASE_URL")
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
     if base_url and not is_address(base_url):
-        fail("--base_url is no address of a server, such as http://localhost:8000/v1")
+        cli.fail("--base_url is not an address such as http://localhost:8000/v1")
     if not base_url and not key:
-        fail(
-            "there is no key for OpenAI: set OPENAI_API_KEY, or name another server with --base_url"
-        )
+        cli.fail("OpenAI needs a key: set OPENAI_API_KEY, or name another server with --base_url")
     if not (key.isascii() and key.isprintable()):
-        fail("OPENAI_API_KEY holds characters that stand in no key; set it anew")
+        cli.fail("OPENAI_API_KEY contains characters that no key has; set it again")
     options = dict(timeout=timeout, max_retries=max_retries, http_client=InTime())
     return openai.AsyncOpenAI(api_key=key or "none", base_url=base_url, **options)
 
 
 def is_address(url) -> bool:
     try:
-        parts = urlsplit(url)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port that is no number, say
+        parts = httpx2.URL(url)
+    except httpx2.InvalidURL:
         return False
+    return parts.scheme in ("http", "https") and bool(parts.host)
+
+
+class InTime(openai.DefaultAsyncHttpxClient):
+    """Limits the time of a whole answer; httpx alone limits the time between two bytes."""
+
+    async def send(self, request, **options):
+        try:
+            async with asyncio.timeout(request.extensions["timeout"]["read"]):
+                return await super().send(request, **options)
+        except TimeoutError:
+            raise httpx2.ReadTimeout("the answer took too long", request=request) from None
 
 
 async def ask(client, **request) -> Answer:
-    """One chat completion. Raises: Stop, NoAnswer, Refused or Unreadable, and nothing else of the server's."""
+    """Sends one chat completion. Raises: Stop, NoAnswer or Refused, and no error of openai."""
     try:
         raw = await client.chat.completions.with_raw_response.create(**request)
     except openai.APITimeoutError:
@@ -103,87 +122,100 @@ async def ask(client, **request) -> Answer:
     except openai.APIConnectionError:
         raise NoAnswer("the connection to the server failed") from None
     except openai.APIStatusError as error:
-        if error.status_code in HOPELESS:
-            raise Stop(HOPELESS[error.status_code]) from None
+        status = error.status_code
+        if status in HOPELESS:
+            raise Stop(HOPELESS[status]) from None
         if error.code == "insufficient_quota":
-            raise Stop("the account at the server is used up (429, insufficient_quota)") from None
-        if error.status_code == 501 or (
-            error.status_code < 500 and error.status_code not in (408, 409, 429)
-        ):
-            raise Refused(error.status_code, error.param) from None
-        raise NoAnswer(f"the server answered with status {error.status_code}") from None
+            raise Stop("the account has no credit left (429, insufficient_quota)") from None
+        if status == 501 or (status < 500 and status not in (408, 409, 429)):
+            raise Refused(status, error.param) from None
+        raise NoAnswer(f"the server answered with status {status}") from None
     return read(raw.content)
 
 
 def read(body: bytes) -> Answer:
-    """The answer in the body of a chat completion. No content at all is the text "".
+    """Reads the body of a chat completion. An answer without content has the text "".
 
     >>> read(b'{"choices": [{"message": {"content": "Yes."}, "finish_reason": "stop"}]}')
     Answer(text='Yes.', finish_reason='stop', tokens=None)
+    >>> read(b"<html>")
+    Answer(text=None, finish_reason=None, tokens=None)
     """
     try:
         completion = json.loads(body)
         choice = completion["choices"][0]
         text = choice["message"].get("content") or ""
-        if not isinstance(text, str):
-            raise Unreadable
-        text = text.encode(
-            errors="replace"
-        ).decode()  # half of a surrogate pair could not be sent back
+        text = text.encode(errors="replace").decode()  # JSON may contain lone surrogates
         usage = completion.get("usage") or {}
         counts = usage.get("prompt_tokens"), usage.get("completion_tokens")
-        return Answer(
-            text,
-            choice.get("finish_reason"),
-            tuple(map(int, counts)) if all(map(is_count, counts)) else None,
-        )
+        tokens = Tokens(*map(int, counts)) if all(map(is_count, counts)) else None
+        return Answer(text, choice.get("finish_reason"), tokens)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        raise Unreadable from None
+        return Answer(None)
 
 
 def is_count(value) -> bool:
-    """Whether a number of tokens can be meant: some servers write 12.0, and what is no such number must cost no money."""
+    """Returns True for a plausible number of tokens; some servers write 12.0."""
     return type(value) in (int, float) and 0 <= value <= 1e9 and value == int(value)
 
 
-# ---- what is paid ------------------------------------------------------------------------------------------------------
+def ask_all(client, records, ask_one, concurrency):
+    """Calls `await ask_one(record)` for all records, `concurrency` at a time.
 
+    Raises: the first exception of ask_one, after the other calls have been cancelled.
+    """
+    todo = iter(records)
 
-class OverBudget(Exception):
-    """The next request could pass the budget, and none is under way whose end might make room for it."""
+    async def worker():
+        for record in todo:
+            await ask_one(record)
+
+    async def run():
+        async with client, asyncio.TaskGroup() as group:
+            for _ in range(concurrency):
+                group.create_task(worker())
+
+    try:
+        asyncio.run(run())
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from None
 
 
 class Meter:
-    """Tokens and money so far, earlier runs into the same file included. A request waits until its worst case fits the budget."""
+    """Counts tokens and money, those of earlier runs included, and keeps requests in the budget."""
 
-    def __init__(self, prices, budget, tokens):
-        self.prices, self.budget, self.tokens = (
-            prices,
-            math.inf if budget is None else budget,
-            tokens,
-        )  # prices a million tokens
-        self.under_way, self.changed = [], asyncio.Condition()
+    def __init__(self, prices, budget, tokens: Tokens):
+        self.prices, self.tokens = prices, tokens
+        self.budget = math.inf if budget is None else budget
+        self.pending, self.changed = [], asyncio.Condition()
 
-    def money(self, tokens) -> float:
-        return sum(price * count for price, count in zip(self.prices, tokens)) / 1e6
+    def money(self, tokens: Tokens) -> float:
+        """Returns the price of tokens; self.prices are those of a million tokens."""
+        return (self.prices[0] * tokens[0] + self.prices[1] * tokens[1]) / 1e6
 
-    def fits(self, most) -> bool:
-        return sum(map(self.money, [self.tokens, *self.under_way, most])) <= self.budget
+    def fits(self, worst: Tokens) -> bool:
+        return self.money(sum([*self.pending, worst], self.tokens)) <= self.budget
 
-    async def begin(self, most):
-        """Waits for room. most: the tokens, of the prompt and of the answer, that the request may cost at most."""
+    async def ask(self, client, **request) -> Answer:
+        """Asks as soon as the worst case fits the budget; the answer's tokens are never None.
+
+        An answer without a plausible count of its tokens is charged with the worst case.
+        Raises: OverBudget if no pending request can make room; and what server.ask() raises.
+        """
+        max_tokens = request.get("max_tokens") or request["max_completion_tokens"]
+        worst = Tokens(len(json.dumps(request)), max_tokens)  # a token has at least one byte
         async with self.changed:
-            await self.changed.wait_for(lambda: self.fits(most) or not self.under_way)
-            if not self.fits(most):
-                raise OverBudget
-            self.under_way.append(most)
-
-    async def end(self, most, used):
-        async with self.changed:
-            self.under_way.remove(most)
-            self.tokens = added(self.tokens, used)
-            self.changed.notify_all()
-
-
-def added(tokens, more):
-    return tokens[0] + more[0], tokens[1] + more[1]
+            await self.changed.wait_for(lambda: self.fits(worst) or not self.pending)
+            if not self.fits(worst):
+                raise OverBudget("the budget was reached before a valid answer")
+            self.pending.append(worst)
+        used = Tokens()
+        try:
+            answer = await ask(client, **request)
+            used = answer.tokens or worst
+            return answer._replace(tokens=used)
+        finally:
+            async with self.changed:
+                self.pending.remove(worst)
+                self.tokens += used
+                self.changed.notify_all()

@@ -1,4 +1,4 @@
-"""What the tests of annotate.py share: records to annotate, the flags that point it at a server, what the server was asked."""
+"""Helpers for the tests of annotate.py: records, flags and what a server was asked."""
 
 import json
 import random
@@ -7,16 +7,14 @@ KEY = "sk-very-secret-0123456789"
 
 
 def texts(count):
+    """Records to annotate; each response is unique."""
     rng = random.Random(count)
     words = "the cat sat on a mat while rain fell over old towns near rivers".split()
-    return [
-        {
-            "id": f"r{n}",
-            "prompt": f"Go on, {n}.",
-            "response": f"{n} {' '.join(rng.choices(words, k=9))} end{n}.",
-        }
-        for n in range(count)
-    ]
+    records = []
+    for n in range(count):
+        response = f"{n} {' '.join(rng.choices(words, k=9))} end{n}."
+        records.append({"id": f"r{n}", "prompt": f"Go on, {n}.", "response": response})
+    return records
 
 
 def write(path, records):
@@ -25,8 +23,8 @@ def write(path, records):
 
 
 def flags(url, tmp_path, records, *more):
-    write(tmp_path / "in.jsonl", records)
-    paths = ("--responses", tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl")
+    """The flags for annotating records from in.jsonl by a server into out.jsonl."""
+    paths = ("--responses", write(tmp_path / "in.jsonl", records), "--out", tmp_path / "out.jsonl")
     return *paths, "--model", "m", "--base_url", url, "--timeout", 1, "--concurrency", 32, *more
 
 

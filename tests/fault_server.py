@@ -1,8 +1,8 @@
-"""A server of chat completions for the tests, in a process of its own: it annotates well, or misbehaves as often as it is told to.
+"""A server of chat completions that annotates well, or fails as often as its settings say.
 
-    python tests/fault_server.py LOG [SETTINGS]        # prints its port; SETTINGS is JSON, see DEFAULTS
+    python tests/fault_server.py LOG [SETTINGS]        # prints its port; SETTINGS is JSON
 
-Each request, with all that it asked, and each good answer that went out whole is a line of LOG: {"what", "response", ...}.
+Each request, and each valid answer that was sent completely, is a line of LOG.
 """
 
 import json
@@ -13,56 +13,47 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-STATUS_FAULTS = ("429", "500")
-LINE_FAULTS = ("silence", "drop", "cut", "empty body", "broken body")
-TEXT_FAULTS = (
-    "no json",
-    "no content",
-    "wrong quote",
-    "wrong types",
-    "too long",
-    "length",
-    "no critique",
-    "many quotes",
-)
-FAULTS = STATUS_FAULTS + LINE_FAULTS + TEXT_FAULTS
+LINE_FAULTS = ("429", "500", "silence", "drop", "cut", "empty body", "broken body")
+TEXT_FAULTS = {  # with a word of the fault that the annotator is told
+    "no json": "JSON", "no content": "JSON", "too long": "JSON", "wrong quote": "quote 1",
+    "wrong types": "lists", "length": "cut off", "no critique": "empty", "many quotes": "9 quotes",
+}  # fmt: skip
+FAULTS = (*LINE_FAULTS, *TEXT_FAULTS)
 DEFAULTS = {
-    "rate": 0.0,  # how often it misbehaves, in all the ways of `faults` alike
+    "rate": 0.0,  # share of requests that fail, each in a random one of the ways of "faults"
     "faults": FAULTS,
-    "seed": 0,
-    "status": None,  # every request ends with this status, the key that it came with in the body
-    "refuses": [],  # options that it refuses with 400: a name, or a type of response_format
-    "names_them": True,  # and whether the error names the option
-    "usage": [100, 50],  # the tokens that it says an answer cost
-    "seconds": 0.0,  # that an answer takes
-    "poison": None,  # a response with this word in it gets status 500
-    "trickle": 0,  # so many bytes of white space come first, one every 0.1 s
-    "answer": None,  # what it says in place of an annotation
+    "status": None,  # status of every answer; its body contains the key
+    "refuses": [],  # options that get status 400: a name, or a type of response_format
+    "names_them": True,  # whether the error names the refused option
+    "usage": [100, 50],  # the tokens of an answer
+    "seconds": 0.0,  # the time of an answer
+    "poison": None,  # responses with this word get status 500
+    "trickle": 0,  # number of spaces in front of an answer, one every 0.1 s
+    "answer": None,  # the text of every answer, instead of an annotation
 }
 
 
 def annotation(response):
-    """A good annotation, the same each time: the first word is good and the last one poor."""
+    """A valid annotation: the first word is good and the last one poor."""
     words = response.split()
-    thoughts = {
-        "reasoning": "Word by word.",
-        "critique": f"It has {len(words)} words; the last one is weak.",
+    critique = f"It has {len(words)} words; the last one is weak."
+    quotes = {"good_spans": words[:1], "poor_spans": words[-1:]}
+    return {"reasoning": "Word by word.", "critique": critique, **quotes}
+
+
+def content(fault, response):
+    """The text of an answer, valid unless fault is one of TEXT_FAULTS."""
+    fields = annotation(response)
+    changes = {
+        "wrong quote": {"good_spans": ["no such words anywhere"]},
+        "wrong types": {"poor_spans": "a text"},
+        "no critique": {"critique": " "},
+        "many quotes": {"good_spans": fields["poor_spans"] * 9},
     }
-    return {**thoughts, "good_spans": words[:1], "poor_spans": words[-1:]}
-
-
-def spoilt(fault, said):
-    """The text of an annotation with a fault in it."""
-    if fault == "wrong quote":
-        said["good_spans"] = ["no such words anywhere"]
-    elif fault == "wrong types":
-        said["poor_spans"] = "a text"
-    elif fault == "no critique":
-        said["critique"] = " "
-    elif fault == "many quotes":
-        said["good_spans"] = said["poor_spans"] * 9
-    text = json.dumps(said)
-    return {"no json": text[:-9], "no content": "", "too long": text[:-1]}.get(fault, text)
+    text = json.dumps(fields | changes.get(fault, {}))
+    return {"no json": text[:-9], "no content": "", "too long": text[:-1]}.get(
+        fault, text[:-5] if fault == "length" else text
+    )
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -72,85 +63,57 @@ class Handler(BaseHTTPRequestHandler):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         opening = asked["messages"][0]["content"]
         response = opening.rpartition("### Response\n")[2].partition("\n\n### ")[0].rstrip("\n")
-        fault = self.server.fault()
+        settings, fault = self.server.settings, self.server.draw_fault()
         self.server.note(what="request", response=response, fault=fault, asked=asked)
-        time.sleep(self.server.settings["seconds"])
-        refused = [
-            name
-            for name in self.server.settings["refuses"]
-            if name in asked or name == asked.get("response_format", {}).get("type")
-        ]
-        if status := self.server.settings["status"]:
-            self.send(
-                status,
-                json.dumps(
-                    {
-                        "error": {
-                            "message": f"bad key {self.headers['Authorization']}",
-                            "param": None,
-                        }
-                    }
-                ),
-            )
+        time.sleep(settings["seconds"])
+        names = {*asked, asked.get("response_format", {}).get("type")}
+        refused = next((name for name in settings["refuses"] if name in names), None)
+        if settings["status"]:
+            error = {"message": f"bad key {self.headers['Authorization']}", "param": None}
+            self.send(settings["status"], json.dumps({"error": error}))
         elif refused:
-            param = (
-                refused[0] if refused[0] in asked and self.server.settings["names_them"] else None
-            )
+            param = refused if refused in asked and settings["names_them"] else None
             self.send(400, json.dumps({"error": {"message": "not supported", "param": param}}))
-        elif self.server.settings["poison"] and self.server.settings["poison"] in response:
+        elif settings["poison"] and settings["poison"] in response:
             self.send(500, "")
-        elif fault in STATUS_FAULTS:
-            self.send(
-                int(fault),
-                json.dumps({"error": {"message": "later"}}),
-                {"Retry-After": "0.2"} if fault == "429" else {},
-            )
-        elif fault == "silence":
-            self.server.stopping.wait(30)
-            self.close_connection = True
-        elif fault == "drop":
-            self.connection.shutdown(socket.SHUT_RDWR)
+        elif fault in ("429", "500"):
+            headers = {"Retry-After": "0.2"} if fault == "429" else {}
+            self.send(int(fault), json.dumps({"error": {"message": "later"}}), headers)
+        elif fault in ("silence", "drop"):
+            if fault == "silence":
+                self.server.stopping.wait(30)
+            else:
+                self.connection.shutdown(socket.SHUT_RDWR)
             self.close_connection = True
         else:
             self.answer(fault, response)
 
     def answer(self, fault, response):
-        said = annotation(response)
-        content = self.server.settings["answer"] or spoilt(fault, said)
-        choice = {
-            "message": {"content": content},
-            "finish_reason": "length" if fault == "length" else "stop",
-        }
+        message = {"content": self.server.settings["answer"] or content(fault, response)}
+        reason = "length" if fault == "length" else "stop"
         usage = dict(zip(("prompt_tokens", "completion_tokens"), self.server.settings["usage"]))
-        body = " " * self.server.settings["trickle"] + json.dumps(
-            {"choices": [choice], "usage": usage}
-        )
+        choice = {"message": message, "finish_reason": reason}
+        body = json.dumps({"choices": [choice], "usage": usage})
+        half = body[: len(body) // 2]
         if fault == "cut":  # less than Content-Length promises
-            self.send(200, body, {"Content-Length": len(body.encode())}, body[: len(body) // 2])
+            self.send(200, half, {"Content-Length": len(body)})
             self.close_connection = True
         else:
-            self.send(
-                200, {"empty body": "", "broken body": body[: len(body) // 2]}.get(fault, body)
-            )
+            self.send(200, {"empty body": "", "broken body": half}.get(fault, body))
         if fault is None:
             self.server.note(what="answer", response=response)
 
-    def send(self, status, body, headers=(), sent=None):
+    def send(self, status, body, headers=()):
+        spaces = self.server.settings["trickle"]
+        standard = {"Content-Type": "application/json", "Content-Length": len(body) + spaces}
         self.send_response(status)
-        for name, value in {
-            "Content-Type": "application/json",
-            "Content-Length": len(body.encode()),
-            **dict(headers),
-        }.items():
+        for name, value in {**standard, **dict(headers)}.items():
             self.send_header(name, str(value))
         self.end_headers()
-        for _ in range(self.server.settings["trickle"]):
+        for _ in range(spaces):
             self.wfile.write(b" ")
             time.sleep(0.1)
-        self.wfile.write(
-            (body if sent is None else sent)[self.server.settings["trickle"] :].encode()
-        )
-        self.wfile.flush()
+        self.wfile.write(body.encode())
 
     def log_message(self, *_):
         pass
@@ -162,20 +125,14 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, log, settings):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.settings, self.rng = DEFAULTS | settings, random.Random(settings.get("seed", 0))
-        self.log, self.lock, self.stopping = (
-            open(log, "a", encoding="utf-8"),
-            threading.Lock(),
-            threading.Event(),
-        )
+        self.settings, self.rng = DEFAULTS | settings, random.Random(0)
+        self.log, self.lock = open(log, "a", encoding="utf-8"), threading.Lock()
+        self.stopping = threading.Event()
 
-    def fault(self):
+    def draw_fault(self):
         with self.lock:
-            return (
-                self.rng.choice(self.settings["faults"])
-                if self.rng.random() < self.settings["rate"]
-                else None
-            )
+            fails = self.rng.random() < self.settings["rate"]
+            return self.rng.choice(self.settings["faults"]) if fails else None
 
     def note(self, **line):
         with self.lock:
@@ -183,7 +140,7 @@ class Server(ThreadingHTTPServer):
             self.log.flush()
 
     def handle_error(self, *_):
-        """A client that was killed breaks its connections; that is no news."""
+        """Ignores the broken connections of a client that was killed."""
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ async def ask_judge(records, notes, args):
                     raise server.Stop(f"{error}, {len(failures)} times in succession") from None
                 return
         failures.clear()
-        if verdict := read_verdict(answer.text.rpartition("</think>")[2]):
+        if verdict := read_verdict((answer.text or "").rpartition("</think>")[2]):
             notes.add({**record, "verdict": verdict, "judgment": answer.text, "status": "ok"})
         bar.update()
 

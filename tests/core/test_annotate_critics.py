@@ -1,4 +1,4 @@
-"""Annotation by programs, unit tests, people and a model loaded here; and a reward model behind a server."""
+"""Annotation by programs and people; reward models and chat models as critics."""
 
 import json
 from argparse import Namespace
@@ -13,64 +13,38 @@ from t2g.log import read_jsonl
 from t2g.notes import read_annotations
 from t2g.tasks import Example, summarize, toy
 
-# ---- programs and people -----------------------------------------------------------------------------------------------
 
-
+# ---- programs ----------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def untrained(tmp_path_factory):
-    """A policy of the toy that has learnt nothing."""
-    folder = tmp_path_factory.mktemp("policy")
+    """An untrained policy of the toy."""
     tokenizer, model = toy.new_model(0)
-    return policy.save(model, tokenizer, folder, 0)
+    return policy.save(model, tokenizer, tmp_path_factory.mktemp("policy"), 0)
 
 
-def test_the_rule_writes_the_same_for_given_responses_as_for_sampled_ones(
-    untrained, tmp_path, call
-):
-    sampled, given, bare = (
-        tmp_path / "sampled.jsonl",
-        tmp_path / "given.jsonl",
-        tmp_path / "bare.jsonl",
-    )
-    assert call("--policy", untrained, "--num_samples", 5, "--out", sampled)[0] == 0
-    write(
-        bare,
-        [{name: r[name] for name in ("id", "prompt", "response")} for r in read_jsonl(sampled)],
-    )
+def test_the_rule_judges_given_responses_as_it_judges_samples(untrained, tmp_path, call):
+    samples, bare, given = (tmp_path / f"{name}.jsonl" for name in ("samples", "bare", "given"))
+    assert call("--policy", untrained, "--num_samples", 5, "--out", samples)[0] == 0
+    fields = ("id", "prompt", "response")
+    write(bare, [{name: record[name] for name in fields} for record in read_jsonl(samples)])
     assert call("--responses", bare, "--out", given)[0] == 0
-    assert given.read_bytes() == sampled.read_bytes()
+    assert given.read_bytes() == samples.read_bytes()
     assert "exists already" in call("--responses", bare, "--out", given)[1]
     write(bare, texts(1))
-    assert (
-        "the prompt of record 1 is none of the task toy"
-        in call("--responses", bare, "--out", tmp_path / "new.jsonl")[1]
-    )
+    assert "prompt of record 1" in call("--responses", bare, "--out", tmp_path / "new.jsonl")[1]
 
 
-def test_sampled_responses_of_a_paid_annotator_are_kept(serve, untrained, tmp_path, call):
-    url, _ = serve()
+def test_samples_for_a_server_are_kept(serve, untrained, tmp_path, call):
     out = tmp_path / "out.jsonl"
-    sampling = (
-        "--policy",
-        untrained,
-        "--num_samples",
-        3,
-        "--out",
-        out,
-        "--model",
-        "m",
-        "--base_url",
-        url,
-    )
+    sampling = ("--policy", untrained, "--num_samples", 3, "--out", out)
+    sampling += ("--model", "m", "--base_url", serve()[0])
     call(*sampling, "--dry_run")
     kept = read_jsonl(tmp_path / "out.responses.jsonl")
-    _, printed = call(*sampling)
-    assert "sampled before" in printed
-    assert {(r["id"], r["prompt"], r["response"]) for r in read_jsonl(out)} == {
-        tuple(r.values()) for r in kept
-    } and len(kept) == 3
+    assert "sampled before" in call(*sampling)[1] and len(kept) == 3
+    written = {(r["id"], r["prompt"], r["response"]) for r in read_jsonl(out)}
+    assert written == {tuple(record.values()) for record in kept}
     (tmp_path / "out.responses.jsonl").unlink()
-    assert "exists already, without" in call(*sampling)[1]
+    assert "without its responses" in call(*sampling)[1]
 
 
 @pytest.fixture
@@ -80,10 +54,8 @@ def tested(monkeypatch):
     critique = lambda example, response: Feedback(result(example, response), [], [response])  # noqa: E731
     examples = [Example("Add.", "", {"tests": "all"})], [Example("Sub.", "", {"tests": "few"})]
     own = lambda record: Example("", "", record) if "tests" in record else None  # noqa: E731
-    hooks = dict(
-        critique=critique, test_log=result, load=lambda args: examples, example_of_record=own
-    )
-    for name, hook in hooks.items():
+    hooks = dict(critique=critique, test_log=result, example_of_record=own)
+    for name, hook in {**hooks, "load": lambda args: examples}.items():
         monkeypatch.setattr(toy, name, hook, raising=False)
 
 
@@ -98,7 +70,7 @@ def test_records_are_judged_by_their_own_example_or_by_the_task_s(tmp_path, call
     assert read_jsonl(tmp_path / "task.jsonl")[0]["critique"] == "x fails few"
 
 
-def test_a_served_annotator_reads_the_log_of_the_unit_tests(serve, tmp_path, call, tested):
+def test_a_server_reads_the_log_of_the_unit_tests(serve, tmp_path, call, tested):
     url, log = serve()
     call(*flags(url, tmp_path, [{"id": "a", "prompt": "Sub.", "response": "x"}]))
     question = requests(log())[0]["asked"]["messages"][0]["content"]
@@ -106,63 +78,7 @@ def test_a_served_annotator_reads_the_log_of_the_unit_tests(serve, tmp_path, cal
     assert read_jsonl(tmp_path / "out.jsonl")[0]["test_log"] == "x fails few"
 
 
-def test_records_that_people_filled_in(tmp_path, call):
-    """Quotes are mended as a model's are; what is empty or wrong is told by its line, and not lost: it stands in the input."""
-    a, b, c, d = texts(4)
-    filled = {
-        **a,
-        "critique": "Fine.",
-        "good_spans": [{"text": a["response"][:6].upper(), "severity": 0.5}],
-    }
-    wrong = {**c, "critique": "Bad.", "poor_spans": ["nowhere"]}
-    path, out = (
-        write(tmp_path / "in.jsonl", [filled, b, wrong, {**d, "critique": 7}]),
-        tmp_path / "out.jsonl",
-    )
-    code, printed = call("--critic", "human", "--responses", path, "--out", out)
-    assert (
-        code == 0
-        and f"record 3 of {path} is left out: quote 1 of poor_spans" in printed
-        and "record 4 of" in printed
-    )
-    assert "1 records are not filled in yet and 2 have a fault" in printed
-    (record,) = read_jsonl(out)
-    assert (
-        record["good_spans"] == [{"text": a["response"][:6], "severity": 0.5}]
-        and record["poor_spans"] == []
-    )
-    assert (record["status"], record["reason"], record["id"]) == ("ok", "", "r0")
-    assert (
-        "is filled in as it should be"
-        in call("--critic", "human", "--responses", write(path, [b]), "--out", tmp_path / "no")[1]
-    )
-
-
-def test_kinds_of_people_that_fit_no_quotes_are_a_fault(tmp_path, call):
-    """train_rm.py would refuse the file for them."""
-    a, b = ({**text, "critique": "Bad.", "poor_spans": [text["response"][:6]]} for text in texts(2))
-    path, out = (
-        write(tmp_path / "in.jsonl", [{**a, "kinds": ["x", "y"]}, {**b, "kinds": ["x"]}]),
-        tmp_path / "out.jsonl",
-    )
-    code, printed = call("--critic", "human", "--responses", path, "--out", out)
-    assert (
-        code == 0
-        and f'record 1 of {path} is left out: "kinds"' in printed
-        and "1 have a fault" in printed
-    )
-    assert [record["kinds"] for record in read_annotations(out)] == [["x"]]
-
-
-def test_an_empty_file_of_people_is_told(tmp_path, call):
-    (tmp_path / "in.jsonl").touch()
-    code, printed = call(
-        "--critic", "human", "--responses", tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl"
-    )
-    assert code == 2 and "holds no record" in printed and not (tmp_path / "out.jsonl").exists()
-
-
-def test_a_task_s_own_criteria_stand_in_the_prompt(serve, tmp_path, call, monkeypatch):
+def test_a_task_may_have_its_own_criteria(serve, tmp_path, call, monkeypatch):
     url, log = serve()
     monkeypatch.setattr(summarize, "CRITERIA", "Good is what is short.", raising=False)
     call(*flags(url, tmp_path, texts(1), "--task", "summarize"))
@@ -170,46 +86,78 @@ def test_a_task_s_own_criteria_stand_in_the_prompt(serve, tmp_path, call, monkey
     assert "Good is what is short." in asked and annotator.CRITERIA not in asked
 
 
-# ---- a reward model behind a server --------------------------------------------------------------------------------------
+# ---- people ------------------------------------------------------------------------------------
+@pytest.fixture
+def human(tmp_path, call):
+    """human(records) returns the exit code, the output and the annotations of --critic human."""
 
+    def run(records):
+        path, out = write(tmp_path / "in.jsonl", records), tmp_path / "out.jsonl"
+        code, printed = call("--critic", "human", "--responses", path, "--out", out)
+        return code, printed, read_annotations(out) if out.exists() else []
+
+    return run
+
+
+def test_records_of_people_are_checked_and_the_invalid_ones_reported(human):
+    a, b, c, d = texts(4)
+    quote = {"text": a["response"][:6].upper(), "severity": 0.5}
+    valid = {**a, "critique": "Fine.", "good_spans": [quote]}
+    invalid = {**c, "critique": "Bad.", "poor_spans": ["nowhere"]}
+    code, printed, [record] = human([valid, b, invalid, {**d, "critique": 7}])
+    assert code == 0 and "1 records are empty and 2 invalid" in printed
+    assert "record 3 of" in printed and "quote 1 of poor_spans" in printed
+    assert "record 4 of" in printed and (record["status"], record["id"]) == ("ok", "r0")
+    assert record["good_spans"] == [{"text": a["response"][:6], "severity": 0.5}]
+
+
+def test_kinds_must_fit_the_poor_spans(human):
+    a, b = ({**text, "critique": "Bad.", "poor_spans": [text["response"][:6]]} for text in texts(2))
+    _, printed, [record] = human([{**a, "kinds": ["x", "y"]}, {**b, "kinds": ["x"]}])
+    assert "record 1 of" in printed and '"kinds"' in printed and record["kinds"] == ["x"]
+
+
+@pytest.mark.parametrize("records", [[], texts(1)])
+def test_a_file_without_any_feedback_is_refused(human, records):
+    code, printed, written = human(records)
+    assert code == 2 and "record" in printed and not written
+
+
+# ---- critics -----------------------------------------------------------------------------------
 EXAMPLES = [Example(f"p{n}", "", {}) for n in range(4)]
 RESPONSES = [f"r{n}" for n in range(4)]
+WELL = Feedback("Well.", ["r"], [])
 
 
-def test_a_served_reward_model_is_a_critic(serve):
-    url, log = serve(answer=Feedback("Well.", ["r"], []).render())
-    said = critics.openai_critic(url, "rm", critique_length=33)(EXAMPLES, RESPONSES)
-    assert said == [Feedback("Well.", ["r"], [])] * 4
-    asked = requests(log())[0]["asked"]
-    assert (asked["model"], asked["max_tokens"], asked["temperature"]) == ("rm", 33, 0)
-    prompts = {line["asked"]["messages"][0]["content"] for line in requests(log())}
+def test_a_reward_model_behind_a_server_is_a_critic(serve):
+    url, log = serve(answer=WELL.render())
+    feedback = critics.openai_critic(url, "rm", critique_length=33)(EXAMPLES, RESPONSES)
+    assert feedback == [WELL] * 4
+    asked = [line["asked"] for line in requests(log())]
+    sent = {"model": "rm", "max_tokens": 33, "temperature": 0}
+    assert all(request.items() >= sent.items() for request in asked)
+    prompts = {request["messages"][0]["content"] for request in asked}
     assert prompts == {critics.reward_prompt(e.prompt, r) for e, r in zip(EXAMPLES, RESPONSES)}
 
 
-def test_critiques_that_do_not_come_are_none_unless_none_comes(serve, capsys):
-    url, _ = serve(answer=Feedback("Well.").render(), poison="r2")
-    said = critics.openai_critic(url, "rm", max_retries=1)(EXAMPLES, RESPONSES)
-    assert [f is None for f in said] == [False, False, True, False]
-    assert (
-        critics.openai_critic(serve(answer="no feedback")[0], "rm")(EXAMPLES, RESPONSES)
-        == [None] * 4
-    )
-    for settings, sentence in (
-        (dict(status=500), "none of 4 critiques"),
-        (dict(status=404), "no such model"),
-    ):
-        with pytest.raises(SystemExit):
-            critics.openai_critic(serve(**settings)[0], "rm", max_retries=1)(EXAMPLES, RESPONSES)
-        assert sentence in capsys.readouterr().err
+def test_critiques_that_do_not_arrive_are_none(serve):
+    url, _ = serve(answer=WELL.render(), poison="r2")
+    critic = critics.openai_critic(url, "rm", max_retries=1)
+    assert critic(EXAMPLES, RESPONSES) == [WELL, WELL, None, WELL]
 
 
-def test_a_model_that_is_loaded_here_is_asked_and_read_as_a_server_is(monkeypatch):
-    record, asked = texts(1)[0], []
-    answers = [
-        json.dumps(annotation(record["response"])),
-        "Nice summary!",
-        json.dumps(annotation("another text altogether")),
-    ]
+@pytest.mark.parametrize(
+    "settings", [{"status": 500}, {"status": 404}, {"rate": 1, "faults": ["broken body"]}]
+)
+def test_a_server_without_any_critique_ends_the_program(serve, refused, settings):
+    critic = critics.openai_critic(serve(**settings)[0], "rm", max_retries=1)
+    assert "--base_url" in refused(critic, EXAMPLES, RESPONSES)
+
+
+def test_a_loaded_chat_model_is_asked_and_read_like_a_server(monkeypatch):
+    [record], asked = texts(1), []
+    answers = [json.dumps(annotation(record["response"])), "Nice summary!"]
+    answers.append(json.dumps(annotation("another text altogether")))
 
     def respond(model, tokenizer, prompts, length, **sampling):
         asked.extend(prompts)
@@ -219,86 +167,58 @@ def test_a_model_that_is_loaded_here_is_asked_and_read_as_a_server_is(monkeypatc
     model.config.max_position_embeddings = 10**4
     monkeypatch.setattr(critics, "respond", respond)
     critic = annotator.prompted_critic(model, tokenizer, "Look for rain.")
-    said = critic([Example(record["prompt"], "", {})] * 3, [record["response"]] * 3)
+    first, *rest = critic([Example(record["prompt"], "", {})] * 3, [record["response"]] * 3)
     assert asked == [annotator.question(record, "Look for rain.", 2)] * 3
-    assert said[0].good and said[1:] == [None, None], (
-        "what a server would be asked again for is unreadable here"
-    )
-
-
-# ---- what does not go well -----------------------------------------------------------------------------------------------
-
-SETTINGS = dict(task="toy", critic="openai", base_url=None, reward_model="rm", critique_length=20)
+    assert first.good and rest == [None, None]
 
 
 @pytest.mark.parametrize("kind", ["trained", "prompted"])
-def test_a_response_that_is_too_long_for_its_critic_is_unreadable_and_the_others_are_not(
-    kind, monkeypatch, capsys
-):
-    """A long prompt is shortened instead."""
-    answer = {
-        "trained": Feedback("c").render(),
-        "prompted": json.dumps(annotation("") | {"good_spans": [], "poor_spans": []}),
-    }
-    asked = []
+def test_long_prompts_are_shortened_and_long_responses_unreadable(kind, monkeypatch, capsys):
+    answer, asked = Feedback("c").render(), []
+    if kind == "prompted":
+        answer = json.dumps(annotation("") | {"good_spans": [], "poor_spans": []})
 
     def respond(model, tokenizer, prompts, length, **sampling):
         asked.extend(prompts)
         assert all(critics.token_count(tokenizer, prompt) + length <= 1024 for prompt in prompts)
-        return [answer[kind]] * len(prompts), [True] * len(prompts)
+        return [answer] * len(prompts), [True] * len(prompts)
 
     monkeypatch.setattr(critics, "respond", respond)
     tokenizer, model = toy.new_model(0)
     model.config.max_position_embeddings = 1024
-    critic = (
-        critics.reward_model_critic(model, tokenizer, 20)
-        if kind == "trained"
-        else annotator.prompted_critic(model, tokenizer, "", 20)
-    )
-    examples = [
-        Example(prompt, "", {}) for prompt in ("p", "p", "Head. " + "middle " * 1200 + " Tail.")
-    ]
+    critic = critics.reward_model_critic(model, tokenizer, 20)
+    if kind == "prompted":
+        critic = annotator.prompted_critic(model, tokenizer, "", 20)
+    long = "Head. " + "middle " * 1200 + " Tail."
+    examples = [Example(prompt, "", {}) for prompt in ("p", "p", long)]
     for _ in range(2):
-        said = critic(examples, ["Ana is 27.", "word " * 1200, "Ana is 27."])
-        assert said[0] and said[1] is None and said[2]
-    assert len(asked) == 4 and "Head." in asked[1] and " [...] " in asked[1] and "Tail." in asked[1]
-    assert capsys.readouterr().out.count("1 of 3 responses are too long to be criticised") == 1
+        feedback = critic(examples, ["Ana is 27.", "word " * 1200, "Ana is 27."])
+        assert feedback[0] and feedback[1] is None and feedback[2]
+    assert len(asked) == 4 and all(part in asked[1] for part in ("Head.", " [...] ", "Tail."))
+    assert capsys.readouterr().out.count("1 of 3 responses are too long") == 1
 
 
-def test_a_critique_longer_than_the_context_is_refused(capsys):
+def test_a_critique_longer_than_the_context_is_refused(refused):
     tokenizer, model = toy.new_model(0)
-    with pytest.raises(SystemExit):
-        critics.reward_model_critic(model, tokenizer, 512)
-    assert "--critique_length 512 leaves no room in the context of 512" in capsys.readouterr().err
+    fault = refused(critics.reward_model_critic, model, tokenizer, 512)
+    assert "--critique_length 512" in fault
 
 
-def test_a_batch_of_which_no_critique_can_be_read_is_told_once(serve, capsys):
-    critic = critics.load_critic(
-        toy, Namespace(**SETTINGS | {"base_url": serve(answer="no feedback")[0]}), None, "cpu"
-    )
+def load_critic(base_url):
+    args = Namespace(critic="openai", base_url=base_url, reward_model="rm", critique_length=20)
+    return critics.load_critic(toy, args, None, "cpu")
+
+
+def test_a_batch_without_a_readable_critique_warns_once(serve, capsys):
+    critic = load_critic(serve(answer="no feedback")[0])
     assert critic(EXAMPLES, RESPONSES) == critic(EXAMPLES, RESPONSES) == [None] * 4
-    assert (
-        capsys.readouterr().out.count("warning: none of the 4 critiques of this batch can be read")
-        == 1
-    )
-    critic = critics.load_critic(
-        toy,
-        Namespace(**SETTINGS | {"base_url": serve(answer=Feedback("Well.").render())[0]}),
-        None,
-        "cpu",
-    )
-    assert all(critic(EXAMPLES, RESPONSES)) and not capsys.readouterr().out
+    assert capsys.readouterr().out.count("none of the 4 critiques") == 1
+    assert all(load_critic(serve(answer=WELL.render())[0])(EXAMPLES, RESPONSES))
+    assert not capsys.readouterr().out
 
 
-def test_a_served_reward_model_without_an_address_or_a_key_is_told_before_anything_is_asked(
-    monkeypatch, capsys
-):
+def test_a_wrong_address_or_a_missing_key_is_reported_before_training(monkeypatch, refused):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
-    for base_url, sentence in (
-        ("localhost:8716", "no address of a server"),
-        (None, "set OPENAI_API_KEY"),
-    ):
-        with pytest.raises(SystemExit):
-            critics.load_critic(toy, Namespace(**SETTINGS | {"base_url": base_url}), None, "cpu")
-        assert sentence in capsys.readouterr().err
+    assert "--base_url" in refused(load_critic, "localhost:8716")
+    assert "OPENAI_API_KEY" in refused(load_critic, None)

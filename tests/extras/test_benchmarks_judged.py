@@ -171,7 +171,7 @@ def test_other_answers_need_another_file_and_prompts_must_be_shared(judge, tmp_p
     assert "1 that only one file answers" in judge(the_better, ["right"], ["wrong", "wrong"])[0]
     assert "must hold a list" in judge(the_better, [], ["wrong"])[0]
     assert "valid characters" in judge(the_better, ["\ud800"], ["wrong"])[0]
-    assert "no address" in judge(the_better, ["right"], ["wrong"], "--base_url", "localhost")[0]
+    assert "--base_url" in judge(the_better, ["right"], ["wrong"], "--base_url", "localhost")[0]
 
 
 # ---- answers -----------------------------------------------------------------------------------
