@@ -11,7 +11,6 @@ Left out: the training stages, whose metrics.jsonl has a line per step (t2g/log.
 """
 
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -21,26 +20,20 @@ from t2g.metrics import evaluate, interval
 from t2g.rollout import respond
 
 
-def parse_args():
+def main():
     parser = cli.parser(__doc__)
-    what = "what to measure"
+    parser.add_argument("what", nargs="?", choices=WHAT, default="policy", help="what to measure")
     runs = "policies; reward models and, with --annotations, annotation files; or runs"
-    parser.add_argument("what", nargs="?", choices=list(WHAT), default="policy", help=what)
     parser.add_argument("runs", nargs="*", help=runs)
     add = cli.flags(parser)
     tasks.add_flags(add)
     add("--policy", None, "rm: writes the responses, or gives the tokens with --annotations")
-    add("--prompted", False, "rm: ask models that are no reward models as annotate.py asks")
     add("--annotations", None, "rm: records of annotate.py that are the truth instead of the rule")
     add("--response_length", 64, "maximum tokens of a response")
     add("--critique_length", 200, "rm: maximum tokens of a critique")
-    add("--eval_samples", 256, "held-out prompts; all records of --annotations if not given")
+    add("--eval_samples", 256, "held-out prompts; of --annotations all records are used")
     add("--out", None, "page: the file, page.html if not given; rm: the same, card.html beside it")
-    return tasks.parse(parser, "eval")
-
-
-def main():
-    task, args = parse_args()
+    task, args = tasks.parse(parser, "eval")
     torch.manual_seed(args.seed)
     print(json.dumps(WHAT[args.what](task, args)))
 
@@ -61,29 +54,26 @@ def policies(task, args) -> dict:
 
 def reward_models(task, args) -> dict:
     """The card of a critic, or {critic: card} of several; writes their page. See t2g/card.py."""
-    root = Path(f"runs/{task.NAME}")
+    root = Path("runs", task.NAME)
     if not args.annotations and not hasattr(task, "critique"):
         cli.fail(f"the task {args.task} has no rule; give records that are true as --annotations")
     if not args.runs:
         stages.ensure(["sft", "annotate", "rm"], args, root, args.policy)
-    names = list(dict.fromkeys(args.runs)) or [str(root / "rm")]
-    out = Path(args.out or Path(names[0] if Path(names[0]).is_dir() else ".") / "card.html")
-    cli.make_folder(out.parent, "--out")
-    names.sort(key=lambda name: not name.endswith(".jsonl"))  # files first: they may be unusable
+    names = args.runs or [str(root / "rm")]
+    models = [name for name in names if not name.endswith(".jsonl")]
     if args.annotations:
-        models = [name for name in names if not name.endswith(".jsonl")]
         source, truth = args.policy or next(iter(models), None), args.annotations
-        given = any(word.split("=")[0] == "--eval_samples" for word in sys.argv)
-        records = card.truth_of(truth, args.eval_samples if given else None, args.seed)
-    else:
-        if names[0].endswith(".jsonl"):
-            cli.fail(f"{names[0]} has responses of its own; give their truth as --annotations")
+        records = card.truth_of(truth)
+    elif models == names:
         source, truth = args.policy or str(root / "sft"), f"the rule of {args.task}"
         records = ruled_responses(task, args, source)
+    else:
+        cli.fail("annotation files have responses of their own; give their truth as --annotations")
     samples = card.samples(records, policy.load(source)[0] if source else None)
-    feedback = {name: critique_of(name, task, records, args) for name in names}
+    feedback = {name: critique_of(name, records, args) for name in names}
     cards = {name: card.card(samples, feedback[name], args.seed) for name in names}
     print_table({name: card.flat(one) for name, one in cards.items()})
+    out = args.out or Path(names[0] if Path(names[0]).is_dir() else ".") / "card.html"
     card.write_page(out, truth, source or "words", samples, feedback, cards, args.seed)
     print(f"\npage: {out}")
     return cards if len(cards) > 1 else cards[names[0]]
@@ -98,43 +88,33 @@ def ruled_responses(task, args, source) -> list[dict]:
     texts, _ = respond(model, tokenizer, prompts, args.response_length, **options)
     records = []
     for example, text in zip(heldout, texts):
-        record = {"prompt": example.prompt, "response": text}
-        record["feedback"] = task.critique(example, text)
-        record["kinds"] = task.kinds(example, text) if hasattr(task, "kinds") else []
-        records.append(record)
+        kinds = task.kinds(example, text) if hasattr(task, "kinds") else []
+        record = dict(prompt=example.prompt, response=text, kinds=kinds)
+        records.append(record | {"feedback": task.critique(example, text)})
     return records
 
 
-def critique_of(name, task, records, args):
-    """The feedback of a model or an annotations file on records; None is unreadable."""
+def critique_of(name, records, args):
+    """The feedback of a reward model or an annotations file on records; None is unreadable."""
     if name.endswith(".jsonl"):
         return card.same_records(name, records)
     tokenizer, model = policy.load(name, policy.device())
     options = dict(critique_length=args.critique_length, bf16=args.bf16, desc=f"{name} criticises")
-    if args.prompted:
-        from t2g import annotator  # needs the package openai
-
-        criteria = getattr(task, "CRITERIA", annotator.CRITERIA)
-        critic = annotator.prompted_critic(model, tokenizer, criteria, **options)
-    else:
-        critic = critics.reward_model_critic(model, tokenizer, **options)
+    critic = critics.reward_model_critic(model, tokenizer, **options)
     examples = [tasks.Example(record["prompt"], "", {}) for record in records]
     return critic(examples, [record["response"] for record in records])
 
 
 def seeds(task, args) -> dict:
-    """{metric: {"before" or "after": {"mean", "low", "high", "seeds", "values"}}} over runs."""
+    """{metric: {"before" or "after": interval()}} over runs."""
     results = [page.read_run(run)["result"] for run in args.runs]
     if len(results) < 2:
         cli.fail("an interval needs two runs of train_ppo.py or more")
-    table = {}
-    for name in results[0]["after"]:
-        table[name] = {}
+    table = {name: {} for name in results[0]["after"]}
+    for name, row in table.items():
         for when in ("before", "after"):
-            table[name][when] = row = interval([result[when][name] for result in results])
-            values = ", ".join(f"{value:.3f}" for value in row["values"])
-            numbers = "{mean:9.3f}  [{low:.3f}, {high:.3f}]".format(**row)
-            print(f"{name:24}{when:8}{numbers}  seeds: {values}")
+            row[when] = interval([result[when][name] for result in results])
+            print(f"{name:24}{when:8}", "{mean:.3f}  [{low:.3f}, {high:.3f}]".format(**row[when]))
     return table
 
 

@@ -36,11 +36,7 @@ def main():
     parser = cli.parser(__doc__)
     add = cli.flags(parser)
     tasks.add_flags(add)
-    add(
-        "--model",
-        None,
-        "initial run, folder, hub id or .gguf file; sft beside --output_dir if not given",
-    )
+    add("--model", None, "initial run, folder or hub id; sft beside --output_dir if not given")
     add("--annotations", None, "records; annotations.jsonl beside --output_dir if not given")
     add("--output_dir", None, "folder of the run; runs/TASK/rm if not given")
     add("--no_critique", False, "learn the span map alone, an ablation of the paper")

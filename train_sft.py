@@ -15,11 +15,7 @@ def main():
     parser = cli.parser(__doc__)
     add = cli.flags(parser)
     tasks.add_flags(add)
-    add(
-        "--model",
-        None,
-        "initial hub id, folder or .gguf file; the toy can make a small one",
-    )
+    add("--model", None, "initial hub id, folder or .gguf file; the toy can make a small one")
     add("--output_dir", None, "folder of the run; runs/TASK/sft if not given")
     supervised.add_flags(add)
     task, args = tasks.parse(parser, "train_sft")

@@ -16,12 +16,7 @@ def peft():
 
 
 def add_flags(add):
-    add(
-        "--lora_r",
-        None,
-        "rank of LoRA adapters; all weights are trained if not given",
-        positive(int),
-    )
+    add("--lora_r", None, "rank of LoRA adapters; if not given, all weights learn", positive(int))
     add("--lora_alpha", 32.0, "alpha of LoRA")
 
 

@@ -33,21 +33,16 @@ class Sample(NamedTuple):
     prompt: str
     response: str
     truth: Feedback
-    kinds: list[str]  # one for each of the truth's poor quotes
+    kinds: list[str]  # one for each of the truth's poor quotes, if known
     views: dict[str, tuple[str, list[tuple[int, int]]]]  # "token" and "character"
 
 
-# ---- annotations -------------------------------------------------------------------------------
-
-
-def truth_of(path, limit, seed) -> list[dict]:
-    """The records of a file that hold feedback, or `limit` of them drawn at random."""
+def truth_of(path) -> list[dict]:
+    """The records of a file that hold feedback."""
     records = read_annotations(path)
     kept = [record for record in records if record["feedback"]]
     print(f"{path}: {len(kept)} of {len(records)} records have the status ok and are used")
-    if not kept:
-        fail(f"{path} holds no record whose status is ok")
-    return random.Random(seed).sample(kept, limit) if limit and limit < len(kept) else kept
+    return kept or fail(f"{path} holds no record whose status is ok")
 
 
 def same_records(path, records) -> list[Feedback | None]:
@@ -71,40 +66,30 @@ def samples(records, tokenizer=None) -> list[Sample]:
             tokens = response_text(tokenizer, ids), token_offsets(tokenizer, ids)
         else:
             tokens = text, [word.span() for word in WORD.finditer(text)]
-        characters = text, [(i, i + 1) for i in range(len(text))]
-        kinds = record.get("kinds") or ["unnamed"] * len(truth.poor)
-        views = {"token": tokens, "character": characters}
-        made.append(Sample(record["prompt"], text, truth, kinds, views))
+        views = {"token": tokens, "character": (text, [(i, i + 1) for i in range(len(text))])}
+        made.append(Sample(record["prompt"], text, truth, record.get("kinds") or [], views))
     return made
-
-
-# ---- sums of counts ----------------------------------------------------------------------------
-
-
-def labels(view, feedback) -> np.ndarray:
-    """+1, -1 or 0 for each range of a view."""
-    text, ranges = view
-    return span_rewards(ranges, resolve(text, feedback)[0]).numpy()
 
 
 def count(sample, feedback) -> Counter:
     """What one response adds to the sums of figures()."""
     n = Counter(responses=1, readable=feedback is not None)
-    marked = feedback or Feedback("")  # an unreadable critique marks nothing
+    opinions = {"truth": sample.truth, "critic": feedback or Feedback("")}
 
     def overlap(truth, critic, *key):
         for part, marked in (("both", truth & critic), ("truth", truth), ("critic", critic)):
             n[(*key, part)] += marked.sum()
 
-    for unit, view in sample.views.items():
-        truth, critic = labels(view, sample.truth), labels(view, marked)
+    for unit, (text, ranges) in sample.views.items():
+        spans = {who: resolve(text, opinion)[0] for who, opinion in opinions.items()}
+        truth, critic = (span_rewards(ranges, spans[who]).numpy() for who in opinions)
         for sign, value in SIGNS.items():
             overlap(truth == value, critic == value, unit, sign)
-        for kind, spans in spans_of_kinds(sample, view[0]).items():
-            overlap(span_rewards(view[1], spans).numpy() < 0, critic < 0, unit, "kind", kind)
+        for kind, of_kind in spans_of_kinds(sample, text).items():
+            overlap(span_rewards(ranges, of_kind).numpy() < 0, critic < 0, unit, "kind", kind)
     # of the last view: whether any character is poor
     overlap((truth < 0).any(), (critic < 0).any(), "response", "poor")
-    for who, opinion in (("truth", sample.truth), ("critic", marked)):
+    for who, opinion in opinions.items():
         _, matches = resolve(sample.response, opinion)
         n.update({(who, kind): matches[kind] for kind in MATCH_KINDS})
     return n
@@ -120,9 +105,6 @@ def spans_of_kinds(sample, text) -> dict[str, list]:
         for kind, span in zip(kinds, spans):
             spans_of[kind].append(span)
     return spans_of
-
-
-# ---- figures of sums ---------------------------------------------------------------------------
 
 
 def ratio(part, whole):
@@ -160,7 +142,7 @@ def card(samples, feedback, seed=0) -> dict:
     json_valid         share of responses with readable feedback
     verbatim, normalised, fuzzy, invented     shares of the critic's quotes by how they are found
     truth_invented     share of the truth's own quotes that stand nowhere: no critic can find them
-    kinds              {kind: {recall, spans, tokens}} of the truth's poor spans
+    kinds              {kind: {recall of tokens, spans}} of the truth's poor spans
     intervals          the same keys with [low, high], by a bootstrap over responses, or None
     responses          their number
     """
@@ -171,7 +153,7 @@ def card(samples, feedback, seed=0) -> dict:
     n = defaultdict(lambda: np.zeros(sums.shape[1]), zip(names, sums))
 
     counted = Counter(kind for sample in samples for kind in sample.kinds)
-    kinds = [kind for kind, _ in counted.most_common()] if set(counted) != {"unnamed"} else []
+    kinds = [kind for kind, _ in counted.most_common()]
 
     def interval(values):
         figure = bootstrapped(values)
@@ -180,8 +162,7 @@ def card(samples, feedback, seed=0) -> dict:
     draws = figures(n, kinds)
     result = each(draws, lambda values: float(np.nan_to_num(values[0])))
     for kind in kinds:
-        tokens = int(n["token", "kind", kind, "truth"][0])
-        result["kinds"][kind] |= {"spans": counted[kind], "tokens": tokens}
+        result["kinds"][kind]["spans"] = counted[kind]
     return result | {"intervals": each(draws, interval), "responses": len(rows)}
 
 
@@ -191,9 +172,6 @@ def each(figures, change):
         name: each(value, change) if isinstance(value, dict) else change(value)
         for name, value in figures.items()
     }
-
-
-# ---- the page ----------------------------------------------------------------------------------
 
 
 def flat(figures, path=()) -> dict:
@@ -211,16 +189,15 @@ def write_page(path, truth, tokens, samples, feedback, cards, seed=0):
     Args: truth and tokens say where they come from; feedback and cards are {critic: ...}.
     """
     chosen = random.Random(seed).sample(range(len(samples)), min(SAMPLES_SHOWN, len(samples)))
-    truths = [sample.truth for sample in samples]
     groups = []
-    for name, opinions in {"truth": truths, **feedback}.items():
+    for name, opinions in {"truth": [s.truth for s in samples], **feedback}.items():
         shown = [opinion(samples[i], opinions[i]) for i in sorted(chosen)]
         groups.append({"label": name, "samples": shown})
         if name in cards:
             values, intervals = flat(cards[name]), flat(cards[name]["intervals"])
             result = {row: [[values[row], *(ends or ())]] for row, ends in intervals.items()}
             groups[-1]["result"] = result
-    title = f"{', '.join(map(str, cards))} against {truth}"
+    title = f"{', '.join(cards)} against {truth}"
     about = f"{len(samples)} responses; truth: {truth}; tokens: {tokens}; in brackets 95% intervals"
     data = {"title": title, "about": about, "heading": "figure", "brackets": "[]"}
     write_html(path, data | {"groups": groups})

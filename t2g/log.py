@@ -61,7 +61,6 @@ METRICS = {
     "loss": "the mean of -log p over completion tokens, or the mean of the baseline's own loss",
     "validation_loss": "the same over held-out pairs; the model with the lowest one is saved",
     "tokens": "completion tokens of the batch",
-    "padding": "share of the batch's positions that hold padding",
     "pairs": "DPO: pairs of the batch",
     "pair_margin": "DPO: beta (log pi - log ref) of the chosen minus the rejected response, mean",
     "pair_accuracy": "DPO: share of the batch's pairs whose margin is above 0",

@@ -3,8 +3,6 @@
 Left out: the card of a critic (t2g/card.py) and the measurements of the update (t2g/ppo.py).
 """
 
-from functools import cache
-
 import numpy as np
 import torch
 
@@ -32,10 +30,8 @@ def evaluate(
         label = desc and f"{desc}, {'greedy' if suffix else 'sampled'}"
         sampling = dict(temperature=temperature, bf16=bf16, generator=generator, desc=label)
         texts[suffix], finished = respond(model, tokenizer, prompts, length, **sampling)
-        means |= {
-            name + suffix: mean for name, mean in mean_scores(task, examples, texts[suffix]).items()
-        }
-        means["eos_rate" + suffix] = float(np.mean(finished))
+        scores = mean_scores(task, examples, texts[suffix]) | {"eos_rate": float(np.mean(finished))}
+        means |= {name + suffix: mean for name, mean in scores.items()}
     return means, texts[""]
 
 
@@ -101,7 +97,7 @@ def shift(change, delta, mask) -> dict[str, float]:
         shift_rank                            Spearman's rank correlation of delta_t and change
 
     Args: change (B, T) in nats; delta (B, T); mask (B, T) bool.
-    Returns: these six. A mean over no tokens is left out, and so is a correlation with a constant.
+    Returns: these six, without means over no tokens and correlations with a constant.
     """
     reward, read = (delta * mask).sum(1), mask.any(1)
     above = (reward > masked_mean(reward, read))[:, None]
@@ -109,9 +105,8 @@ def shift(change, delta, mask) -> dict[str, float]:
     groups |= {"poor_above": groups["poor"] & above, "good_below": groups["good"] & ~above}
     means = {}
     for name, group in groups.items():
-        tokens = mask & group
-        if tokens.any():
-            means[f"shift_{name}"] = masked_mean(change, tokens).item()
+        if (mask & group).any():
+            means[f"shift_{name}"] = masked_mean(change, mask & group).item()
     x, y = delta[mask], change[mask]
     if len(x) and (x != x[0]).any() and (y != y[0]).any():
         from scipy.stats import spearmanr  # takes most of a second to import
@@ -156,18 +151,9 @@ def bootstrapped(values) -> dict:
     return {"value": float(values[0]), "low": float(low), "high": float(high)}
 
 
-@cache
-def rouge_scorer(*kinds):
-    from rouge_score.rouge_scorer import RougeScorer
-
-    return RougeScorer(kinds, use_stemmer=True)
-
-
 def rouge(reference: str, text: str, *kinds) -> dict[str, float]:
     """F1 of kinds of ROUGE, such as rouge1 or rougeL, of stemmed words, by rouge-score."""
-    scores = rouge_scorer(*kinds).score(reference, text)
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scores = RougeScorer(kinds, use_stemmer=True).score(reference, text)
     return {kind: score.fmeasure for kind, score in scores.items()}
-
-
-def rouge_l(reference: str, text: str) -> float:
-    return rouge(reference, text, "rougeL")["rougeL"]

@@ -17,7 +17,7 @@ from t2g.align import resolve, token_offsets
 from t2g.cli import fail
 from t2g.feedback import Feedback, quoted
 from t2g.folder import RESUME_IGNORES
-from t2g.log import METRICS, read_jsonl, truncate, write_json, write_text
+from t2g.log import METRICS, read_json, read_jsonl, truncate, write_json, write_text
 
 # A page stays small and legible.
 STEPS_SHOWN, SAMPLES_PER_STEP, POINTS_SHOWN, HELDOUT_SHOWN, GROUPS_SHOWN = 12, 4, 400, 6, 4
@@ -35,8 +35,7 @@ NO_SETTING = RESUME_IGNORES | {"seed", "batch_size"}  # the latter follows from 
 class Samples:
     """Keeps a few responses of a dozen steps, spread evenly, with the numbers at their tokens.
 
-    Some are sampled in training, and some answer the same held-out prompts each time. Rank 0
-    writes.
+    Some are of training, others answer the same held-out prompts each time. Rank 0 writes.
     """
 
     def __init__(self, folder, max_steps, keep_until=0):
@@ -59,30 +58,27 @@ class Samples:
                 written = max(written, end)
                 numbers = {name: round(x[row, t].item(), 4) for name, x in at_tokens.items()}
                 tokens.append({"text": shown, **numbers})
+            if not isinstance(one, Feedback):  # unreadable, or a learned scalar
+                one = Feedback(None if one is None else f"{one:+.2f}")
             line = {"step": step, "heldout": heldout, "prompt": examples[row].prompt}
-            line |= {"tokens": tokens, "critique": None, "good": [], "poor": []}
-            if isinstance(one, Feedback):
-                line |= {"critique": one.critique, "good": one.good, "poor": one.poor}
-            elif one is not None:  # a learned scalar
-                line["critique"] = f"{one:+.2f}"
+            line |= {"tokens": tokens, **vars(one)}
             with open(self.folder / "samples.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def finish(self, args, heldout, before, after, seconds):
         """Writes result.json, heldout.jsonl and the page, and prints the results.
 
-        before, after: scores and sampled texts, as metrics.evaluate() returns them; seconds: of
-        each stage.
+        Args: before and after, scores and texts of metrics.evaluate(); seconds, of each stage.
         """
         seconds = {stage: round(number, 1) for stage, number in seconds.items()}
         (scores, texts), (scores_after, texts_after) = before, after
         page = str(Path(args.output_dir) / "page.html")
         result = {"before": scores, "after": scores_after, "seconds": seconds, "page": page}
-        lines = [
-            json.dumps({"prompt": e.prompt, "before": a, "after": b}, ensure_ascii=False) + "\n"
-            for e, a, b in zip(heldout, texts, texts_after)
-        ]
-        write_text(self.folder / "heldout.jsonl", "".join(lines))
+        lines = ""
+        for example, a, b in zip(heldout, texts, texts_after):
+            row = {"prompt": example.prompt, "before": a, "after": b}
+            lines += json.dumps(row, ensure_ascii=False) + "\n"
+        write_text(self.folder / "heldout.jsonl", lines)
         write_json(self.folder / "result.json", result)
         write_page(self.folder / "page.html", [self.folder])
         print(f"\n{'held-out prompts':24}{'before':>10}{'after':>10}")
@@ -98,8 +94,6 @@ def write_page(path, folders) -> str:
     Runs that differ in seed and folders alone form a group. Of a group the page shows the mean and
     each seed, and the texts of its first run.
     """
-    if len({Path(folder).resolve() for folder in folders}) < len(folders):
-        fail("a run is named twice; name independent runs")
     runs = [read_run(folder) for folder in folders]
     task_names = sorted({run["config"]["task"] for run in runs})
     if len(task_names) != 1:
@@ -108,14 +102,14 @@ def write_page(path, folders) -> str:
     if len(groups) > GROUPS_SHOWN:
         fail(f"a page shows {GROUPS_SHOWN} settings side by side; these runs have {len(groups)}")
     task_metrics = tasks.load_task(task_names[0]).METRICS
-    names = list(dict.fromkeys((*SHIFTS, *task_metrics, *CURVES)))
+    names, shown = list(dict.fromkeys((*SHIFTS, *task_metrics, *CURVES))), []
+    for (label, *settings), members in groups.items():
+        group = {"label": label, "settings": ", ".join(settings)}
+        shown.append(group | group_data(members, names))
     data = {
         "task": task_names[0],
         "title": f"{task_names[0]}: {' against '.join(map(', '.join, groups))}",
-        "groups": [
-            {"label": label, "settings": ", ".join(settings), **group_data(members, names)}
-            for (label, *settings), members in groups.items()
-        ],
+        "groups": shown,
         "learned": any(run["config"].get("critic") in ("rm", "openai") for run in runs),
         "meanings": METRICS | task_metrics,
     }
@@ -128,6 +122,7 @@ def write_html(path, data):
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     template = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
     try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         write_text(Path(path), template.replace("/*DATA*/", text))
     except OSError as error:
         fail(f"{path} cannot be written ({error.strerror})")
@@ -139,13 +134,7 @@ def read_run(folder) -> dict:
     for path in (Path(folder) / name for name in FILES):
         if not path.is_file():
             fail(f"{folder} is no finished run of train_ppo.py: it has no {path.name}")
-        try:
-            lines = path.suffix == ".jsonl"
-            run[path.stem] = read_jsonl(path) if lines else json.loads(path.read_text("utf-8"))
-        except ValueError as error:
-            fail(f"{path} is no JSON: {error}")
-    if not isinstance(run["config"], dict) or "task" not in run["config"] or not run["metrics"]:
-        fail(f"{folder} is no run of train_ppo.py: config.json has no task, or there are no steps")
+        run[path.stem] = read_jsonl(path) if path.suffix == ".jsonl" else read_json(path)
     return run
 
 
@@ -153,18 +142,14 @@ def grouped(runs) -> dict[tuple, list]:
     """Runs with the same settings, under the settings in which the groups differ, in words."""
     groups = {}
     for run in runs:
-        config = run["config"]
-        settings = {
-            name: value
-            for name, value in config.items()
-            if name not in NO_SETTING and value is not None and value is not False
-        }
-        for name in ("policy", "reward_model"):  # one beside the run was made for its seed
-            if (
-                name in settings
-                and Path(settings[name]).parent == Path(config["output_dir"]).parent
-            ):
-                del settings[name]
+        config, settings = run["config"], {}
+        beside = str(Path(config["output_dir"]).parent)
+        for name, value in config.items():
+            # a policy or a reward model beside the run was made for its seed
+            made = name in ("policy", "reward_model") and str(Path(value or "").parent) == beside
+            off = value is None or value is False
+            if name not in NO_SETTING and not off and not made:
+                settings[name] = value
         members = groups.setdefault(json.dumps(settings, sort_keys=True), [])
         if config["seed"] in [other["config"]["seed"] for other in members]:
             fail(f"two of the runs have the same settings and the seed {config['seed']}")
@@ -196,31 +181,28 @@ def group_data(runs, names) -> dict:
 
     A metric's curve has the steps at which all runs have it; a number is [mean, each seed's value].
     """
-    curves, means, results = {}, {}, [run["result"] for run in runs]
+    curves, means, result, first = {}, {}, {}, runs[0]
     steps = list(zip(*(run["metrics"] for run in runs)))
     for name in names:
         shared = [rows for rows in steps if all(name in row for row in rows)]
         shown = [shared[i - 1] for i in spread(POINTS_SHOWN, len(shared))]
-        curves[name] = [
-            [rows[0]["step"], *mean_and_seeds([row[name] for row in rows])] for rows in shown
-        ]
+        points = [mean_and_seeds([row[name] for row in rows]) for rows in shown]
+        curves[name] = [[rows[0]["step"], *point] for rows, point in zip(shown, points)]
     for name in (*SHIFTS, *AGAINST, "shift_rank"):
         logged = [[row[name] for row in run["metrics"] if name in row] for run in runs]
         if all(logged):
             means[name] = mean_and_seeds([sum(values) / len(values) for values in logged])
+    for name in first["result"]["after"]:
+        before, after = ([run["result"][w][name] for run in runs] for w in ("before", "after"))
+        result[name] = [mean_and_seeds(before), mean_and_seeds(after)]
+    heldout = first["heldout"][:HELDOUT_SHOWN]
     return {
         "seeds": [run["config"]["seed"] for run in runs],
-        "result": {
-            name: [mean_and_seeds([r[when][name] for r in results]) for when in ("before", "after")]
-            for name in results[0]["after"]
-        },
+        "result": result,
         "curves": curves,
         "means": means,
-        "samples": [sample | quotes_with_tokens(sample) for sample in runs[0]["samples"]],
-        "heldout": [
-            row | changed_words(row["before"], row["after"])
-            for row in runs[0]["heldout"][:HELDOUT_SHOWN]
-        ],
+        "samples": [sample | quotes_with_tokens(sample) for sample in first["samples"]],
+        "heldout": [row | changed_words(row["before"], row["after"]) for row in heldout],
     }
 
 
@@ -238,16 +220,14 @@ def quotes_with_tokens(sample) -> dict[str, list]:
     text, ends = "".join(words), list(accumulate(map(len, words)))
     linked = {"good": [], "poor": []}
     for kind, quotes in linked.items():
-        given = [quoted(quote)[0] for quote in sample.get(kind, ())]
-        for quote, plain in zip(sample.get(kind, ()), given):
+        given = [quoted(quote)[0] for quote in sample[kind]]
+        for quote, plain in zip(sample[kind], given):
             # a quote that is given k times marks k places
-            alone = Feedback("", **{kind: [plain] * given.count(plain)})
-            spans, _ = resolve(text, alone)
-            marked = [
-                i
-                for i, (word, end) in enumerate(zip(words, ends))
-                if any(span.start < end and end - len(word) < span.end for span in spans)
-            ]
+            spans, _ = resolve(text, Feedback("", **{kind: [plain] * given.count(plain)}))
+            marked = []
+            for i, (word, end) in enumerate(zip(words, ends)):
+                if any(span.start < end and end - len(word) < span.end for span in spans):
+                    marked.append(i)
             entry = quote if isinstance(quote, dict) else {"text": quote}
             quotes.append(entry | {"tokens": marked})
     return linked

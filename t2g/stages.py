@@ -4,6 +4,7 @@ runs/toy/sft  ->  runs/toy/annotations.jsonl  ->  runs/toy/rm  ->  runs/toy/ppo
 """
 
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -48,18 +49,10 @@ def ensure(names, args, root, policy=None) -> dict[str, float]:
 def run(title: str, command: list[str]) -> float:
     """Runs a script of this project in a process of its own, and returns its seconds."""
     print(f"\nno {title} yet; running\n  python {shlex.join(command)}\n", flush=True)
-    torchrun = [
-        "RANK",
-        "LOCAL_RANK",
-        "WORLD_SIZE",
-        "LOCAL_WORLD_SIZE",
-        "MASTER_ADDR",
-        "MASTER_PORT",
-    ]
-    torchrun += [name for name in os.environ if name.startswith("TORCHELASTIC")]
+    set_by_torchrun = r"(LOCAL_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|TORCHELASTIC.*"
     if dist.processes() > 1:
-        torchrun.append("OMP_NUM_THREADS")  # torchrun sets it to 1; the stage runs alone
-    env = {name: value for name, value in os.environ.items() if name not in torchrun}
+        set_by_torchrun += "|OMP_NUM_THREADS"  # which it sets to 1; the stage runs alone
+    env = {k: v for k, v in os.environ.items() if not re.fullmatch(set_by_torchrun, k)}
     script = Path(__file__).resolve().parent.parent / command[0]
     start = time.perf_counter()
     with subprocess.Popen([sys.executable, str(script), *command[1:]], env=env) as stage:

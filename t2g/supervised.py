@@ -38,12 +38,7 @@ def add_flags(add, validation_share=0.0):
     add("--max_steps", 200, "optimiser steps")
     add("--per_device_train_batch_size", 8, "sequences per microbatch")
     add("--gradient_accumulation_steps", 1, "microbatches per optimiser step")
-    add(
-        "--max_length",
-        None,
-        "maximum tokens of a training text, at most the context",
-        positive(int),
-    )
+    add("--max_length", None, "maximum tokens of a text; the context if not given", positive(int))
     add("--optimizer", "adamw", "muon is for models from scratch", ("adamw", "muon"))
     add("--max_grad_norm", 1.0, "maximum norm of the gradient; longer ones are clipped")
     adapters.add_flags(add)
@@ -244,25 +239,18 @@ def train_step(model, microbatches, args, objective=NEXT_TOKEN) -> dict:
         (loss / count).backward()
         for name, value in {"loss": loss.item(), **stats}.items():
             sums[name] += value / count
-    norm = torch.nn.utils.clip_grad_norm_(
-        model.parameters(), args.max_grad_norm, error_if_nonfinite=True
-    )
-    masks = [mask for batch, *_ in microbatches for mask in (batch.prompt_mask, batch.mask)]
-    tokens = sum(int(mask.sum()) for mask in masks)
-    padding = 1 - tokens / sum(mask.numel() for mask in masks)
-    sizes = {objective.unit: count, "update_tokens": tokens, "padding": padding}
-    return {**sums, "grad_norm": norm.item(), **sizes}
+    weights, limit = model.parameters(), args.max_grad_norm
+    norm = torch.nn.utils.clip_grad_norm_(weights, limit, error_if_nonfinite=True).item()
+    tokens = sum(int(batch.prompt_mask.sum() + batch.mask.sum()) for batch, *_ in microbatches)
+    return {**sums, "grad_norm": norm, objective.unit: count, "update_tokens": tokens}
 
 
 def make_optimizers(model, kind, learning_rate):
     """Returns AdamW for all weights, or Muon for the blocks' matrices and AdamW for others."""
-
-    def is_matrix(name, p):
-        return kind == "muon" and p.ndim == 2 and "embed" not in name and "head" not in name
-
-    weights = checkpoint.trainable(model)
-    matrices = [p for name, p in weights.items() if is_matrix(name, p)]
-    rest = [p for name, p in weights.items() if not is_matrix(name, p)]
+    matrices, rest = [], []
+    for name, weight in checkpoint.trainable(model).items():
+        in_block = weight.ndim == 2 and "embed" not in name and "head" not in name
+        (matrices if kind == "muon" and in_block else rest).append(weight)
     adamw = dict(lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     muon = dict(lr=learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
     optimizers = [torch.optim.AdamW(rest, **adamw)] if rest else []

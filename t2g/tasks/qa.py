@@ -11,7 +11,7 @@ import re
 
 from t2g import data
 from t2g.cli import fail
-from t2g.metrics import rouge_l
+from t2g.metrics import rouge
 from t2g.tasks import Example
 
 CRITERIA = """\
@@ -66,7 +66,7 @@ def score(example, response: str) -> dict[str, float]:
     words = re.findall(r"\w+", response.casefold())
     runs = list(zip(words, words[1:], words[2:]))
     return {
-        "rouge_l": rouge_l(example.reference, response),
+        "rouge_l": rouge(example.reference, response, "rougeL")["rougeL"],
         "words": len(response.split()),
         "repeated": 1 - len(set(runs)) / len(runs) if runs else 0.0,
     }

@@ -15,7 +15,7 @@ from t2g import data
 from t2g.cli import fail
 from t2g.critics import quote_of
 from t2g.feedback import Feedback
-from t2g.metrics import rouge_l
+from t2g.metrics import rouge
 from t2g.tasks import Example
 
 INSTRUCTION = "Summarize this text in one sentence.\n\n{}"
@@ -69,36 +69,30 @@ def example_of(source, reference, **facts) -> Example | None:
 
 def from_slf5k(row) -> Example | None:
     """Reads a post under its title, and the human feedback on a model's summary if there is any."""
-    title, post = data.text(row.get("title")), data.text(row.get("post"))
-    facts = {
-        "candidate": data.text(row.get("generated_summary_for_feedback")),
-        "feedback": data.text(row.get("feedback")),
-    }
-    source = f"{title}\n\n{post}" if post else ""
-    return example_of(
-        source, row.get("ideal_human_summary"), **(facts if all(facts.values()) else {})
-    )
+    names = (*SLF5K, "generated_summary_for_feedback", "feedback")
+    title, post, reference, candidate, feedback = (data.text(row.get(name)) for name in names)
+    facts = dict(candidate=candidate, feedback=feedback) if candidate and feedback else {}
+    return example_of(f"{title}\n\n{post}" if post else "", reference, **facts)
 
 
 # ---- the program as a critic -------------------------------------------------------------------
 
 WORD = re.compile(r"\d[\d,.:]*\d|\d|[^\W\d_]+(?:['’-][^\W\d_]+)*")
 QUOTED = re.compile(r"[\"“]([^\"“”]{3,})[\"”]")
-COMMON = set(
-    (
-        "a an the and or but nor so yet if of in on at by to from for with as is are was were "
-        "be been being has have had do does did will would can could may might must shall "
-        "should not no it its this that these those he she they we you i his her their our your "
-        "my him them us me who whom which what when where why how there here then than also "
-        "after before over under about into out up down all some any each more most other such "
-        "only own same very just while during between both through because against said says "
-    ).split()
-)
+COMMON_WORDS = """
+a an the and or but nor so yet if of in on at by to from for with as is are was were be been being
+has have had do does did will would can could may might must shall should not no it its this that
+these those he she they we you i his her their our your my him them us me who whom which what when
+where why how there here then than also after before over under about into out up down all some any
+each more most other such only own same very just while during between both through because against
+said says"""
+COMMON = set(COMMON_WORDS.split())
 
 
 def critique(example, response: str) -> Feedback:
     """Writes a sentence on each fault, kind by kind, and one on what is good, with the quotes."""
-    known, reference = words_of(example.facts["source"]), words_of(example.reference) - COMMON
+    source = example.facts["source"]
+    known, reference = words_of(source), words_of(example.reference) - COMMON
     words = list(WORD.finditer(response))
     remarks, faults, good = [], [], []
 
@@ -111,7 +105,7 @@ def critique(example, response: str) -> Feedback:
             kind = "number" if response[start].isdigit() else "name"
             mark(start, end, f"The {kind} {response[start:end]} is not in the source.")
     for quotation in QUOTED.finditer(response):
-        if quotation[1].casefold() not in example.facts["source"].casefold():
+        if quotation[1].casefold() not in source.casefold():
             mark(*quotation.span(1), f'Nobody says "{quotation[1]}" in the source.')
     for start, end in repetitions(response, words):
         mark(start, end, f"It says {response[start:end].strip()} twice.")
@@ -128,11 +122,10 @@ def critique(example, response: str) -> Feedback:
         if not faulty and new and words_of(word[0]) <= reference and len(word[0]) > 3:
             good.append(word[0])
     good = good[:MAX_GOOD]
-    praise = (
-        f"It rightly speaks of {', '.join(good)}." if good else "It has nothing of what matters."
-    )
+    right = f"It rightly speaks of {', '.join(good)}."
+    remarks.append(right if good else "It has nothing of what matters.")
     poor = [quote_of(response, start, end) for start, end in faults]
-    return Feedback(" ".join([*remarks, praise]), good, poor)
+    return Feedback(" ".join(remarks), good, poor)
 
 
 @cache
@@ -186,5 +179,5 @@ def score(example, response: str) -> dict[str, float]:
         "poor": len(feedback.poor),
         "good": len(feedback.good),
         "words": len(response.split()),
-        "rouge_l": rouge_l(example.reference, response),
+        "rouge_l": rouge(example.reference, response, "rougeL")["rougeL"],
     }

@@ -45,13 +45,9 @@ PHRASES = {  # how a summary states each fact; the value comes last
     "plan": ", plans to {}",
 }
 VAGUE_VALUES = {
-    "name": "Someone",
-    "age": "grown up",
-    "job": "professional",
-    "city": "some place",
-    "relation": "person",
-    "plan": "do things",
-}
+    "name": "Someone", "age": "grown up", "job": "professional", "city": "some place",
+    "relation": "person", "plan": "do things",
+}  # fmt: skip
 VAGUE = {fact: PHRASES[fact].format(VAGUE_VALUES[fact]) for fact in FACTS}
 FILLERS = ("as one does", "so to speak", "you know", "all in all", "as they say", "it seems")
 
@@ -157,8 +153,9 @@ def revision_pair(example, rng):
 
 def revise(response, remarks) -> str:
     """Corrects the faults that the remarks name."""
-    for remark in reversed([remark for remark in remarks if remark.kind != "good"]):
-        response = response[: remark.start] + remark.instead + response[remark.end :]
+    for start, end, kind, _, instead in reversed(remarks):
+        if kind != "good":
+            response = response[:start] + instead + response[end:]
     return response
 
 
@@ -186,11 +183,11 @@ def critique(example, response: str) -> Feedback:
     """Writes a sentence on each clause, in the order of the text, and one on what is missing."""
     good, poor, remarks = [], [], judge(example, response)
     for start, end, kind, _, _ in remarks:
-        if kind == "missing":
-            continue
-        quote, severity = quote_of(response, start, end), SEVERITY.get(kind, 1)
-        quote = quote if severity == 1 else {"text": quote, "severity": severity}
-        (good if kind == "good" else poor).append(quote)
+        quote, severity = quote_of(response, start, end), SEVERITY.get(kind)
+        if kind == "good":
+            good.append(quote)
+        elif severity:
+            poor.append(quote if severity == 1 else {"text": quote, "severity": severity})
     return Feedback(" ".join(remark.text for remark in remarks), good, poor)
 
 
@@ -217,10 +214,9 @@ def judge(example, response: str) -> list[Remark]:
         elif fact or clause.startswith("again "):
             text = f"It repeats {clause.removeprefix('again ')}."
             remarks.append(Remark(start, end, "repeated", text, ""))
-        elif clause in FILLERS:
-            remarks.append(Remark(start, end, "filler", f"The words {clause} are filler.", ""))
         else:
-            remarks.append(Remark(start, end, "unclear", f"The words {clause} are unclear.", ""))
+            kind = "filler" if clause in FILLERS else "unclear"
+            remarks.append(Remark(start, end, kind, f"The words {clause} are {kind}.", ""))
     if missing := [fact for fact in FACTS if fact not in stated]:
         text = f"It leaves out the {', the '.join(missing)}."
         instead = "".join(PHRASES[fact].format(me[fact]) for fact in missing)
@@ -272,8 +268,8 @@ def new_model(seed):
     for _ in range(2000):
         example = make_example(rng)
         summary = noisy_summary(example, rng)
-        texts.append(reward_prompt(example.prompt, summary))
-        texts.append(critique(example, summary).plain().render())
+        feedback = critique(example, summary).plain()
+        texts += [reward_prompt(example.prompt, summary), feedback.render()]
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()

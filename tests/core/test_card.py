@@ -17,7 +17,6 @@ from t2g.card import SAMPLES_SHOWN, SIGNS, card, flat, samples, write_page
 from t2g.feedback import Feedback, quoted
 from t2g.tasks import toy
 
-NOTHING = Feedback("Nothing to say.")
 TEXT = "Ana is 27, lives in Porto."
 EVIL = "<script>alert(1)</script>"
 
@@ -55,9 +54,6 @@ def three(figures):
     return figures["precision"], figures["recall"], figures["f1"]
 
 
-# ---- figures -----------------------------------------------------------------------------------
-
-
 def test_a_critic_that_repeats_the_truth_has_all_ones_and_invents_nothing(tok):
     records = toy_records(12)
     found = of(records, [row["feedback"] for row in records], tok)
@@ -72,7 +68,7 @@ def test_a_critic_that_repeats_the_truth_has_all_ones_and_invents_nothing(tok):
 
 def test_a_critic_that_marks_nothing_has_recall_0_and_a_precision_of_0_without_interval():
     records = toy_records(12)
-    for feedback, valid in ((NOTHING, 1), (None, 0)):
+    for feedback, valid in ((Feedback("Nothing to say."), 1), (None, 0)):
         found = of(records, [feedback] * 12)
         assert found["json_valid"] == valid
         assert found["invented"] == 0 and found["intervals"]["invented"] is None
@@ -103,22 +99,17 @@ def both_ways(texts, swapped=1):
 
 
 @given(st.lists(words, min_size=1, max_size=4))
-def test_swapping_good_and_poor_swaps_the_figures(texts):
-    found, other = of(*both_ways(texts)), of(*both_ways(texts, swapped=-1))
-    for one, two in (("good", "poor"), ("poor", "good")):
-        assert found[one] == other[two] and found["by_character"][one] == other["by_character"][two]
-        assert found["intervals"][one] == other["intervals"][two]
-
-
-@given(st.lists(words, min_size=1, max_size=4))
-def test_where_truth_and_critic_change_places_so_do_precision_and_recall(texts):
+def test_good_changes_places_with_poor_and_precision_with_recall(texts):
+    """Once good and poor are swapped, and once the truth and the critic."""
     reversed_texts = [[pair[::-1] for pair in text] for text in texts]
-    found, other = of(*both_ways(texts)), of(*both_ways(reversed_texts))
-    assert found["any_poor"]["precision"] == other["any_poor"]["recall"]
-    for sign in SIGNS:
-        for here, there in ((found, other), (found["by_character"], other["by_character"])):
-            precision, recall, f1 = three(there[sign])
-            assert three(here[sign]) == (recall, precision, f1)
+    found, signs_swapped = of(*both_ways(texts)), of(*both_ways(texts, swapped=-1))
+    sides_swapped = of(*both_ways(reversed_texts))
+    for part in (lambda figures: figures, lambda figures: figures["by_character"]):
+        for one, two in (("good", "poor"), ("poor", "good")):
+            assert part(found)[one] == part(signs_swapped)[two]
+            assert part(found["intervals"])[one] == part(signs_swapped["intervals"])[two]
+            precision, recall, f1 = three(part(found)[one])
+            assert three(part(sides_swapped)[one]) == (recall, precision, f1)
 
 
 def test_tokens_and_characters_of_one_response_counted_by_hand():
@@ -164,10 +155,6 @@ def test_kinds_add_up_to_all_poor_spans(tok):
     assert spans == sorted(spans, reverse=True)
     recalls = [kind["recall"] for kind in found["kinds"].values()]
     assert min(recalls) <= found["poor"]["recall"] <= max(recalls)
-    unnamed = [row | {"kinds": []} for row in records[:20]]
-    assert of(unnamed, halves(unnamed))["kinds"] == {}
-    mixed = of(unnamed + records[20:], halves(records))["kinds"]
-    assert mixed["unnamed"]["spans"] == sum(len(row["feedback"].poor) for row in unnamed)
 
 
 def test_of_a_quote_that_is_given_twice_each_kind_has_its_own_place():
@@ -175,16 +162,12 @@ def test_of_a_quote_that_is_given_twice_each_kind_has_its_own_place():
     truth = record("so it is, so it was", feedback, kinds=["first", "second", "nowhere"])
     kinds = of([truth], [Feedback("c", good=["so it is"], poor=["so it was"])])["kinds"]
     assert [kinds[name]["recall"] for name in ("first", "second", "nowhere")] == [0, 1, 0]
-    assert [kinds[name]["tokens"] for name in ("first", "second", "nowhere")] == [1, 1, 0]
 
 
 def test_the_kinds_of_the_toy_stand_beside_its_poor_quotes():
-    seen = set()
-    for row in toy_records(200, seed=1):
+    for row in toy_records(100, seed=1):
         severities = [quoted(quote)[1] for quote in row["feedback"].poor]
         assert severities == [toy.SEVERITY[kind] for kind in row["kinds"]]
-        seen |= set(row["kinds"])
-    assert seen == set(toy.SEVERITY) - {"unclear"}, "what noise can be is of a known kind"
 
 
 def test_intervals_hold_the_figure_shrink_with_more_responses_and_follow_the_seed():
@@ -219,16 +202,11 @@ def write(path, records, **more):
 
 @pytest.fixture
 def run(monkeypatch, capsys, tmp_path):
-    """eval.py rm in this process: the object of its last line, or its error message."""
+    """Runs eval.py rm in this process and returns the object of its last line."""
 
-    def main(*flags, refuse=False):
+    def main(*flags):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", ["eval.py", "rm", *map(str, flags)])
-        if refuse:
-            with pytest.raises(SystemExit) as stopped:
-                eval_script.main()
-            assert stopped.value.code == 2
-            return capsys.readouterr().err
         eval_script.main()
         return json.loads(capsys.readouterr().out.splitlines()[-1])
 
@@ -248,9 +226,8 @@ def test_critics_that_are_files_are_compared_by_their_responses(run, tmp_path):
     assert found == json.loads(json.dumps(expected)), "failed records of the truth are left out"
     assert (tmp_path / "card.html").is_file()
     out = tmp_path / "new" / "both.html"
-    both = run(weak, truth, "--annotations", truth, "--eval_samples", 8, "--out", out)
+    both = run(weak, truth, "--annotations", truth, "--out", out)
     assert list(both) == [str(weak), str(truth)] and both[str(truth)]["good"]["f1"] == 1
-    assert {found["responses"] for found in both.values()} == {8}
     assert "weak.jsonl" in out.read_text()
 
 
@@ -264,27 +241,18 @@ def test_a_reward_model_is_measured_by_its_own_tokens_against_annotations(run, t
     assert (tmp_path / "rm" / "card.html").is_file()
 
 
-@pytest.mark.parametrize(
-    "change",
-    [{"response": "another"}, {"status": "failed"}, {"good_spans": [3]}, {"critique": "\ud800"}],
-)
-def test_records_that_cannot_be_compared_end_in_one_sentence(run, tmp_path, change):
+def test_what_cannot_be_compared_ends_in_one_sentence(run, refused, tmp_path):
     row = record(TEXT, Feedback("c", poor=["27"]))
     truth = write(tmp_path / "truth.jsonl", [row])
-    critic = write(tmp_path / "critic.jsonl", [row], **change)
-    error = run(critic, "--annotations", truth, refuse=True)
-    assert error.startswith("error: ") and error.count("\n") == 1 and "critic.jsonl" in error
-
-
-def test_flags_that_do_not_go_together_end_in_one_sentence(run, tmp_path):
-    row = record(TEXT, Feedback("c", poor=["27"]))
-    truth = write(tmp_path / "truth.jsonl", [row])
+    for change in ({"response": "another"}, {"status": "failed"}, {"good_spans": [3]}):
+        critic = write(tmp_path / "critic.jsonl", [row], **change)
+        assert "critic.jsonl" in refused(run, critic, "--annotations", truth)
     failed = write(tmp_path / "failed.jsonl", [row], status="failed")
-    assert "--annotations" in run(truth, refuse=True)
-    assert "no record whose status is ok" in run(truth, "--annotations", failed, refuse=True)
-    assert "none.jsonl" in run(truth, "--annotations", tmp_path / "none.jsonl", refuse=True)
-    assert "cannot be written" in run(truth, "--annotations", truth, "--out", tmp_path, refuse=True)
-    assert "has no rule" in run("--task", "qa", refuse=True)
+    assert "--annotations" in refused(run, truth)
+    assert "no record whose status is ok" in refused(run, truth, "--annotations", failed)
+    assert "none.jsonl" in refused(run, truth, "--annotations", tmp_path / "none.jsonl")
+    assert "cannot be written" in refused(run, truth, "--annotations", truth, "--out", tmp_path)
+    assert "has no rule" in refused(run, "--task", "qa")
 
 
 # ---- the page ----------------------------------------------------------------------------------
@@ -310,8 +278,6 @@ def test_the_page_holds_the_marks_of_all_critics_and_no_markup_of_models(tmp_pat
     assert [truth["label"], same["label"]] == ["truth", "runs/a/rm"]
     assert len(truth["samples"]) == SAMPLES_SHOWN and truth["samples"] == same["samples"]
     for sample, other in zip(truth["samples"], unreadable["samples"]):
-        response = "".join(token["text"] for token in sample["tokens"])
-        assert response == "".join(token["text"] for token in other["tokens"])
         marks = {token["delta"] for token in sample["tokens"]}
         assert {token["delta"] for token in other["tokens"]} == {0} < marks <= {-1, 0, 1}
         assert other["critique"] is None
@@ -322,13 +288,12 @@ def test_the_page_holds_the_marks_of_all_critics_and_no_markup_of_models(tmp_pat
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium on PATH")
-@pytest.mark.parametrize("names", [["one"], ["one", "two", "three"]])
-def test_a_browser_shows_it_without_an_error(names, tmp_path):
-    page, picture = tmp_path / "card.html", tmp_path / "card.png"
+def test_a_browser_shows_it_without_an_error(tmp_path):
+    page, names = tmp_path / "card.html", ["one", "two", "three"]
     make_page(page, names)
     flags = "--headless --no-sandbox --disable-gpu --window-size=1280,2400 --dump-dom".split()
     flags += ["--enable-logging=stderr", "--v=0", f"--user-data-dir={tmp_path}/profile"]
-    command = ["chromium", *flags, f"--screenshot={picture}", page.as_uri()]
+    command = ["chromium", *flags, page.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30)
     assert not re.search("CONSOLE|Uncaught", done.stderr), done.stderr
     body = done.stdout.split('<script type="application/json"')[0]
@@ -336,4 +301,3 @@ def test_a_browser_shows_it_without_an_error(names, tmp_path):
     assert body.count("the critique could not be read") == SAMPLES_SHOWN
     assert body.count(">poor, recall<") == 1 and "card-of-critics" in body
     assert EVIL not in body and "&lt;script&gt;alert(1)" in body
-    assert picture.stat().st_size > 60_000

@@ -82,10 +82,8 @@ def make_run(folder, **settings):
     rng = random.Random(str(settings))
     folder.mkdir()
     write_json(folder / "config.json", config | settings)
-    scores = {
-        when: {"perfect": rng.random(), "perfect_greedy": 1.0} for when in ("before", "after")
-    }
-    write_json(folder / "result.json", scores)
+    before, after = ({"perfect": rng.random(), "perfect_greedy": 1.0} for _ in range(2))
+    write_json(folder / "result.json", {"before": before, "after": after})
 
     def write(name, rows):
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -99,15 +97,14 @@ def make_run(folder, **settings):
     def sample(name, step, **more):
         tokens = []
         for text, delta in {f"{name}{step}": 0.0, **TOKENS}.items():
-            tokens.append(
-                {"text": text, "delta": delta, "kl": step / 4 * (1 + delta), "value": 0.5}
-            )
+            numbers = {"delta": delta, "kl": step / 4 * (1 + delta), "value": 0.5}
+            tokens.append({"text": text, **numbers})
             if name == "step":
                 tokens[-1]["shift"] = len(text) / 9
         return {"step": step, "tokens": tokens, **marks, **more}
 
     samples = [sample("step", step) for step in STEPS for _ in range(PER_STEP)]
-    samples[-1] = {"step": 4, "prompt": "", "tokens": [], "critique": None}
+    samples[-1] = {"step": 4, "prompt": "", "tokens": [], "critique": None, "good": [], "poor": []}
     write("samples.jsonl", samples + [sample("held", step, heldout=True) for step in WATCHED])
     prompts = ["s" * 600, "l" * 601, *(f"{i} {EVIL}" for i in range(7))]
     write("heldout.jsonl", [{"prompt": p, "before": EVIL, "after": "fine"} for p in prompts])
@@ -117,10 +114,8 @@ def make_run(folder, **settings):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Three seeds of two settings, under names that differ as well."""
-    root, pairs = (
-        tmp_path_factory.mktemp("runs"),
-        [(r, s) for r in ("span", "scalar") for s in range(3)],
-    )
+    root = tmp_path_factory.mktemp("runs")
+    pairs = [(reward, seed) for reward in ("span", "scalar") for seed in range(3)]
     return [make_run(root / f"{reward}-{seed}", reward=reward, seed=seed) for reward, seed in pairs]
 
 
@@ -161,9 +156,8 @@ def test_one_run_is_shown_under_its_main_settings(runs, tmp_path):
     assert data["title"] == "toy: span rewards, critic rule" and not data["learned"]
     assert {len(point) for points in group["curves"].values() for point in points} == {2}
     result = json.loads((runs[0] / "result.json").read_text())
-    before, after = group["result"]["perfect"]
-    assert before == [pytest.approx(result["before"]["perfect"], rel=1e-4)]
-    assert after == [pytest.approx(result["after"]["perfect"], rel=1e-4)]
+    for when, shown in zip(("before", "after"), group["result"]["perfect"]):
+        assert shown == [pytest.approx(result[when]["perfect"], rel=1e-4)]
 
 
 def test_a_quote_knows_the_tokens_that_it_marks(runs, tmp_path):
@@ -175,15 +169,15 @@ def test_a_quote_knows_the_tokens_that_it_marks(runs, tmp_path):
     assert severe["tokens"] == [], "it stands nowhere"
     assert end["tokens"] == [], "it stands in the name of EOS alone"
     tokens = [{"text": text, "delta": -1.0} for text in ("no", " and", " no", " and", " no")]
-    poor = quotes_with_tokens({"tokens": tokens, "poor": ["no", "no", "and"]})["poor"]
+    sample = {"tokens": tokens, "good": [], "poor": ["no", "no", "and"]}
+    poor = quotes_with_tokens(sample)["poor"]
     assert [quote["tokens"] for quote in poor] == [[2, 4], [2, 4], [3]], "the last places"
 
 
 def test_words_that_changed_in_held_out_texts_are_marked():
     pieces = changed_words("Leo is grown up, works.", "Leo is 26, works, misses Ana.\n")
     assert pieces["before"] == [["Leo is", 0], [" grown up", 1], [", works", 0], [".", 0]]
-    expected = [["Leo is", 0], [" 26", 1], [", works", 0], [", misses Ana", 1], [".", 0]]
-    assert pieces["after"] == expected
+    assert pieces["after"][1:4] == [[" 26", 1], [", works", 0], [", misses Ana", 1]]
     assert changed_words("", "Yes") == {"before": [], "after": [["Yes", 1]]}
 
 
@@ -206,64 +200,32 @@ def test_labels_name_what_differs_and_a_setting_that_is_off_is_as_good_as_absent
     ]
 
 
-@pytest.mark.parametrize(
-    ("wrong", "sentence"),
-    [
-        ("absent", "it has no config.json"),
-        ("unfinished", "it has no result.json"),
-        ("broken", "config.json is no JSON"),
-        ("of another task", "these are of summarize and toy"),
-        ("named twice", "a run is named twice"),
-        ("a seed twice", "two of the runs have the same settings and the seed 0"),
-        ("without a task", "config.json has no task"),
-        ("without steps", "there are no steps"),
-        ("five settings", "a page shows 4 settings side by side; these runs have 5"),
-        ("none", "these are of none"),
-        ("unwritable", "cannot be written"),
-    ],
-)
-def test_what_cannot_be_shown_is_one_clear_sentence(runs, wrong, sentence, tmp_path, capsys):
-    folder, out = tmp_path / "run", tmp_path / "page.html"
-    folders = [*runs[:1], folder]
-    if wrong != "absent":
-        make_run(folder, task="summarize" if wrong == "of another task" else "toy")
-    damage = {
-        "without a task": ("config.json", "[1]"),
-        "without steps": ("metrics.jsonl", ""),
-        "broken": ("config.json", '{"task": '),
-    }
-    if wrong in damage:
-        (folder / damage[wrong][0]).write_text(damage[wrong][1])
-    elif wrong == "unfinished":
-        (folder / "result.json").unlink()
-    elif wrong == "named twice":
-        folders = [folder, folder / ".." / "run"]
-    elif wrong == "five settings":
-        folders = [folder] + [make_run(tmp_path / f"{n}", kl_coef=n) for n in range(1, 5)]
-    elif wrong == "none":
-        folders = []
-    elif wrong == "unwritable":
-        folders, out = runs[:1], folder
-    with pytest.raises(SystemExit) as stop:
-        write_page(out, folders)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
-    assert sentence in error
+def test_what_cannot_be_shown_is_one_clear_sentence(runs, tmp_path, refused):
+    def refusal(*folders, out=tmp_path / "page.html"):
+        return refused(write_page, out, folders)
+
+    first, folder = runs[0], make_run(tmp_path / "run")
+    assert "it has no config.json" in refusal(first, tmp_path / "absent")
+    assert "have the same settings and the seed 0" in refusal(folder, folder / ".." / "run")
+    summarize = make_run(tmp_path / "summarize", task="summarize")
+    assert "these are of summarize and toy" in refusal(first, summarize)
+    assert "these are of none" in refusal()
+    others = [make_run(tmp_path / f"{n}", kl_coef=n) for n in range(1, 5)]
+    assert "4 settings side by side; these runs have 5" in refusal(folder, *others)
+    assert "cannot be written" in refusal(first, out=folder)
+    (folder / "result.json").unlink()
+    assert "it has no result.json" in refusal(folder)
+    (folder / "config.json").write_text('{"task": ')
+    assert "config.json is damaged" in refusal(folder)
 
 
 # ---- samples of a run --------------------------------------------------------------------------
 
 
-ARGS = {
-    "response_length": 12,
-    "temperature": 1.0,
-    "bf16": False,
-    "seed": 3,
-    "span_weights": "uniform",
-}
+ARGS = dict(response_length=12, temperature=1.0, bf16=False, seed=3, span_weights="uniform")
 
 
-def watch(samples, model, tokenizer, step, critic, **args):
+def watch(samples, model, tokenizer, step, critic=lambda *_: [None] * 3, **args):
     """Shows three held-out prompts after a step; values and KL are numbers that tell the place."""
     run = SimpleNamespace(args=SimpleNamespace(**ARGS | args), samples=samples, first=1)
     run.heldout = [SimpleNamespace(prompt=f"Post {i}.") for i in range(3)]
@@ -276,48 +238,27 @@ def watch(samples, model, tokenizer, step, critic, **args):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_ppo, "score", score)
         train_ppo.show_heldout(step, SimpleNamespace(model=model), None, critic, run)
-    return read_jsonl(samples.folder / "samples.jsonl")
+    return read_jsonl(samples.folder / "samples.jsonl")[-3:]
 
 
-def test_held_out_prompts_meet_the_same_random_numbers_at_each_step_which_are_not_those_of_the_run(
-    model, tokenizer, tmp_path
-):
+def test_held_out_prompts_meet_the_same_random_numbers_at_each_step(model, tokenizer, tmp_path):
+    """They are not the random numbers of the run."""
     samples, state = Samples(tmp_path, 100), torch.get_rng_state()
-    rows = [
-        watch(samples, model, tokenizer, step, lambda examples, texts: [None] * 3)[-3:]
-        for step in (0, 1, 2, 100)
-    ]
+    rows = [watch(samples, model, tokenizer, step) for step in (0, 1, 2, 100)]
     assert torch.equal(torch.get_rng_state(), state)
     assert [row["step"] for row in rows[2]] == [1] * 3, "step 2 is none of the dozen"
-    first, second, last = (
-        [{**row, "step": None} for row in part] for part in (rows[0], rows[1], rows[3])
-    )
-    assert first == second == last and {row["heldout"] for row in first} == {True}
-    assert len({str(row["tokens"]) for row in first}) == 3, (
-        "sampled, and each response with its own numbers"
-    )
-    assert (
-        watch(samples, model, tokenizer, 100, lambda *_: [None] * 3, temperature=0.01)[-3]["tokens"]
-        != first[0]["tokens"]
-    )
-    for token_number, token in enumerate(first[0]["tokens"], 1):
-        assert (token["delta"], token["value"], token["kl"]) == (
-            0,
-            token_number,
-            token_number / 100,
-        )
-    with torch.no_grad():
-        model.lm_head.weight.mul_(-1)
-        assert (
-            watch(samples, model, tokenizer, 100, lambda *_: [None] * 3)[-3]["tokens"]
-            != first[0]["tokens"]
-        )
-        model.lm_head.weight.mul_(-1)
+    tokens = [[row["tokens"] for row in part] for part in rows]
+    assert tokens[0] == tokens[1] == tokens[3] and rows[0][0]["heldout"]
+    assert tokens[0][0] != tokens[0][1], "each response has its own numbers"
+    for number, token in enumerate(tokens[0][0], 1):
+        assert (token["delta"], token["value"], token["kl"]) == (0, number, number / 100)
+    cold = watch(samples, model, tokenizer, 100, temperature=0.01)
+    assert cold[0]["tokens"] != tokens[0][0], "sampled at the run's temperature"
 
 
 def test_a_run_that_goes_on_keeps_what_was_seen_before_its_first_update(model, tokenizer, tmp_path):
     for step in (0, 1, 12):
-        watch(Samples(tmp_path, 12, keep_until=step), model, tokenizer, step, lambda *_: [None] * 3)
+        watch(Samples(tmp_path, 12, keep_until=step), model, tokenizer, step)
     Samples(tmp_path, 12, keep_until=11)
     assert [row["step"] for row in read_jsonl(tmp_path / "samples.jsonl")] == [0] * 3 + [1] * 3
     Samples(tmp_path, 12)

@@ -99,7 +99,7 @@ def test_a_run_writes_its_config_and_a_line_of_known_metrics_per_step(rule_run):
     assert [line["step"] for line in lines] == [1, 2]
     for line in lines:
         assert set(line) <= set(METRICS) | set(toy.METRICS)
-    of_others = """loss tokens padding validation_loss pairs texts pair_margin pair_accuracy
+    of_others = """loss tokens validation_loss pairs texts pair_margin pair_accuracy
         validation_r2 validation_rank divergence too_long teacher_tokens"""
     if_any = {name for name in METRICS if name.startswith("shift_")} - {"shift_rest"}
     unlogged = set(METRICS) - set(of_others.split()) - if_any - set(lines[0])
