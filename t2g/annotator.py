@@ -10,7 +10,7 @@ import json
 
 from tqdm import tqdm
 
-from t2g import critics, server
+from t2g import server
 from t2g.align import find
 from t2g.feedback import Feedback, FeedbackError, quoted
 from t2g.server import NoAnswer, OverBudget, Refused, Stop, Tokens
@@ -127,30 +127,6 @@ def as_spelled(quote, response, place):
         return None
     text = response[slice(*places[place])]
     return text if isinstance(quote, str) else {**quote, "text": text}
-
-
-def prompted_critic(model, tokenizer, criteria, critique_length=400, max_spans=2, **options):
-    """Returns a critic that asks a loaded chat model what a server is asked, once per response.
-
-    Args: options are those of critics.asker(). Invalid answers are None.
-    """
-    ask = critics.asker(model, tokenizer, critique_length, **options)
-
-    def ask_about(prompt, response):
-        return question({"prompt": prompt, "response": response}, criteria, max_spans)
-
-    def read(text, response):
-        try:
-            fields = read_annotation(text or "", response, max_spans)
-        except FeedbackError:
-            return None
-        return Feedback(fields["critique"], fields["good_spans"], fields["poor_spans"])
-
-    def critic(examples, responses):
-        texts = ask(examples, responses, ask_about)
-        return [read(text, response) for text, response in zip(texts, responses)]
-
-    return critic
 
 
 # ---- asking ------------------------------------------------------------------------------------

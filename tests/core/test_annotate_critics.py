@@ -1,11 +1,9 @@
 """Annotation by programs and people; reward models and chat models as critics."""
 
-import json
 from argparse import Namespace
 
 import pytest
 from annotating import flags, requests, texts, write
-from fault_server import annotation
 
 from t2g import annotator, critics, policy
 from t2g.feedback import Feedback
@@ -154,29 +152,8 @@ def test_a_server_without_any_critique_ends_the_program(serve, refused, settings
     assert "--base_url" in refused(critic, EXAMPLES, RESPONSES)
 
 
-def test_a_loaded_chat_model_is_asked_and_read_like_a_server(monkeypatch):
-    [record], asked = texts(1), []
-    answers = [json.dumps(annotation(record["response"])), "Nice summary!"]
-    answers.append(json.dumps(annotation("another text altogether")))
-
-    def respond(model, tokenizer, prompts, length, **sampling):
-        asked.extend(prompts)
-        return answers, [True] * len(answers)
-
-    tokenizer, model = toy.new_model(0)
-    model.config.max_position_embeddings = 10**4
-    monkeypatch.setattr(critics, "respond", respond)
-    critic = annotator.prompted_critic(model, tokenizer, "Look for rain.")
-    first, *rest = critic([Example(record["prompt"], "", {})] * 3, [record["response"]] * 3)
-    assert asked == [annotator.question(record, "Look for rain.", 2)] * 3
-    assert first.good and rest == [None, None]
-
-
-@pytest.mark.parametrize("kind", ["trained", "prompted"])
-def test_long_prompts_are_shortened_and_long_responses_unreadable(kind, monkeypatch, capsys):
+def test_long_prompts_are_shortened_and_long_responses_unreadable(monkeypatch, capsys):
     answer, asked = Feedback("c").render(), []
-    if kind == "prompted":
-        answer = json.dumps(annotation("") | {"good_spans": [], "poor_spans": []})
 
     def respond(model, tokenizer, prompts, length, **sampling):
         asked.extend(prompts)
@@ -187,8 +164,6 @@ def test_long_prompts_are_shortened_and_long_responses_unreadable(kind, monkeypa
     tokenizer, model = toy.new_model(0)
     model.config.max_position_embeddings = 1024
     critic = critics.reward_model_critic(model, tokenizer, 20)
-    if kind == "prompted":
-        critic = annotator.prompted_critic(model, tokenizer, "", 20)
     long = "Head. " + "middle " * 1200 + " Tail."
     examples = [Example(prompt, "", {}) for prompt in ("p", "p", long)]
     for _ in range(2):
