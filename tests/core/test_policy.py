@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from t2g import cpu
-from t2g.align import response_text, span_rewards, token_offsets
+from t2g.align import span_rewards, token_offsets
 from t2g.policy import (
     Policy,
     eos_ids,
@@ -20,7 +20,7 @@ from t2g.policy import (
     save,
     token_stats,
 )
-from t2g.ppo import gae, policy_loss, value_loss
+from t2g.ppo import gae, policy_loss
 from t2g.rollout import Rollout, chat_text, draw, encode_prompts, respond, sample
 
 PROMPTS = [
@@ -56,22 +56,12 @@ def rollout(model, tokenizer):
 
 def alone(rollout, b):
     """Row b as a rollout of its own, without any padding."""
-    prompt, response = (
-        rollout.prompt[b, rollout.prompt_mask[b]][None],
-        rollout.response[b, rollout.mask[b]][None],
-    )
-    every_prompt, every_response = (
-        torch.ones_like(prompt, dtype=torch.bool),
-        torch.ones_like(response, dtype=torch.bool),
-    )
-    return Rollout(
-        prompt,
-        every_prompt,
-        response,
-        every_response,
-        rollout.finished[b : b + 1],
-        rollout.texts[b : b + 1],
-    )
+    prompt = rollout.prompt[b, rollout.prompt_mask[b]][None]
+    response = rollout.response[b, rollout.mask[b]][None]
+    masks = [torch.ones_like(ids, dtype=torch.bool) for ids in (prompt, response)]
+    row = slice(b, b + 1)
+    texts, finished = rollout.texts[row], rollout.finished[row]
+    return Rollout(prompt, masks[0], response, masks[1], finished, texts)
 
 
 @torch.no_grad()
@@ -89,7 +79,7 @@ def naive_rows(model, rollout):
         yield b, len(response), response, naive_logits(model, one.prompt[0], response)
 
 
-# ---- log-probabilities, entropies, values ----------------------------------------------------------------------------------
+# ---- log-probabilities, entropies, values ----------------------------------------------------
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 2.5])
@@ -110,15 +100,6 @@ def test_batching_and_padding_change_nothing(policy, rollout):
         n = int(rollout.mask[b].sum())
         for whole, single in zip(together, policy(alone(rollout, b))):
             assert_close(whole[b, :n], single[0], atol=1e-5, rtol=0)
-
-
-@torch.no_grad()
-def test_more_left_padding_changes_nothing(policy, rollout, tokenizer):
-    padded = copy.copy(rollout)
-    padded.prompt = torch.nn.functional.pad(rollout.prompt, (5, 0), value=tokenizer.pad_token_id)
-    padded.prompt_mask = torch.nn.functional.pad(rollout.prompt_mask, (5, 0))
-    for plain, more in zip(policy(rollout), policy(padded)):
-        assert_close(plain, more, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
@@ -178,20 +159,7 @@ def test_entropy_takes_part_in_the_gradient_only_where_asked(policy, rollout):
         assert not policy(rollout, entropy_grad=True).entropy.requires_grad
 
 
-# ---- sampling --------------------------------------------------------------------------------------------------------------
-
-
-def test_greedy_sampling_takes_the_argmax_of_naive_forwards(model, tokenizer):
-    rollout = sample(model, tokenizer, PROMPTS, T, temperature=0)
-    ends = set(eos_ids(tokenizer, model))
-    for b, prompt in enumerate(PROMPTS):
-        ids, tokens = encode_prompts(tokenizer, [prompt])[0].tolist()[0], []
-        while len(tokens) < T and not (tokens and tokens[-1] in ends):
-            with torch.no_grad():
-                logits = model(input_ids=torch.tensor([ids + tokens])).logits
-            tokens.append(int(logits[0, -1].argmax()))
-        assert rollout.response[b, rollout.mask[b]].tolist() == tokens
-        assert rollout.finished[b] == (tokens[-1] in ends)
+# ---- sampling --------------------------------------------------------------------------------
 
 
 def test_the_mask_holds_eos_and_nothing_after_it(model, tokenizer, rollout):
@@ -212,22 +180,6 @@ def test_sampling_stops_when_all_rows_have_ended(model, tokenizer):
             model, tokenizer, PROMPTS[:1], 60, generator=torch.Generator().manual_seed(seed)
         )
         assert rollout.mask.any(0).all()
-
-
-def test_the_texts_are_those_of_the_sampled_ids(tokenizer, rollout):
-    for b, text in enumerate(rollout.texts):
-        assert text == response_text(tokenizer, rollout.response[b, rollout.mask[b]].tolist())
-
-
-def test_a_seed_gives_the_same_responses_again(model, tokenizer):
-    one, two, other = (
-        sample(model, tokenizer, PROMPTS, T, generator=torch.Generator().manual_seed(s))
-        for s in (5, 5, 6)
-    )
-    assert torch.equal(one.response, two.response)
-    assert one.response.shape != other.response.shape or not torch.equal(
-        one.response, other.response
-    )
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
@@ -251,26 +203,27 @@ def test_tokens_are_drawn_from_the_distribution_whose_logprobs_are_computed(
     assert abs(-other.logprobs.mean() - other.entropy[0, 0]) > 5 * other.logprobs.std() / 2000**0.5
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("seed", "temperature"), [(0, 0.8), (1, 0.8), (2, 0)])
 @torch.no_grad()
 def test_without_cache_and_with_every_row_to_the_end_the_tokens_are_the_same(
-    model, tokenizer, seed
+    model, tokenizer, seed, temperature
 ):
-    """And the log-probabilities that they were drawn from are those of one forward over all of them, to 1e-4."""
-    ours = sample(model, tokenizer, PROMPTS * 2, T, 0.8, torch.Generator().manual_seed(seed))
+    """The log-probabilities they are drawn from are those of one forward over all of them."""
+    rng, scale = torch.Generator().manual_seed(seed), temperature or 1.0
+    ours = sample(model, tokenizer, PROMPTS * 2, T, temperature, rng)
     generator, ends = torch.Generator().manual_seed(seed), torch.tensor(eos_ids(tokenizer, model))
     ids, attention = encode_prompts(tokenizer, PROMPTS * 2)
-    logprobs = token_stats(response_logits(model, ours)[0], ours, 0.8)[0]
+    logprobs = token_stats(response_logits(model, ours)[0], ours, scale)[0]
     going = torch.ones(len(ids), dtype=torch.bool)
     for t in range(ours.response.shape[1]):
         logits = model(
             input_ids=ids, attention_mask=attention.long(), position_ids=positions(attention)
         ).logits[:, -1]
-        token = draw(logits, 0.8, torch.rand(len(ids), generator=generator))
+        token = draw(logits, temperature, torch.rand(len(ids), generator=generator))
         assert torch.equal(ours.mask[:, t], going) and torch.equal(
             ours.response[going, t], token[going]
         )
-        drawn_from = (logits / 0.8).log_softmax(-1).gather(1, token[:, None])[:, 0]
+        drawn_from = (logits / scale).log_softmax(-1).gather(1, token[:, None])[:, 0]
         assert_close(drawn_from[going], logprobs[going, t], atol=1e-4, rtol=0)
         going = going & ~torch.isin(token, ends)
         ids, attention = (
@@ -329,7 +282,7 @@ def test_rows_take_the_same_rows_of_everything_and_leave_out_columns_of_padding(
         assert torch.equal(getattr(part, name), getattr(rollout, name)[index, left_out:])
 
 
-# ---- gradients -------------------------------------------------------------------------------------------------------------
+# ---- gradients -------------------------------------------------------------------------------
 
 
 def gradients(policy, loss):
@@ -378,31 +331,7 @@ def test_without_critic_clip_and_kl_the_step_is_the_natural_language_gradient(
     assert_same_gradients(by_ppo, by_hand)
 
 
-@pytest.mark.parametrize("sizes", [[1] * 8, [3, 5], [6, 1, 1]])
-def test_microbatches_give_the_gradient_of_their_minibatch(policy, rollout, sizes):
-    old = policy(rollout)
-    noise = torch.Generator().manual_seed(7)
-    old_logprobs, old_values = (
-        x.detach() + 0.1 * torch.randn(x.shape, generator=noise) for x in (old.logprobs, old.values)
-    )
-    rewards = torch.randn(rollout.mask.shape, generator=noise)
-    advantages, returns = gae(rewards, old_values, rollout.mask, 1.0, 0.95)
-    count = rollout.mask.sum()
-
-    def loss(rows):
-        part, mask = policy(rollout.rows(rows)), rollout.mask[rows]
-        policy_part, _ = policy_loss(
-            part.logprobs, old_logprobs[rows], advantages[rows], mask, 0.2, count
-        )
-        value_part, _ = value_loss(part.values, old_values[rows], returns[rows], mask, 0.2, count)
-        return policy_part + 0.1 * value_part
-
-    whole = gradients(policy, loss(list(range(8))))
-    parts = [gradients(policy, loss(rows.tolist())) for rows in torch.arange(8).split(sizes)]
-    assert_same_gradients(whole, [sum(part) for part in zip(*parts)])
-
-
-# ---- checkpoints -----------------------------------------------------------------------------------------------------------
+# ---- checkpoints -----------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -441,13 +370,6 @@ def test_the_latest_checkpoint_is_that_of_the_highest_step(tmp_path):
     for name in ("checkpoint-9", "checkpoint-10", "checkpoint-11.unfinished"):
         (tmp_path / name).mkdir()
     assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
-
-
-def test_an_unfinished_checkpoint_of_a_killed_run_is_written_anew(policy, tokenizer, tmp_path):
-    (tmp_path / "checkpoint-3.unfinished" / "value_head").mkdir(parents=True)
-    (tmp_path / "checkpoint-3.unfinished" / "half").write_text("half of a file")
-    folder = save(policy.model, tokenizer, tmp_path, 3, policy.value_head)
-    assert not (folder / "half").exists() and (folder / "value_head").is_dir()
 
 
 def test_a_folder_without_model_ends_with_one_sentence(tmp_path, capsys):

@@ -47,7 +47,7 @@ def gradient(loss, x):
     return torch.autograd.grad(loss, x)[0]
 
 
-# ---- advantages ----------------------------------------------------------------------------------------------------------
+# ---- advantages ------------------------------------------------------------------------------
 
 
 @given(masks(), seeds, rates, rates)
@@ -66,36 +66,12 @@ def test_gae_is_the_double_sum_of_its_definition(mask, seed, gamma, lam):
         assert not advantages[b, n:].any() and not returns[b, n:].any()
 
 
-@given(masks(), seeds)
-def test_without_discount_the_advantage_is_reward_to_go_minus_value(mask, seed):
-    rewards, values = noise(seed, 2, *mask.shape) * mask
-    advantages, returns = gae(rewards, values, mask, 1.0, 1.0)
-    to_go = rewards.flip(1).cumsum(1).flip(1)
-    assert_close(advantages, (to_go - values) * mask)
-    assert_close(returns, to_go * mask)
-
-
-@given(masks(), seeds, rates)
-def test_with_gamma_zero_the_advantage_is_the_reward_alone(mask, seed, lam):
-    rewards, values = noise(seed, 2, *mask.shape) * mask
-    assert_close(gae(rewards, values, mask, 0.0, lam)[1], rewards)
-
-
 @given(masks(), seeds, rates, rates)
 def test_true_values_give_no_advantage(mask, seed, gamma, lam):
     """Where V is exactly what is still to come, nothing is better than expected."""
     rewards = noise(seed, *mask.shape) * mask
     values = gae(rewards, torch.zeros_like(rewards), mask, gamma, 1.0)[0]
     assert_close(gae(rewards, values, mask, gamma, lam)[0], torch.zeros_like(rewards))
-
-
-@given(masks(), seeds, rates, rates, st.floats(-3, 3), st.floats(-3, 3))
-def test_gae_is_linear_in_rewards_and_values(mask, seed, gamma, lam, a, b):
-    (r1, v1), (r2, v2) = noise(seed, 2, 2, *mask.shape)
-    one, two = gae(r1, v1, mask, gamma, lam), gae(r2, v2, mask, gamma, lam)
-    both = gae(a * r1 + b * r2, a * v1 + b * v2, mask, gamma, lam)
-    for whole, x, y in zip(both, one, two):
-        assert_close(whole, a * x + b * y)
 
 
 @given(masks(min_tokens=1), seeds, rates, rates, st.data())
@@ -135,23 +111,11 @@ def test_more_padding_changes_nothing(mask, seed, gamma, lam, more):
         assert torch.equal(torch.nn.functional.pad(short, (0, more)), long)
 
 
-def test_a_row_without_tokens_gives_zeros():
-    nothing = torch.zeros(2, 3, dtype=torch.bool)
-    advantages, returns = gae(torch.ones(2, 3), torch.ones(2, 3), nothing, 1.0, 0.95)
-    assert not advantages.any() and not returns.any()
-
-
 @pytest.mark.parametrize("shape", [(2, 0), (0, 3)])
 def test_a_batch_without_rows_or_columns_keeps_its_shape(shape):
     x = torch.zeros(shape)
     advantages, returns = gae(x, x, x.bool(), 1.0, 0.95)
     assert advantages.shape == returns.shape == shape
-
-
-def test_gae_leaves_its_arguments_as_they_are():
-    rewards, values, mask = torch.ones(1, 3), torch.ones(1, 3), torch.tensor([[True, True, False]])
-    gae(rewards, values, mask, 1.0, 0.95)
-    assert torch.equal(rewards, torch.ones(1, 3)) and torch.equal(values, torch.ones(1, 3))
 
 
 @pytest.mark.parametrize("which", [0, 1, 2])
@@ -161,12 +125,8 @@ def test_different_shapes_are_refused(which, shape):
     shapes = [(2, 3)] * 3
     shapes[which] = shape
     rewards, values, mask = (torch.ones(s) for s in shapes)
-    with pytest.raises(ValueError) as refused:
+    with pytest.raises(ValueError, match="shapes differ"):
         gae(rewards, values, mask.bool(), 1.0, 0.95)
-    assert (
-        str(refused.value)
-        == f"shapes differ: rewards {rewards.shape}, values {values.shape}, mask {mask.shape}"
-    )
 
 
 @pytest.mark.parametrize("holes", [[0, 1, 1], [1, 0, 1], [0, 0, 1], [0, 1, 0]])
@@ -176,7 +136,7 @@ def test_a_mask_that_is_no_prefix_is_refused(holes):
         gae(torch.ones(2, 3), torch.ones(2, 3), mask, 1.0, 0.95)
 
 
-# ---- whitening -----------------------------------------------------------------------------------------------------------
+# ---- whitening -------------------------------------------------------------------------------
 
 
 @given(masks(min_tokens=2), seeds, st.floats(0.01, 100), st.floats(-100, 100))
@@ -214,7 +174,7 @@ def test_without_any_token_all_is_zero():
     assert masked_mean(torch.ones(2, 3), nothing) == 0
 
 
-# ---- KL ------------------------------------------------------------------------------------------------------------------
+# ---- KL --------------------------------------------------------------------------------------
 
 SAMPLED = ["k1", "k2", "k3", "abs"]
 
@@ -268,19 +228,6 @@ def test_k2_has_the_gradient_of_the_kl_and_k1_has_none(seed):
 
 
 @given(seeds)
-def test_k2_comes_near_the_kl_of_policies_that_are_near(seed):
-    far, ref_logprobs, _ = two_policies(seed)
-    logprobs = (0.99 * ref_logprobs + 0.01 * far).log_softmax(-1)
-    kl = kl_penalty(logprobs, ref_logprobs, "full")
-    assert_close(
-        (logprobs.exp() * each_token(logprobs, ref_logprobs, "k2")).sum(-1),
-        kl,
-        rtol=0.05,
-        atol=1e-12,
-    )
-
-
-@given(seeds)
 def test_k2_k3_abs_and_full_are_never_negative_and_abs_is_the_size_of_k1(seed):
     logprobs, ref_logprobs, _ = two_policies(seed)
     for kind in ("k2", "k3", "abs"):
@@ -305,12 +252,11 @@ def test_k3_is_exact_where_policies_almost_agree():
 
 @pytest.mark.parametrize("kind", ["", "k4", "K1", "kl", None])
 def test_an_unknown_estimator_is_refused(kind):
-    with pytest.raises(ValueError) as refused:
+    with pytest.raises(ValueError, match="unknown KL estimator"):
         kl_penalty(torch.zeros(1, 1), torch.zeros(1, 1), kind)
-    assert str(refused.value) == f"unknown KL estimator {kind!r}: use k1, k2, k3, abs or full"
 
 
-# ---- the KL coefficient --------------------------------------------------------------------------------------------------
+# ---- the KL coefficient ----------------------------------------------------------------------
 
 kls = st.floats(0, 1e6)
 
@@ -339,14 +285,6 @@ def test_the_horizon_is_ten_thousand_responses_unless_told():
     steered = AdaptiveKL(1.0, target=1.0)
     steered.update(2.0, 100)
     assert steered.value == pytest.approx(1 + 0.2 * 100 / 10_000, abs=1e-12)
-
-
-def test_the_coefficient_keeps_moving_while_the_kl_is_off_target():
-    steered, seen = AdaptiveKL(0.1, target=6.0, horizon=100), []
-    for kl in (20, 20, 20, 1, 1, 1):
-        steered.update(kl, 10)
-        seen.append(steered.value)
-    assert 0.1 < seen[0] < seen[1] < seen[2] > seen[3] > seen[4] > seen[5] > 0
 
 
 @given(kls, st.integers(1, 1000))
