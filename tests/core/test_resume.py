@@ -1,7 +1,5 @@
-"""Killed at any moment and started again, a run ends as one that never stopped: the same metrics, the same weights, bit for bit."""
+"""Killed at any moment and run again, a run ends as one that was never stopped, bit for bit."""
 
-import contextlib
-import io
 import json
 import os
 import random
@@ -10,12 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from forking import forked, main
-from safetensors.torch import load_file
+from forking import forked
+from forking import run as run_script
+from safetensors.torch import load_file, save_file
 
 import train_ppo
 from t2g import checkpoint, policy
@@ -24,8 +22,9 @@ from t2g.log import read_jsonl
 pytestmark = pytest.mark.usefixtures("posts")
 STEPS = 6
 FLAGS = (
-    "--critic", "rule", "--max_steps", STEPS, "--per_device_train_batch_size", 2, "--num_ppo_epochs", 2, "--response_length", 12,
-    "--eval_samples", 2, "--save_steps", 2, "--kl_target", 0.5, "--kl_horizon", 20,
+    "--critic", "rule", "--max_steps", STEPS, "--per_device_train_batch_size", 2, "--eval_samples", 2,
+    "--num_ppo_epochs", 2, "--response_length", 12, "--save_steps", 2, "--kl_target", 0.5,
+    "--kl_horizon", 20,
 )  # fmt: skip
 
 
@@ -38,65 +37,63 @@ def start(model, tokenizer, tmp_path_factory):
     return folder
 
 
-def run(flags):
-    """train_ppo.py in the process of the test: its exit code, and what it printed."""
-    before, printed, errors = sys.argv, io.StringIO(), io.StringIO()
-    try:
-        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors):
-            main("train_ppo", flags)
-    except SystemExit as stopped:
-        code = stopped.code or 0
-    finally:
-        sys.argv = before
-    return code, printed.getvalue() + errors.getvalue()
+@pytest.fixture
+def flags(start, tmp_path):
+    """The flags of a run in tmp_path/ppo."""
+    return [*FLAGS, "--policy", start, "--output_dir", tmp_path / "ppo"]
 
 
-def what_it_left(folder) -> tuple[list, dict, dict]:
-    """Metrics without what a clock or the memory says, samples, and weights."""
-    rows = [
-        {k: v for k, v in row.items() if "seconds" not in k and "memory" not in k}
-        for row in read_jsonl(folder / "metrics.jsonl")
-    ]
+def run(*flags):
+    """Runs train_ppo.py in the process of the test. Returns its exit code, and what it printed."""
+    return run_script("train_ppo", flags)
+
+
+def output_of(folder) -> tuple:
+    """Metrics without those of the clock and of memory, samples, and weights."""
+    rows = read_jsonl(folder / "metrics.jsonl")
+    rows = [{k: row[k] for k in row if "seconds" not in k and "memory" not in k} for row in rows]
+    samples = [(folder / name).read_text() for name in ("samples.jsonl", "heldout.jsonl")]
     last = policy.latest_checkpoint(folder)
-    weights = {
-        name: (last / name).read_bytes()
-        for name in ("model.safetensors", "value_head/value_head.safetensors")
-    }
-    return (
-        rows,
-        {name: (folder / name).read_text() for name in ("samples.jsonl", "heldout.jsonl")},
-        weights,
-    )
+    files = ("model.safetensors", "value_head/value_head.safetensors")
+    return rows, samples, [(last / name).read_bytes() for name in files]
 
 
 @pytest.fixture(scope="module")
-def never_stopped(start, tmp_path_factory):
+def whole(start, tmp_path_factory):
+    """The folder of a run that was never stopped."""
     folder = tmp_path_factory.mktemp("whole") / "ppo"
-    assert run((*FLAGS, "--policy", start, "--output_dir", folder))[0] == 0
+    assert run(*FLAGS, "--policy", start, "--output_dir", folder)[0] == 0
     return folder
 
 
-def test_held_out_prompts_are_watched_before_the_first_update_and_after_each(never_stopped):
-    held_out = [row for row in read_jsonl(never_stopped / "samples.jsonl") if row["heldout"]]
-    assert sorted({row["step"] for row in held_out}) == list(range(STEPS + 1))
-    for row in held_out:
-        assert all(set(token) == {"text", "delta", "kl", "value"} for token in row["tokens"])
-    assert {token["kl"] for row in held_out if row["step"] == 0 for token in row["tokens"]} == {
-        0
-    }, "policy and reference are one"
-    assert any(
-        token["kl"] > 0 for row in held_out if row["step"] == STEPS for token in row["tokens"]
-    )
+@pytest.fixture
+def stopped(whole, flags):
+    """The folder of the same run, stopped before its last checkpoint."""
+    folder = flags[-1]
+    shutil.copytree(whole, folder)
+    (folder / "result.json").unlink()
+    shutil.rmtree(folder / f"checkpoint-{STEPS}")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"output_dir": str(folder)}))
+    return folder
+
+
+def test_held_out_prompts_are_shown_before_the_first_update_and_after_each(whole):
+    rows = [row for row in read_jsonl(whole / "samples.jsonl") if row["heldout"]]
+    assert sorted({row["step"] for row in rows}) == list(range(STEPS + 1))
+    kl = {
+        step: [t["kl"] for r in rows if r["step"] == step for t in r["tokens"]] for step in (0, 6)
+    }
+    assert set(kl[0]) == {0} and any(kl[6]), "policy and reference are one at the start"
+    assert {tuple(token) for row in rows for token in row["tokens"]} == {
+        ("text", "delta", "kl", "value")
+    }
 
 
 @pytest.mark.parametrize("times", [3, pytest.param(10, marks=pytest.mark.slow)])
-def test_killed_at_random_moments(start, never_stopped, tmp_path, times):
-    flags, rng, kills = (
-        (*FLAGS, "--policy", start, "--output_dir", tmp_path / "ppo"),
-        random.Random(1),
-        0,
-    )
-    length = sum(row["seconds"] for row in read_jsonl(never_stopped / "metrics.jsonl")) + 2
+def test_killed_at_random_moments(flags, whole, tmp_path, times):
+    rng, kills = random.Random(1), 0
+    length = sum(row["seconds"] for row in read_jsonl(whole / "metrics.jsonl")) + 2
     for _ in range(40):
         process = forked("train_ppo", flags)
         process.join(rng.uniform(0.3, length) if kills < times else None)
@@ -106,102 +103,61 @@ def test_killed_at_random_moments(start, never_stopped, tmp_path, times):
             kills += 1
         elif kills >= times:
             break
-        else:  # it was done before its time: from here on anew
-            assert process.exitcode == 0 and what_it_left(tmp_path / "ppo") == what_it_left(
-                never_stopped
-            )
+        else:  # it finished before it was killed
+            assert process.exitcode == 0 and output_of(tmp_path / "ppo") == output_of(whole)
             shutil.rmtree(tmp_path / "ppo")
     assert kills == times and process.exitcode == 0
-    assert what_it_left(tmp_path / "ppo") == what_it_left(never_stopped)
+    assert output_of(tmp_path / "ppo") == output_of(whole)
 
 
-def test_sigterm_saves_and_leaves(start, never_stopped, tmp_path):
-    flags = (*FLAGS, "--policy", start, "--output_dir", tmp_path / "ppo", "--save_steps", 1000)
-    process = forked("train_ppo", flags)
-    while not (tmp_path / "ppo" / "metrics.jsonl").is_file() or not read_jsonl(
-        tmp_path / "ppo" / "metrics.jsonl"
-    ):
+def test_sigterm_saves_and_stops(flags, whole, tmp_path):
+    flags += ["--save_steps", 1000]
+    process, metrics = forked("train_ppo", flags), tmp_path / "ppo" / "metrics.jsonl"
+    while not metrics.is_file() or not read_jsonl(metrics):
         time.sleep(0.01)
     process.terminate()
     process.join()
     assert process.exitcode == 143 and policy.latest_checkpoint(tmp_path / "ppo")
-    code, printed = run(flags)
+    code, printed = run(*flags)
     assert code == 0 and "resuming after step" in printed
-    assert what_it_left(tmp_path / "ppo") == what_it_left(never_stopped)
+    assert output_of(tmp_path / "ppo") == output_of(whole)
 
 
-def test_a_finished_run_is_not_gone_on_with(start, never_stopped, tmp_path):
-    shutil.copytree(never_stopped, tmp_path / "ppo")
-    code, printed = run(
-        (
-            *FLAGS,
-            "--policy",
-            start,
-            "--output_dir",
-            tmp_path / "ppo",
-            "--resume",
-            "auto",
-            "--max_steps",
-            1,
-        )
-    )
+def test_a_finished_run_is_moved_aside_and_not_resumed(whole, flags, tmp_path):
+    shutil.copytree(whole, tmp_path / "ppo")
+    code, printed = run(*flags, "--max_steps", 1)
     assert code == 0 and "moved to" in printed and (tmp_path / "ppo.1" / "result.json").is_file()
 
 
-@pytest.fixture
-def stopped(never_stopped, tmp_path):
-    """The run as it was before its last step, and the flags that it had."""
-    shutil.copytree(never_stopped, tmp_path / "ppo")
-    (tmp_path / "ppo" / "result.json").unlink()
-    shutil.rmtree(tmp_path / "ppo" / f"checkpoint-{STEPS}")
-    config = json.loads((tmp_path / "ppo" / "config.json").read_text())
-    (tmp_path / "ppo" / "config.json").write_text(
-        json.dumps(config | {"output_dir": str(tmp_path / "ppo")})
-    )
-    return (*FLAGS, "--policy", config["policy"], "--output_dir", tmp_path / "ppo")
-
-
-def test_only_the_last_checkpoints_are_kept(never_stopped):
-    assert [path.name for path in policy.checkpoints(never_stopped)] == [
-        "checkpoint-4",
-        "checkpoint-6",
-    ]
-    meta = json.loads((never_stopped / "checkpoint-6" / "state" / "meta.json").read_text())
-    assert (
-        meta["step"] == 6
-        and meta["processes"] == 1
-        and meta["config"]["seed"] == 0
-        and meta["kl_coef"] != 0.15
-    )
+def test_only_the_last_checkpoints_are_kept(whole):
+    assert [path.name for path in policy.checkpoints(whole)] == ["checkpoint-4", "checkpoint-6"]
+    meta = json.loads((whole / "checkpoint-6" / "state" / "meta.json").read_text())
+    assert (meta["step"], meta["processes"], meta["config"]["seed"]) == (6, 1, 0)
+    assert meta["kl_coef"] != 0.15, "it was steered"
     assert set(meta["versions"]) == {"python", "torch", "transformers"}
 
 
-def test_a_named_checkpoint_is_gone_on_from_whatever_the_flags(stopped, never_stopped):
-    folder = Path(stopped[-1])
-    code, printed = run((*stopped, "--resume", folder / "checkpoint-4", "--save_total_limit", 9))
+def test_a_named_checkpoint_is_resumed_and_later_ones_are_moved_aside(whole, flags, tmp_path):
+    shutil.copytree(whole, tmp_path / "ppo")
+    named = ["--resume", tmp_path / "ppo" / "checkpoint-4", "--save_total_limit", 9]
+    code, printed = run(*flags, *named)
     assert code == 0 and "resuming after step 4" in printed
-    assert what_it_left(folder) == what_it_left(never_stopped)
+    assert (tmp_path / "ppo" / "left-1" / "checkpoint-6").is_dir()
+    assert output_of(tmp_path / "ppo") == output_of(whole)
 
 
-def test_later_checkpoints_are_left_aside(never_stopped, start, tmp_path):
-    shutil.copytree(never_stopped, tmp_path / "ppo")
-    flags = (
-        *FLAGS,
-        "--policy",
-        start,
-        "--output_dir",
-        tmp_path / "ppo",
-        "--resume",
-        tmp_path / "ppo" / "checkpoint-4",
-    )
-    assert run(flags)[0] == 0 and (tmp_path / "ppo" / "left-1" / "checkpoint-6").is_dir()
-    assert what_it_left(tmp_path / "ppo") == what_it_left(never_stopped)
-
-
-@pytest.mark.parametrize("other", [("--learning_rate", 1e-7), ("--resume", "none")])
-def test_other_flags_or_none_begin_anew(stopped, other):
-    code, printed = run((*stopped, *other, "--max_steps", 1))
-    assert code == 0 and "moved to" in printed and "resuming" not in printed
+@pytest.mark.parametrize(
+    ("other", "shown"),
+    [
+        (("--learning_rate", 1e-7), "another learning_rate"),
+        (("--gradient_accumulation_steps", 2), "another batch_size"),
+        (("--resume", "none"), "moved to"),
+    ],
+)
+def test_other_flags_or_none_begin_anew(stopped, flags, other, shown):
+    code, printed = run(*flags, *other, "--max_steps", 1)
+    assert code == 0 and shown in printed and "moved to" in printed
+    assert "resuming" not in printed
 
 
 @pytest.mark.parametrize(
@@ -212,122 +168,110 @@ def test_other_flags_or_none_begin_anew(stopped, other):
         ("--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 2),
     ],
 )
-def test_what_does_not_change_the_training_may_differ(stopped, other):
-    code, printed = run((*stopped, *other))
+def test_flags_that_do_not_change_the_training_may_differ(stopped, flags, other):
+    code, printed = run(*flags, *other)
     assert code == 0 and "resuming after step 4" in printed and "moved to" not in printed
 
 
-def test_the_place_of_a_run_may_be_spelt_otherwise_or_be_another(stopped, tmp_path, monkeypatch):
+def test_a_path_may_be_spelt_differently_and_the_run_may_be_moved(
+    stopped, start, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "ppo").rename(tmp_path / "moved")
-    code, printed = run((*stopped[:-3], f"{stopped[-3]}/", "--output_dir", "moved/"))
+    stopped.rename(tmp_path / "moved")
+    code, printed = run(*FLAGS, "--policy", f"{start}/", "--output_dir", "moved/")
     assert code == 0 and "resuming after step 4" in printed
 
 
-def test_a_folder_without_anything_is_taken(start, tmp_path):
-    """As one is that was killed before its first step."""
+def test_an_empty_folder_is_used(flags, tmp_path):
+    """A run that was killed before its first step leaves one."""
     (tmp_path / "ppo").mkdir()
-    assert (
-        run((*FLAGS, "--policy", start, "--output_dir", tmp_path / "ppo", "--max_steps", 1))[0] == 0
-    )
+    assert run(*flags, "--max_steps", 1)[0] == 0
 
 
-def test_another_batch_begins_anew_and_is_named(stopped):
-    code, printed = run((*stopped, "--gradient_accumulation_steps", 2, "--max_steps", 1))
-    assert code == 0 and "had another batch_size" in printed and "moved to" in printed
+def test_another_kl_coef_is_used_and_the_old_flags_are_kept(stopped, flags):
+    assert run(*flags, "--resume", stopped / "checkpoint-4", "--kl_coef", 0.5)[0] == 0
+    assert read_jsonl(stopped / "metrics.jsonl")[4]["kl_coef"] == 0.5
+    assert json.loads((stopped / "left-1" / "config.json").read_text())["kl_coef"] == 0.15
 
 
-def test_another_kl_coef_is_taken_and_the_flags_of_before_are_kept(stopped):
-    folder = Path(stopped[-1])
-    assert run((*stopped, "--resume", folder / "checkpoint-4", "--kl_coef", 0.5))[0] == 0
-    assert read_jsonl(folder / "metrics.jsonl")[4]["kl_coef"] == 0.5
-    assert json.loads((folder / "left-1" / "config.json").read_text())["kl_coef"] == 0.15
-
-
-@pytest.mark.parametrize("name, damage", [("config.json", '{"a":'), ("metrics.jsonl", '{"st\n')])
-def test_a_damaged_file_of_a_run_is_named(stopped, name, damage):
-    path = Path(stopped[-1]) / name
-    path.write_text(damage + path.read_text())
-    code, printed = run(stopped)
+@pytest.mark.parametrize(
+    ("name", "damage"), [("config.json", '{"a":'), ("metrics.jsonl", '{"st\n')]
+)
+def test_a_damaged_file_is_named(stopped, flags, name, damage):
+    (stopped / name).write_text(damage + (stopped / name).read_text())
+    code, printed = run(*flags)
     assert code == 2 and f"{name} is damaged" in printed and "--resume none" in printed
 
 
-def test_ctrl_c_ends_with_a_sentence(start, tmp_path, monkeypatch):
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(train_ppo, "sample", interrupted)
-    code, printed = run((*FLAGS, "--policy", start, "--output_dir", tmp_path / "ppo"))
-    assert code == 130 and "the same command resumes from the last checkpoint" in printed
-
-
-def test_other_data_are_refused(stopped):
-    path = Path(stopped[-1]) / "checkpoint-4" / "state" / "meta.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"data_hash": "of others"}))
-    code, printed = run(stopped)
+@pytest.mark.parametrize("changed", ["prompt", "reference"])
+def test_other_data_are_refused(stopped, flags, monkeypatch, changed):
+    """Other references too: they may be what the critic goes by."""
+    hashed = checkpoint.hash_of
+    other = [lambda examples: hashed([e._replace(**{changed: "another"}) for e in examples])]
+    monkeypatch.setattr(checkpoint, "hash_of", other[0])
+    code, printed = run(*flags)
     assert code == 2 and "other data" in printed and "--resume none" in printed
 
 
 @pytest.mark.parametrize("harm", ["truncated", "another model", "no meta", "no state file"])
-def test_a_checkpoint_that_is_none_is_refused(stopped, harm):
-    state = Path(stopped[-1]) / "checkpoint-4" / "state"
+def test_an_invalid_checkpoint_is_refused_and_nothing_is_lost(stopped, flags, harm):
+    state = stopped / "checkpoint-4" / "state"
     file = state / checkpoint.state_file(0, 1)
     if harm == "truncated":
         file.write_bytes(file.read_bytes()[:-100])
     elif harm == "another model":
-        tensors = load_file(file)
-        checkpoint.save_file(
-            {
-                name: tensor[:1].clone() if tensor.ndim else tensor
-                for name, tensor in tensors.items()
-            },
-            file,
-        )
+        tensors = load_file(file).items()
+        save_file({name: x[:1].clone() if x.ndim else x for name, x in tensors}, file)
     else:
         (state / "meta.json" if harm == "no meta" else file).unlink()
-    code, printed = run(stopped)
-    assert (
-        code == 2
-        and printed.count("error:") == 1
-        and "move" in printed
-        and "Traceback" not in printed
-    )
-    assert len(read_jsonl(Path(stopped[-1]) / "metrics.jsonl")) == STEPS, "nothing is lost"
+    code, printed = run(*flags)
+    assert code == 2 and printed.count("error:") == 1 and "move" in printed
+    assert "Traceback" not in printed and len(read_jsonl(stopped / "metrics.jsonl")) == STEPS
 
 
-def test_a_resumed_checkpoint_must_be_of_the_run(stopped, tmp_path):
-    code, printed = run((*stopped, "--resume", tmp_path / "elsewhere" / "checkpoint-4"))
+def test_a_named_checkpoint_must_belong_to_the_run(stopped, flags, tmp_path):
+    code, printed = run(*flags, "--resume", tmp_path / "elsewhere" / "checkpoint-4")
     assert code == 2 and "no checkpoint of --output_dir" in printed
 
 
 @pytest.mark.parametrize(
-    "file_size, what", [(90_000, "checkpoint-6 cannot be written"), (4_000, "free some space")]
+    ("file_size", "shown"), [(90_000, "checkpoint-6 cannot be written"), (4_000, "free some space")]
 )
-def test_a_full_disk_ends_the_run_with_a_sentence_and_keeps_what_there_is(
-    stopped, never_stopped, tmp_path, file_size, what
+def test_a_full_disk_ends_the_run_with_a_sentence_and_loses_nothing(
+    stopped, flags, whole, tmp_path, file_size, shown
 ):
-    process = forked("train_ppo", stopped, file_size=file_size, errors=tmp_path / "errors")
+    process = forked("train_ppo", flags, file_size=file_size, errors=tmp_path / "errors")
     process.join()
     printed = (tmp_path / "errors").read_text()
-    assert process.exitcode == 2 and what in printed and "Traceback" not in printed
-    assert policy.latest_checkpoint(stopped[-1]).name == "checkpoint-4"
-    assert run(stopped)[0] == 0 and what_it_left(Path(stopped[-1])) == what_it_left(never_stopped)
+    assert process.exitcode == 2 and shown in printed and "Traceback" not in printed
+    assert policy.latest_checkpoint(stopped).name == "checkpoint-4"
+    assert run(*flags)[0] == 0 and output_of(stopped) == output_of(whole)
 
 
-def test_out_of_memory_says_what_to_lower(start, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        train_ppo, "sample", lambda *_, **__: torch.empty(2**60)
-    )  # what PyTorch itself says of too much memory
-    code, printed = run((*FLAGS, "--policy", start, "--output_dir", tmp_path / "ppo"))
-    assert code == 2 and "out of memory" in printed and "--per_device_train_batch_size" in printed
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
+def exhaust_memory(*_, **__):
+    torch.empty(2**60)
+
+
+@pytest.mark.parametrize(
+    ("failing", "code", "shown"),
+    [(interrupt, 130, "same command"), (exhaust_memory, 2, "--per_device_train_batch_size")],
+)
+def test_ctrl_c_and_exhausted_memory_end_with_a_sentence(flags, monkeypatch, failing, code, shown):
+    monkeypatch.setattr(train_ppo, "sample", failing)
+    ended, printed = run(*flags)
+    assert ended == code and shown in printed and "Traceback" not in printed
 
 
 @pytest.fixture
-def gradients(monkeypatch):
-    """gradients(steps) makes the gradients of these steps nan; a step has four minibatches."""
+def break_gradients(monkeypatch):
+    """break_gradients(steps) makes the gradients of these steps nan; a step has four minibatches."""
     calls, honest = [], train_ppo.policy_loss
 
-    def poison(steps):
+    def break_gradients(steps):
         def loss(*args):
             calls.append(len(calls) // 4 + 1)
             value, stats = honest(*args)
@@ -335,154 +279,71 @@ def gradients(monkeypatch):
 
         monkeypatch.setattr(train_ppo, "policy_loss", loss)
 
-    return poison
+    return break_gradients
 
 
-def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(start, tmp_path, gradients):
-    gradients({2})
-    assert (
-        run(
-            (
-                *FLAGS,
-                "--policy",
-                start,
-                "--output_dir",
-                tmp_path / "ppo",
-                "--save_steps",
-                1,
-                "--save_total_limit",
-                9,
-            )
-        )[0]
-        == 0
-    )
+def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(
+    flags, tmp_path, break_gradients
+):
+    break_gradients({2})
+    assert run(*flags, "--save_steps", 1, "--save_total_limit", 9)[0] == 0
     rows = read_jsonl(tmp_path / "ppo" / "metrics.jsonl")
     assert [row["skipped_updates"] for row in rows] == [0, 4, 0, 0, 0, 0]
-    one, two, three = (
-        load_file(tmp_path / "ppo" / f"checkpoint-{step}" / "model.safetensors")
-        for step in (1, 2, 3)
-    )
-    assert all(one[name].equal(two[name]) for name in one) and not all(
-        two[name].equal(three[name]) for name in one
-    )
+    files = [tmp_path / "ppo" / f"checkpoint-{n}" / "model.safetensors" for n in (1, 2, 3)]
+    one, two, three = map(load_file, files)
+    assert all(one[name].equal(two[name]) for name in one)
+    assert not all(two[name].equal(three[name]) for name in one)
 
 
-def test_gradients_that_stay_so_end_the_run(start, tmp_path, gradients):
-    gradients(set(range(2, 99)))
-    code, printed = run(
-        (*FLAGS, "--policy", start, "--output_dir", tmp_path / "ppo", "--save_steps", 1)
-    )
-    assert (
-        code == 2
-        and "no finite gradient in 5 steps in a row" in printed
-        and "--learning_rate" in printed
-    )
+def test_gradients_that_stay_not_finite_end_the_run(flags, tmp_path, break_gradients):
+    break_gradients(set(range(2, 99)))
+    code, printed = run(*flags, "--save_steps", 1)
+    assert code == 2 and "no finite gradient" in printed and "--learning_rate" in printed
     assert policy.latest_checkpoint(tmp_path / "ppo").name == "checkpoint-5"
 
 
-def test_adapters_are_saved_as_peft_does_resumed_and_merged(start, tmp_path):
-    flags = (
-        *FLAGS,
-        "--policy",
-        start,
-        "--lora_r",
-        4,
-        "--save_total_limit",
-        9,
-        "--max_steps",
-        4,
-        "--save_steps",
-        2,
-    )
-    assert run((*flags, "--output_dir", tmp_path / "ppo"))[0] == 0
+def test_adapters_are_saved_as_peft_does_and_resumed(flags, start, tmp_path):
+    flags += ["--lora_r", 4, "--save_total_limit", 9, "--max_steps", 4]
+    assert run(*flags)[0] == 0
     last = tmp_path / "ppo" / "checkpoint-4"
     assert (last / "adapter_config.json").is_file() and not (last / "model.safetensors").exists()
-    base, trained = (policy.load(path)[1] for path in (start, tmp_path / "ppo"))
-    changed = {
-        name
-        for name, weights in trained.state_dict().items()
-        if not weights.equal(base.state_dict()[name])
-    }
-    assert changed and all("proj" in name for name in changed), (
-        "linear layers of the blocks, and nothing else"
-    )
+    base, trained = (policy.load(path)[1].state_dict() for path in (start, tmp_path / "ppo"))
+    changed = {name for name, weights in trained.items() if not weights.equal(base[name])}
+    assert changed and all("proj" in name for name in changed), "linear layers of blocks alone"
 
     shutil.copytree(tmp_path / "ppo", tmp_path / "again")
-    assert (
-        run(
-            (
-                *flags,
-                "--output_dir",
-                tmp_path / "again",
-                "--resume",
-                tmp_path / "again" / "checkpoint-2",
-            )
-        )[0]
-        == 0
-    )
+    again = ["--output_dir", tmp_path / "again", "--resume", tmp_path / "again" / "checkpoint-2"]
+    assert run(*flags, *again)[0] == 0
     file = "checkpoint-4/adapter_model.safetensors"
     assert (tmp_path / "ppo" / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
 
-    _, plain = policy.load(tmp_path / "ppo")
-    assert all(
-        weights.equal(trained.state_dict()[name]) for name, weights in plain.state_dict().items()
-    )
 
-
-def launched(processes, flags, *options):
-    """train_ppo.py under torchrun."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        processes,
-        *options,
-        train_ppo.__file__,
-        *flags,
-    ]
-    return subprocess.Popen(
-        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
-def workers(launcher) -> list[int]:
-    children = subprocess.run(
-        ["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True
-    ).stdout.split()
-    return sorted(map(int, children))
+def torchrun(processes, flags, *options):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", processes]
+    command = map(str, [*launch, *options, train_ppo.__file__, *flags])
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(list(command), **pipes)
 
 
 @pytest.mark.slow
-def test_a_dead_process_is_started_again_and_the_number_of_processes_may_change(start, tmp_path):
-    flags = (
-        *FLAGS,
-        "--policy",
-        start,
-        "--num_mini_batches",
-        1,
-        "--save_steps",
-        1,
-        "--save_total_limit",
-        9,
-    )
-    whole = launched(2, (*flags, "--output_dir", tmp_path / "whole"))
+def test_a_dead_process_is_restarted_and_the_number_of_processes_may_change(start, tmp_path):
+    flags = [*FLAGS, "--policy", start, "--num_mini_batches", 1, "--save_steps", 1]
+    flags += ["--save_total_limit", 9, "--output_dir"]
+    folders = {name: tmp_path / name for name in ("whole", "killed", "one")}
+    whole = torchrun(2, [*flags, folders["whole"]])
     assert whole.wait() == 0, whole.stdout.read()[-3000:]
-    killed = launched(2, (*flags, "--output_dir", tmp_path / "killed"), "--max_restarts", 1)
-    while not (tmp_path / "killed" / "checkpoint-2").is_dir():
+    killed = torchrun(2, [*flags, folders["killed"]], "--max_restarts", 1)
+    while not (folders["killed"] / "checkpoint-2").is_dir():
         time.sleep(0.05)
         assert killed.poll() is None, killed.stdout.read()[-3000:]
-    os.kill(workers(killed)[-1], signal.SIGKILL)
+    children = subprocess.run(["pgrep", "-P", str(killed.pid)], capture_output=True, text=True)
+    os.kill(max(map(int, children.stdout.split())), signal.SIGKILL)
     printed = killed.communicate()[0]
     assert killed.returncode == 0 and "resuming after step" in printed, printed[-3000:]
-    assert what_it_left(tmp_path / "killed") == what_it_left(tmp_path / "whole")
+    assert output_of(folders["killed"]) == output_of(folders["whole"])
 
-    shutil.copytree(tmp_path / "whole", tmp_path / "one")
-    code, printed = run(
-        (*flags, "--output_dir", tmp_path / "one", "--resume", tmp_path / "one" / "checkpoint-3")
-    )
-    assert code == 0 and "resuming after step 3" in printed, "two processes' checkpoint in one"
-    rows = read_jsonl(tmp_path / "one" / "metrics.jsonl")
-    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6] and rows[:3] == read_jsonl(
-        tmp_path / "whole" / "metrics.jsonl"
-    )[:3]
+    shutil.copytree(folders["whole"], folders["one"])
+    code, printed = run(*flags, folders["one"], "--resume", folders["one"] / "checkpoint-3")
+    assert code == 0 and "resuming after step 3" in printed, "one process resumes what two wrote"
+    rows = [read_jsonl(folders[name] / "metrics.jsonl") for name in ("one", "whole")]
+    assert [row["step"] for row in rows[0]] == [1, 2, 3, 4, 5, 6] and rows[0][:3] == rows[1][:3]
