@@ -46,7 +46,14 @@ def parse_args():
     add("--max_tokens", 1024, "openai: maximum tokens of an answer")
     add("--max_spans", 2, "openai: maximum number of good quotes, and of poor ones")
     add("--dry_run", False, "openai: print one question and the price of all, and ask nothing")
-    server.add_flags(add)
+    add("--base_url", None, "openai: server, such as http://localhost:8000/v1 (default: OpenAI)")
+    add("--concurrency", 16, "openai: number of simultaneous requests")
+    add("--max_retries", 5, "openai: maximum repetitions of a request or of an invalid answer")
+    add("--timeout", 120.0, "openai: seconds to wait for a whole answer")
+    add("--input_price", 0.0, "openai: price of a million prompt tokens", cli.between(0, 1e9))
+    add("--output_price", 0.0, "openai: price of a million answer tokens", cli.between(0, 1e9))
+    add("--budget", None, "openai: maximum price of the whole file --out", cli.between(0, 1e9))
+    add("--retry_failed", False, "openai: ask again about the records that failed")
     task, args = tasks.parse(parser, "annotate")
     args.critic = args.critic or ("openai" if args.model or args.base_url else "rule")
     if args.critic == "openai" and not args.model:
@@ -176,7 +183,7 @@ def annotate_by_server(task, args, out):
     records = read_unannotated(args) if args.responses else keep_responses(task, args, out)
     criteria = getattr(task, "CRITERIA", annotator.CRITERIA)
     if args.dry_run:
-        dry_run(task, args, out, records, criteria)
+        dry_run(add_test_logs(records, task, args), criteria, args)
         return
     with writing(out), Notes(out) as notes:
         spent = map(annotator.tokens_of, notes.records.values())
@@ -222,19 +229,15 @@ def keep_responses(task, args, out) -> list[dict]:
     return records
 
 
-def dry_run(task, args, out, records, criteria):
+def dry_run(records, criteria, args):
     """Prints one question and the price of all of them."""
-    if out.exists():
-        with Notes(out) as notes:
-            records = notes.left(records, args.retry_failed)
-    records = add_test_logs(records, task, args)
     questions = [annotator.question(record, criteria, args.max_spans) for record in records]
     asked = sum(len(question.encode()) for question in questions) // 4  # four bytes per token
     tokens = server.Tokens(asked, len(questions) * args.max_tokens)
     money = server.Meter((args.input_price, args.output_price), None, tokens).money(tokens)
     print("\n".join(questions[:1]))
-    print(f"{len(questions)} records, about {tokens[0]} prompt tokens, at most {tokens[1]} answer")
-    print(f"tokens, and a price of at most {money:.4f} without repeated questions; nothing asked")
+    counts = f"about {tokens[0]} prompt tokens and at most {tokens[1]} answer tokens"
+    print(f"{len(questions)} records: {counts}, {money:.4f} without repetitions; nothing was asked")
 
 
 if __name__ == "__main__":

@@ -166,7 +166,8 @@ class Annotator:
                 raise silent(record)
 
         def silent(record):
-            return Stop(f"{record['reason']}, {self.silence} records in a row; check the server")
+            count = f"{self.silence} records in a row"
+            return Stop(f"{record['reason']}, {count}; {server.CHECK}")
 
         server.ask_all(self.client, records, annotate, self.args.concurrency)
         if unanswered and not self.answered:

@@ -159,10 +159,10 @@ def openai_critic(base_url, model, critique_length=200, timeout=600.0, max_retri
         try:
             server.ask_all(client, range(len(responses)), ask_one, concurrency=16)
         except server.Stop as error:
-            fail(f"the reward model's server cannot be used: {error}")
+            fail(str(error))
         if all(text is None for text in texts):
             reason = errors[-1] if errors else "the answers are not chat completions"
-            fail(f"no critique arrived: {reason}; check --base_url and --reward_model")
+            fail(f"no critique arrived: {reason}; {server.CHECK}")
         return list(map(parse_or_none, texts))
 
     return critic

@@ -18,29 +18,23 @@ import openai
 
 from t2g import cli
 
-HOPELESS = {  # statuses that every further request would end in as well
-    401: "the server rejects the key (401); set OPENAI_API_KEY to a valid one",
-    402: "the server demands payment first (402); check your account",
-    403: "the server forbids the request (403); check which models your key may use",
-    404: "the model or the address is unknown (404); check --base_url, which mostly ends in /v1",
-    405: "the address takes no questions (405); check --base_url, which mostly ends in /v1",
-}
-
-
-class Stop(Exception):
-    """The server cannot be used like this; the message is one sentence that says what to do."""
+CHECK = "check the address, the name of the model, OPENAI_API_KEY and your account"
 
 
 class NoAnswer(Exception):
-    """This request got no answer after all retries; the message says why."""
+    """A request got no answer after all retries; the message says why."""
 
 
 class Refused(NoAnswer):
-    """The server rejects this request. param is the option it blames, None if it names none."""
+    """The server rejects a request; param is the option that it names as the reason, or None."""
 
     def __init__(self, status, param):
-        super().__init__(f"the server refused the request ({status})")
+        super().__init__(f"the server refused the request with status {status}")
         self.param = param
+
+
+class Stop(Exception):
+    """The server cannot be used like this, whatever the request."""
 
 
 class OverBudget(Exception):
@@ -65,19 +59,6 @@ class Answer(NamedTuple):
     text: str | None  # None if the body of the answer is not a chat completion
     finish_reason: str | None = None  # "length" if max_tokens cut the answer off
     tokens: Tokens | None = None  # None if the server does not count them
-
-
-def add_flags(add):
-    """Adds the flags about a server, its retries and its prices, with the add() of cli.flags."""
-    price = cli.between(0, 1e9)
-    add("--base_url", None, "server, such as http://localhost:8000/v1 (default: OpenAI)")
-    add("--concurrency", 16, "number of simultaneous requests")
-    add("--max_retries", 5, "maximum repetitions of a request or of an invalid answer")
-    add("--timeout", 120.0, "seconds to wait for a whole answer")
-    add("--input_price", 0.0, "price of a million prompt tokens", price)
-    add("--output_price", 0.0, "price of a million answer tokens", price)
-    add("--budget", None, "maximum price of the whole output file", price)
-    add("--retry_failed", False, "ask again about the records that failed")
 
 
 def client(base_url, timeout, max_retries) -> openai.AsyncOpenAI:
@@ -114,7 +95,7 @@ class InTime(openai.DefaultAsyncHttpxClient):
 
 
 async def ask(client, **request) -> Answer:
-    """Sends one chat completion. Raises: Stop, NoAnswer or Refused, and no error of openai."""
+    """Sends one request. Raises: Stop, NoAnswer or Refused, and no error of openai."""
     try:
         raw = await client.chat.completions.with_raw_response.create(**request)
     except openai.APITimeoutError:
@@ -123,11 +104,9 @@ async def ask(client, **request) -> Answer:
         raise NoAnswer("the connection to the server failed") from None
     except openai.APIStatusError as error:
         status = error.status_code
-        if status in HOPELESS:
-            raise Stop(HOPELESS[status]) from None
-        if error.code == "insufficient_quota":
-            raise Stop("the account has no credit left (429, insufficient_quota)") from None
-        if status == 501 or (status < 500 and status not in (408, 409, 429)):
+        if status in (401, 402, 403, 404, 405) or error.code == "insufficient_quota":
+            raise Stop(f"the server answered with status {status}; {CHECK}") from None
+        if status in (400, 415, 422, 501):
             raise Refused(status, error.param) from None
         raise NoAnswer(f"the server answered with status {status}") from None
     return read(raw.content)

@@ -149,7 +149,7 @@ def test_critiques_that_do_not_arrive_are_none(serve):
 )
 def test_a_server_without_any_critique_ends_the_program(serve, refused, settings):
     critic = critics.openai_critic(serve(**settings)[0], "rm", max_retries=1)
-    assert "--base_url" in refused(critic, EXAMPLES, RESPONSES)
+    assert "check the address" in refused(critic, EXAMPLES, RESPONSES)
 
 
 def test_long_prompts_are_shortened_and_long_responses_unreadable(monkeypatch, capsys):
