@@ -23,8 +23,7 @@ import torch
 from tqdm import tqdm
 
 from t2g import annotator, cli, policy, server, stages, tasks
-from t2g.feedback import FeedbackError
-from t2g.notes import WRITTEN, Notes, check_kinds, read_responses, write_whole, writing
+from t2g.notes import WRITTEN, Notes, read_feedback, read_responses, write_whole, writing
 from t2g.rollout import respond
 
 
@@ -164,9 +163,9 @@ def read_human(args) -> list[dict]:
         try:
             spans = {"good_spans": [], "poor_spans": []}
             record |= annotator.checked(spans | record, record["response"])
-            check_kinds(record)
+            read_feedback(record)
             records.append({**record, "status": "ok", "reason": ""})
-        except FeedbackError as error:
+        except ValueError as error:
             invalid += 1
             print(f"record {number} of {args.responses} is left out: {error}")
     if not records:

@@ -65,17 +65,12 @@ def read_feedback(record) -> Feedback:
         if not isinstance(record.get(key), kind):
             raise FeedbackError(f"{key} must be a {kind.__name__}")
     feedback = Feedback(record["critique"], record["good_spans"], record["poor_spans"])
-    check_kinds(record)
+    kinds, count = record.get("kinds", []), len(feedback.poor)
+    strings = isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)
+    if not strings or len(kinds) not in (0, count):
+        raise FeedbackError(f'"kinds" must be a list of {count} strings, one per poor span')
     (record["prompt"] + record["response"]).encode()  # fails for lone surrogates
     return Feedback.parse(feedback.render())
-
-
-def check_kinds(record):
-    """Raises: FeedbackError if a record has "kinds" other than one string per poor span."""
-    kinds, poor = record.get("kinds", []), record["poor_spans"]
-    strings = isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)
-    if not strings or len(kinds) not in (0, len(poor)):
-        raise FeedbackError(f'"kinds" must be a list of {len(poor)} strings, one per poor span')
 
 
 @contextmanager

@@ -18,7 +18,6 @@ Readable verdicts are kept in --out. The same command resumes, and asks again fo
 Choose a judge that did not annotate the training data: a policy may please its own teacher.
 """
 
-import asyncio
 import re
 from pathlib import Path
 
@@ -66,7 +65,7 @@ def main():
     records = both_orders(read_answers(args.a), read_answers(args.b), args.judge)
     with Notes(path) as notes:
         try:
-            asyncio.run(ask_judge(notes.left(records), notes, args))
+            ask_judge(notes.left(records), notes, args)
         except server.Stop as error:
             cli.fail(f"{error}. The same command resumes from the verdicts in {path}")
         verdicts = [notes.records.get(record["id"], {}).get("verdict") for record in records]
@@ -97,34 +96,32 @@ def both_orders(a, b, judge) -> list[dict]:
     return records
 
 
-async def ask_judge(records, notes, args):
+def ask_judge(records, notes, args):
     """Asks for the verdict on each record and adds those that can be read to notes."""
-    slots, failures = asyncio.Semaphore(args.concurrency), []
-    bar = tqdm(total=len(records), desc=args.judge, unit="verdict")
+    client = server.client(args.base_url, TIMEOUT_S, MAX_RETRIES)
+    bar, failures = tqdm(total=len(records), desc=args.judge, unit="verdict"), []
 
     async def ask_one(record):
         first, second = record["response"]
         question = QUESTION.format(prompt=record["prompt"], first=first, second=second)
         request = {"model": args.judge, "messages": [{"role": "user", "content": question}]}
-        async with slots:
+        try:
             try:
-                try:
-                    answer = await server.ask(client, temperature=0, **request)
-                except server.Refused:  # Some models take no temperature.
-                    answer = await server.ask(client, **request)
-            except server.NoAnswer as error:
-                failures.append(error)
-                if len(failures) >= MAX_FAILURES:
-                    raise server.Stop(f"{error}, {len(failures)} times in succession") from None
-                return
+                answer = await server.ask(client, temperature=0, **request)
+            except server.Refused:  # Some models take no temperature.
+                answer = await server.ask(client, **request)
+        except server.NoAnswer as error:
+            failures.append(error)
+            if len(failures) >= MAX_FAILURES:
+                raise server.Stop(f"{error}, {len(failures)} times in succession") from None
+            return
         failures.clear()
         if verdict := read_verdict((answer.text or "").rpartition("</think>")[2]):
             notes.add({**record, "verdict": verdict, "judgment": answer.text, "status": "ok"})
         bar.update()
 
-    async with server.client(args.base_url, TIMEOUT_S, MAX_RETRIES) as client:
-        await asyncio.gather(*map(ask_one, records))
-    bar.close()
+    with bar:
+        server.ask_all(client, records, ask_one, args.concurrency)
 
 
 def read_verdict(text: str) -> str | None:
