@@ -30,20 +30,11 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
         return super()._get_help_string(action)
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose add_argument also takes a flag as the add() of flags() does."""
-
-    def add_argument(self, *names, **options):
-        if len(names) > 1 and not str(names[1]).startswith("-"):
-            return flags(self)(*names, **options)
-        return super().add_argument(*names, **options)
-
-
 def parser(doc: str) -> argparse.ArgumentParser:
     """Returns a parser whose help starts with doc, and silences the messages of transformers."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    return Parser(description=doc, formatter_class=Help, allow_abbrev=False)
+    return argparse.ArgumentParser(description=doc, formatter_class=Help, allow_abbrev=False)
 
 
 def flags(parser):
@@ -61,10 +52,8 @@ def flags(parser):
     Namespace(max_steps=5, reward='span', bf16=True)
     """
 
-    def add(name, default=None, help=None, kind=None, **options):
-        if options:
-            parser.add_argument(name, default=default, help=help, **options)
-        elif default is False and kind is None:
+    def add(name, default, help, kind=None):
+        if default is False:
             parser.add_argument(name, action="store_true", help=help)
         elif isinstance(kind, tuple):
             parser.add_argument(name, default=default, choices=kind, help=help)
@@ -128,11 +117,11 @@ def fresh_folder(path) -> Path:
             aside = next(name for name in names if not name.exists())
             path.rename(aside)
             print(f"the earlier run in {path} was moved to {aside}", flush=True)
-        elif path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        path.mkdir(parents=True, exist_ok=True)
+        if any(path.iterdir()):
             fail(f"{path} holds something that is not a run; choose another --output_dir")
     except OSError as error:
         fail(f"the folder {path} cannot be used ({error.strerror}); choose another --output_dir")
-    make_folder(path, "--output_dir")
     return path
 
 
@@ -153,8 +142,5 @@ def friendly_errors():
         allocation = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
         if not allocation:
             raise
-        fail(
-            "out of memory; halve --per_device_train_batch_size and double "
-            "--gradient_accumulation_steps, lower --response_length, or use "
-            "--gradient_checkpointing, --lora_r or --bf16. The run resumes from its last checkpoint"
-        )
+        remedy = "halve --per_device_train_batch_size and double --gradient_accumulation_steps"
+        fail(f"out of memory; {remedy}, or use --gradient_checkpointing, --lora_r or --bf16")
