@@ -1,6 +1,6 @@
 """Stage 1: annotates responses with critiques and spans, by a program, a server or people.
 
-python annotate.py                                        # the toy: 6000 samples and its rule
+python annotate.py                                        # the toy: 12000 samples and its rule
 python annotate.py --task summarize --policy MODEL --data posts.jsonl --num_samples 500
 python annotate.py --responses texts.jsonl --out notes.jsonl --model NAME \\
     --base_url http://localhost:8000/v1
@@ -147,9 +147,8 @@ def annotate_by_rule(task, args, out) -> list[dict]:
     for example, record in zip(examples, tqdm(records, desc="annotating", unit="record")):
         feedback = task.critique(example, record["response"])
         feedback = feedback if args.severity else feedback.plain()
-        record["critique"] = feedback.critique
-        record |= {"good_spans": feedback.good, "poor_spans": feedback.poor}
-        record |= {"status": "ok", "reason": ""}
+        spans = {"good_spans": feedback.good, "poor_spans": feedback.poor}
+        record |= {"critique": feedback.critique, **spans, "status": "ok", "reason": ""}
     return records
 
 

@@ -66,11 +66,8 @@ def warning(critic):
         feedback = critic(examples, responses)
         if not warned and all(one is None for one in feedback):
             warned = True
-            tqdm.write(
-                f"warning: none of the {len(feedback)} critiques of this batch is readable, so "
-                "it teaches nothing. Check --reward_model (it must come from train_rm.py) and "
-                "--critique_length (a whole critique must fit)"
-            )
+            cause = "check --critique_length and whether train_rm.py made --reward_model"
+            tqdm.write(f"warning: none of the {len(feedback)} critiques is readable; {cause}")
         return feedback
 
     return warning_critic
@@ -88,49 +85,31 @@ def rule_critic(task):
 def reward_model_critic(model, tokenizer, critique_length=200, bf16=False, desc=None):
     """Returns a reward model as a critic: it writes z = [critique ; span map] greedily.
 
-    desc labels a progress bar; without it there is none.
-    """
-    ask = asker(model, tokenizer, critique_length, bf16, desc)
-
-    def critic(examples, responses):
-        return list(map(parse_or_none, ask(examples, responses, reward_prompt)))
-
-    return critic
-
-
-def asker(model, tokenizer, critique_length, bf16=False, desc=None):
-    """Returns ask(examples, responses, question), which gives a model's greedy answers.
-
-    question(prompt, response) is the text that the model is asked. Long prompts are shortened, see
-    fitting_prompt(). If that is not enough the answer is None, and the first time it happens the
-    number of such responses is printed.
+    Long prompts are shortened, see fitting_prompt(). Where that is not enough the feedback is None,
+    and the first time the number of such responses is printed. desc labels a progress bar.
     """
     context, warned = policy.context_length(model), False
     room = context - critique_length
     if room <= 0:
-        fail(
-            f"--critique_length {critique_length} leaves no room for a prompt in the critic's "
-            f"context of {context} tokens; lower it"
-        )
+        fail(f"--critique_length {critique_length} exceeds the critic's context of {context}")
 
-    def ask(examples, responses, question):
+    def critic(examples, responses):
         nonlocal warned
         texts = []
         for example, response in zip(examples, responses):
-            text = fitting_prompt(tokenizer, example.prompt, response, room, question)
+            text = fitting_prompt(tokenizer, example.prompt, response, room)
             texts.append(text if token_count(tokenizer, text) <= room else None)
         if None in texts and not warned:
             warned = True
-            tqdm.write(
-                f"{texts.count(None)} of {len(texts)} responses are too long for the critic's "
-                f"context of {context} tokens; these and later ones count as unreadable"
-            )
+            count = f"{texts.count(None)} of {len(texts)} responses"
+            limit = f"the critic's context of {context} tokens"
+            tqdm.write(f"{count} are too long for {limit}; such ones count as unreadable")
         fitting = [text for text in texts if text is not None]
         options = dict(temperature=0, bf16=bf16, desc=desc)
         answers = iter(respond(model, tokenizer, fitting, critique_length, **options)[0])
-        return [None if text is None else next(answers) for text in texts]
+        return [None if text is None else parse_or_none(next(answers)) for text in texts]
 
-    return ask
+    return critic
 
 
 def openai_critic(base_url, model, critique_length=200, timeout=600.0, max_retries=5):

@@ -48,10 +48,17 @@ def test_samples_for_a_server_are_kept(serve, untrained, tmp_path, call):
 @pytest.fixture
 def tested(monkeypatch):
     """The toy as a task with unit tests, which a record may bring along."""
-    result = lambda example, response: f"{response} fails {example.facts['tests']}"  # noqa: E731
-    critique = lambda example, response: Feedback(result(example, response), [], [response])  # noqa: E731
+
+    def result(example, response):
+        return f"{response} fails {example.facts['tests']}"
+
+    def critique(example, response):
+        return Feedback(result(example, response), [], [response])
+
+    def own(record):
+        return Example("", "", record) if "tests" in record else None
+
     examples = [Example("Add.", "", {"tests": "all"})], [Example("Sub.", "", {"tests": "few"})]
-    own = lambda record: Example("", "", record) if "tests" in record else None  # noqa: E731
     hooks = dict(critique=critique, test_log=result, example_of_record=own)
     for name, hook in {**hooks, "load": lambda args: examples}.items():
         monkeypatch.setattr(toy, name, hook, raising=False)

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 import train_ppo
 from t2g import critics
-from t2g.feedback import Feedback, reward_prompt
+from t2g.feedback import Feedback
 from t2g.log import read_jsonl
 from t2g.rollout import sample
 
@@ -19,6 +19,7 @@ FLAGS = (
     "--per_device_train_batch_size", 2, "--critique_length", 12, "--eval_samples", 2,
     "--learning_rate", 3e-4, "--reward", "prm", "--kl_target", 0.5, "--missing_eos_penalty", 0.5,
 )  # fmt: skip
+LEARNED_CRITIC = critics.reward_model_critic
 
 
 def sample_by_prompt(model, tokenizer, prompts, *shape, **options):
@@ -35,11 +36,11 @@ def sample_by_prompt(model, tokenizer, prompts, *shape, **options):
 
 def readable_critic(model, tokenizer, critique_length, bf16=False, desc=None):
     """The learned critic, except that what its random weights write is made readable, or not."""
-    ask = critics.asker(model, tokenizer, critique_length, bf16=bf16)
+    ask = LEARNED_CRITIC(model, tokenizer, critique_length, bf16)
 
     def critic(examples, responses):
         feedback = []
-        for z, text in zip(ask(examples, responses, reward_prompt), responses):
+        for z, text in zip(ask(examples, responses), responses):
             quotes = dict(good=[text[: len(z) % 9 + 1]], poor=[text[-3:]])
             feedback.append(Feedback(z, **quotes) if len(z) % 3 and text.strip() else None)
         return feedback
@@ -50,6 +51,7 @@ def readable_critic(model, tokenizer, critique_length, bf16=False, desc=None):
 def prepare(rank):
     train_ppo.sample = sample_by_prompt
     critics.reward_model_critic = readable_critic
+    critics.parse_or_none = str  # leaves the text as it is
 
 
 def test_two_processes_with_the_learned_critic_make_the_run_of_one(
@@ -63,6 +65,7 @@ def test_two_processes_with_the_learned_critic_make_the_run_of_one(
     ranks = two_ranks(prepare, [*flags, "--output_dir", tmp_path / "two"], errors)
     monkeypatch.setattr(train_ppo, "sample", sample_by_prompt)
     monkeypatch.setattr(critics, "reward_model_critic", readable_critic)
+    monkeypatch.setattr(critics, "parse_or_none", str)
     whole = ["--gradient_accumulation_steps", 2, "--output_dir", tmp_path / "one"]
     code, printed = run("train_ppo", [*flags, *whole])
     for process in ranks:
