@@ -33,16 +33,7 @@ def cuts_a_word(text, start, end):
 # ---- quotes ------------------------------------------------------------------------------------
 
 
-@given(st.data(), st.text(min_size=1) | st.text("ab .'\n", min_size=1))
-def test_a_part_of_the_text_is_found_verbatim(data, text):
-    assume(text.strip())
-    start, end = data.draw(slices(text))
-    kind, places = find(text, text[start:end])
-    assert kind == "exact"
-    assert places and all(text[s:e] == text[start:end] for s, e in places)
-
-
-@given(st.data(), st.text("ab .12,", min_size=1, max_size=12))
+@given(st.data(), st.text(min_size=1) | st.text("ab .12,\n", min_size=1, max_size=12))
 def test_all_occurrences_are_found_and_those_that_cut_words_only_without_others(data, text):
     assume(text.strip())
     start, end = data.draw(slices(text))
@@ -50,7 +41,7 @@ def test_all_occurrences_are_found_and_those_that_cut_words_only_without_others(
     starts = [i for i in range(len(text) - size + 1) if text[i : i + size] == quote]
     everywhere = [(i, i + size) for i in starts]
     best = [place for place in everywhere if not cuts_a_word(text, *place)] or everywhere
-    assert locate(text, quote) == best
+    assert find(text, quote) == ("exact", best)
 
 
 def test_whole_words_are_preferred():
@@ -138,39 +129,22 @@ def test_a_small_typo_in_a_long_quote_is_forgiven(data):
 
 
 @pytest.mark.parametrize(
-    ("text", "quote", "intended"),
+    ("text", "quote"),
     [
-        # Quotes as people write them in what they say about summaries.
-        ("A fourth day of strike now.", "the fourth day of strike", "A fourth day of strike"),
-        (
-            "Both players to be ruled out for the season",
-            "players being ruled out for the season",
-            "players to be ruled out for the season",
-        ),
-        ("A three-year contract, he said.", "three year contract", "three-year contract"),
-        (
-            "Bird chicken farms in a village",
-            "chicken farm in a village",
-            "chicken farms in a village",
-        ),
-        # A place covers whole words.
-        (
-            "Before: the experienced veterinarian recommended surgery. After.",
-            "xperienced vetrinarian recommended surg",
-            "experienced veterinarian recommended surgery",
-        ),
-        # Eight characters are enough, and a quote may be a little longer than the text.
-        ("then he starts running", "runninng", "running"),
-        (
-            "the experienced veterinarian",
-            "the experienced vetterinarians",
-            "the experienced veterinarian",
-        ),
+        # quotes as people write them in what they say about summaries
+        ("[A fourth day of strike] now.", "the fourth day of strike"),
+        ("Both [players to be ruled out for the season]", "players being ruled out for the season"),
+        ("A [three-year contract], he said.", "three year contract"),
+        ("Bird [chicken farms in a village]", "chicken farm in a village"),
+        # whole words; eight characters are enough; a quote may be a little longer than the text
+        ("An [experienced veterinarian came]. She left.", "xperienced vetrinarian cam"),
+        ("then he starts [running]", "runninng"),
+        ("[the experienced veterinarian]", "the experienced vetterinarians"),
     ],
 )
-def test_a_fuzzy_place_covers_the_intended_words(text, quote, intended):
-    start = text.index(intended)
-    assert find(text, quote) == ("fuzzy", [(start, start + len(intended))])
+def test_a_fuzzy_place_covers_the_words_in_brackets(text, quote):
+    place = text.index("["), text.index("]") - 1
+    assert find(text.replace("[", "").replace("]", ""), quote) == ("fuzzy", [place])
 
 
 def test_a_fuzzy_quote_is_found_wherever_its_words_occur():
@@ -178,7 +152,6 @@ def test_a_fuzzy_quote_is_found_wherever_its_words_occur():
     kind, places = find(text, "the experienced vetrinarian")
     assert kind == "fuzzy"
     assert [text[slice(*place)] for place in places] == ["the experienced veterinarian"] * 2
-    assert resolve(text, Feedback("", poor=["the experienced vetrinarian"]))[0][0].start == 41
 
 
 @given(st.text("abcdef ", max_size=40), st.text("uvwxyz ", max_size=40))
@@ -186,29 +159,15 @@ def test_an_unrelated_quote_is_lost(text, quote):
     assert find(text, quote) == LOST
 
 
-@pytest.mark.parametrize("quote", ["41", "thrn", "grumpy", "runing", "runnin9", "sleepss"])
-def test_a_short_quote_that_only_resembles_a_word_is_lost(quote):
-    assert find("The dog is 27, sleeps by day and then starts running", quote) == LOST
-
-
-@pytest.mark.parametrize(
-    ("text", "quote"),
-    [
-        ("The dog is 27, sleeps by day", "The dog never sleeps at night."),
-        ("The dog is 27, sleeps by day", "The cat is 72, sleeps by day"),
-        ("then he starts runnin", "runninn"),
-        ("!?#$ %&()= +-*/ <>", "!?#$ %&()= +.*/ <>"),  # without words no place is close
-        ("The dog sleeps.", "The dog sleeps. And then it wakes up again."),
-        ("", "word"),
-        *(
-            (text, blank)
-            for text in ("", "a b\n\u3000\u00a0c")
-            for blank in ("", "\n\t ", "\u3000")
-        ),
-    ],
-)
-def test_a_blank_or_different_quote_is_lost(text, quote):
-    assert find(text, quote) == LOST
+def test_a_quote_that_is_short_blank_or_different_is_lost():
+    text = "The dog is 27, sleeps by day and then starts running"
+    for short in ("41", "thrn", "grumpy", "runing", "runnin9", "sleepss"):
+        assert find(text, short) == LOST
+    for other in ("The dog never sleeps at night.", "The cat is 72, sleeps by day", text + text):
+        assert find(text, other) == LOST
+    assert find("!?#$ %&()= +-*/ <>", "!?#$ %&()= +.*/ <>") == LOST, "no words, no place is close"
+    for blank in ("", "\n\t ", "\u3000"):
+        assert find("", blank) == find("a b\n\u3000\u00a0c", blank) == find("", "word") == LOST
 
 
 @pytest.mark.parametrize("unit", ["x", "the dog ", "İß", "\\("])
@@ -235,16 +194,12 @@ def test_good_quotes_give_plus_one_and_poor_ones_minus_one():
 
 @pytest.mark.parametrize(
     ("times", "good", "poor"),
-    [(1, [0], [2]), (2, [0, 1], [1, 2]), (3, [0, 1, 2], [0, 1, 2]), (4, [0, 1, 2], [0, 1, 2])],
+    [(1, [0], [2]), (2, [0, 1], [1, 2]), (4, [0, 1, 2], [0, 1, 2])],
 )
 def test_a_quote_given_k_times_marks_k_places(times, good, poor):
     """Good quotes mark the first places and poor ones the last; more places make them ambiguous."""
-    quotes = ["so"] * times
-    for feedback, score, marked in (
-        (Feedback("", good=quotes), 1, good),
-        (Feedback("", poor=quotes), -1, poor),
-    ):
-        spans, counts = resolve("so, so, so.", feedback)
+    for kind, score, marked in (("good", 1, good), ("poor", -1, poor)):
+        spans, counts = resolve("so, so, so.", Feedback("", **{kind: ["so"] * times}))
         assert spans == [(4 * n, 4 * n + 2, score) for n in marked]
         assert counts["exact"] == times and counts["ambiguous"] == (times if times < 3 else 0)
 

@@ -22,7 +22,6 @@ def feedback_of(quotes):
     return st.builds(Feedback, critiques, lists, lists)
 
 
-feedbacks = feedback_of(texts)
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
 
 
@@ -44,11 +43,11 @@ def parsed(z):
         return None
 
 
-# ---- feedback ----------------------------------------------------------------------------------
-
-
 @given(feedback_of(quotes), st.text(" \t\r\n", max_size=5))
 def test_parse_inverts_render_and_plain_feedback_has_no_severities(feedback, space):
+    critique, _, last_line = feedback.render().rpartition("\n")
+    assert critique == feedback.critique
+    assert json.loads(last_line) == {"good": feedback.good, "poor": feedback.poor}
     assert Feedback.parse(feedback.render() + space) == feedback
     plain = feedback.plain()
     assert plain.plain() == plain == Feedback.parse(plain.render())
@@ -63,13 +62,6 @@ def test_a_quote_weighs_its_severity_whatever_the_sign_and_a_plain_one_weighs_on
         assert quoted({"text": text, "severity": signed}) == (text, max(severity, -severity))
 
 
-@given(feedbacks)
-def test_the_critique_comes_first_and_the_span_map_is_one_line_of_json(feedback):
-    critique, _, last_line = feedback.render().rpartition("\n")
-    assert critique == feedback.critique
-    assert json.loads(last_line) == {"good": feedback.good, "poor": feedback.poor}
-
-
 def test_quotes_are_written_without_escapes_and_keys_come_in_either_order():
     assert "東京 é 😀" in Feedback("c", ["東京 é 😀"]).render()
     assert Feedback.parse('c\n{"poor": ["b"], "good": ["a"]}') == Feedback("c", ["a"], ["b"])
@@ -78,37 +70,23 @@ def test_quotes_are_written_without_escapes_and_keys_come_in_either_order():
 @given(texts, texts)
 def test_the_reward_prompt_contains_prompt_and_response_verbatim(prompt, response):
     whole = reward_prompt(prompt, response)
-    assert whole.startswith(prompt)
-    assert response in whole[len(prompt) :]
+    assert whole.startswith(prompt) and response in whole[len(prompt) :]
 
 
 # ---- other texts -------------------------------------------------------------------------------
 
 
-@given(texts | st.builds("{}\n{}".format, texts, texts))
-def test_random_text_is_refused_or_is_feedback_that_renders_to_itself(z):
-    feedback = parsed(z)
-    assert feedback is None or Feedback.parse(feedback.render()) == feedback
-
-
-@given(feedbacks, st.data())
-def test_a_span_map_that_is_cut_or_followed_by_words_is_refused(feedback, data):
+@given(feedback_of(texts), st.data())
+def test_damaged_feedback_is_refused_or_is_feedback_that_renders_to_itself(feedback, data):
     z = feedback.render()
+    i = data.draw(st.integers(0, len(z) - 1))
+    changed = data.draw(texts | st.sampled_from(["", *'{}[]"\\,:\n0x\ufffd']))
+    result = parsed(z[:i] + changed + z[i + 1 :])
+    assert result is None or Feedback.parse(result.render()) == result
     lost = data.draw(st.integers(1, len(z.rpartition("\n")[2]) - 1))
     words = data.draw(st.text(min_size=1).filter(str.strip)).replace("\n", " ")
     for damaged in (z[:-lost], f"{z} {words}", f"{z}\n{words}"):
-        with pytest.raises(FeedbackError):
-            Feedback.parse(damaged)
-
-
-@given(feedbacks, st.data())
-def test_a_changed_character_gives_feedback_error_or_feedback(feedback, data):
-    z = feedback.render()
-    i = data.draw(st.integers(0, len(z) - 1))
-    changed = data.draw(st.sampled_from(["", *'{}[]"\\,:\n0x\ufffd']))
-    result = parsed(z[:i] + changed + z[i + 1 :])
-    if result is not None:
-        assert all(isinstance(text, str) for text in [result.critique, *result.good, *result.poor])
+        assert parsed(damaged) is None
 
 
 @given(json_values | near_maps)
@@ -123,14 +101,11 @@ def test_json_is_accepted_if_and_only_if_it_is_a_span_map(value):
 
 NO_SPAN_MAPS = [
     # no object, or one with other keys
-    "", "fine", "null", "[]", '[["good", []], ["poor", []]]', '"good poor"', "1", "{}",
-    '{"good": []}',    '{"good": [], "poor": [], "fair": []}', '{"Good": [], "Poor": []}',
-    '{"good": [], "poor": [], "poor": []}', '{"good": [], "good": []}',
+    "", "fine", "[]", '[["good", []], ["poor", []]]', '"good poor"', '{"good": []}',
+    '{"good": [], "poor": [], "fair": []}', '{"good": [], "poor": [], "poor": []}',
     # no lists, or lists of other things than strings
-    '{"good": "a", "poor": []}', '{"good": {"a": "b"}, "poor": []}', '{"good": {}, "poor": []}',
-    '{"good": null, "poor": []}', '{"good": [1], "poor": []}', '{"good": [null], "poor": []}',
-    '{"good": [true], "poor": []}', '{"good": [["a"]], "poor": []}', '{"good": [{}], "poor": []}',
-    '{"good": [NaN], "poor": []}', '{"good": NaN, "poor": []}', '{"good": [-Infinity], "poor": []}',
+    '{"good": "a", "poor": []}', '{"good": {"a": "b"}, "poor": []}', '{"good": NaN, "poor": []}',
+    '{"good": [1], "poor": []}', '{"good": [["a"]], "poor": []}', '{"good": [{}], "poor": []}',
     # damaged severities
     '{"good": [{"severity": 1}], "poor": []}', '{"good": [{"text": "a"}], "poor": []}',
     '{"good": [{"text": "a", "severity": 1, "why": ""}], "poor": []}',
@@ -138,8 +113,7 @@ NO_SPAN_MAPS = [
     '{"good": [{"text": "a", "severity": 1, "severity": 1}], "poor": []}',
     # no JSON
     "{'good': [], 'poor': []}", '{"good": ["a",], "poor": []}', '{"good": [], "poor": []} // done',
-    "```json {} ```", SPAN_MAP + SPAN_MAP, '{"good": ["\\u12"], "poor": []}',
-    '{"good": ["a\tb"], "poor": []}', "\ufeff" + SPAN_MAP,
+    "```json {} ```", SPAN_MAP + SPAN_MAP, '{"good": ["a\tb"], "poor": []}', "\ufeff" + SPAN_MAP,
     # numbers and nesting that overflow
     '{"good": [' + "9" * 100_000 + '], "poor": []}', '{"good": [1e999999], "poor": []}',
     "[" * 100_000, "[" * 100_000 + "]" * 100_000, '{"a":' * 100_000,
@@ -149,16 +123,11 @@ SEVERITIES = ("1.01", "-1.01", "NaN", "-Infinity", '"1"', "true", "null")
 NO_SPAN_MAPS += [f'{{"good": [{{"text": "a", "severity": {x}}}], "poor": []}}' for x in SEVERITIES]
 
 
-@pytest.mark.parametrize("last_line", NO_SPAN_MAPS, ids=range(len(NO_SPAN_MAPS)))
-def test_a_last_line_that_is_not_a_span_map_is_refused(last_line):
-    with pytest.raises(FeedbackError):
-        Feedback.parse("A critique.\n" + last_line)
-
-
-@pytest.mark.parametrize("z", ["", " \n\t\n ", "only a critique", SPAN_MAP, " " + SPAN_MAP + "\n"])
-def test_a_text_without_critique_or_span_map_is_refused(z):
-    with pytest.raises(FeedbackError):
-        Feedback.parse(z)
+def test_what_is_not_a_critique_and_a_span_map_is_refused():
+    for last_line in NO_SPAN_MAPS:
+        assert parsed("A critique.\n" + last_line) is None, last_line[:100]
+    for z in ("", " \n\t\n ", "only a critique", SPAN_MAP, " " + SPAN_MAP + "\n"):
+        assert parsed(z) is None
 
 
 @pytest.mark.parametrize(
@@ -168,9 +137,7 @@ def test_a_text_without_critique_or_span_map_is_refused(z):
         ("c\n{", "not JSON"),
         ('c\n{"good": [], "good": []}', "a key appears twice"),
         ('c\n{"good": []}', '"good", "poor"'),
-        ('c\n{"good": [1], "poor": []}', '"good" must be a list'),
         ('c\n{"good": [], "poor": [1]}', '"poor" must be a list'),
-        ('c\n{"good": [], "poor": ["\\ud83d"]}', "UTF-8"),
         ('c\n{"good": [{"text": "\\ud83d", "severity": 1}], "poor": []}', "UTF-8"),
     ],
 )
@@ -179,10 +146,8 @@ def test_each_refusal_names_the_fault(z, named):
         Feedback.parse(z)
 
 
-@pytest.mark.parametrize(
-    "quotes", ["Porto", None, [None], [{"text": "x"}], [{"text": "x", "severity": 5}], {"a": "b"}]
-)
-def test_feedback_that_is_made_by_hand_is_checked_too(quotes):
-    for wrong in ({"good": quotes}, {"poor": quotes}):
-        with pytest.raises(FeedbackError):
-            Feedback("c", **wrong)
+def test_feedback_that_is_made_by_hand_is_checked_too():
+    for quotes in ("Porto", None, [None], [{"text": "x", "severity": 5}], {"a": "b"}):
+        for wrong in ({"good": quotes}, {"poor": quotes}):
+            with pytest.raises(FeedbackError):
+                Feedback("c", **wrong)
