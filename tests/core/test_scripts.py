@@ -29,20 +29,19 @@ SCRIPTS = ("train_sft", "annotate", "train_rm", "train_ppo", "eval")
 
 
 def run(command, **paths):
-    """Runs a command such as "train_sft --max_steps 3" in this process and returns its output.
-
-    Each of paths is appended as a flag: policy=PATH as --policy PATH.
-    """
-    script, *flags = command.split()
-    for name, path in paths.items():
-        flags += [f"--{name}", str(path)]
-    before, sys.argv, printed = sys.argv, [f"{script}.py", *flags], io.StringIO()
-    try:
-        with contextlib.redirect_stdout(printed):
-            importlib.import_module(script).main()
-    finally:
-        sys.argv = before
+    """Runs a command such as "train_sft --max_steps 3" in this process and returns its output."""
+    script, *flags = words(command, paths)
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(sys, "argv", [f"{script}.py", *flags])
+        importlib.import_module(script).main()
     return printed.getvalue()
+
+
+def words(command, paths):
+    """The words of a command, and each of paths as a flag: policy=PATH as --policy=PATH."""
+    flags = [f"--{name}={path}" for name, path in paths.items()]
+    return [*command.split(), *flags]
 
 
 def last_json(output):
@@ -51,12 +50,9 @@ def last_json(output):
 
 def run_as_a_user(command, **paths):
     """The same in a process of its own."""
-    script, *flags = command.split()
-    for name, path in paths.items():
-        flags += [f"--{name}", str(path)]
-    done = subprocess.run(
-        [sys.executable, ROOT / f"{script}.py", *flags], capture_output=True, text=True, cwd=ROOT
-    )
+    script, *flags = words(command, paths)
+    line = [sys.executable, ROOT / f"{script}.py", *flags]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
 
@@ -107,14 +103,14 @@ def test_a_run_writes_its_config_and_a_line_of_known_metrics_per_step(rule_run):
     assert lines[0]["kl"] == 0 and lines[0]["first_ratio_error"] < 1e-4
 
 
-@pytest.mark.parametrize("stage", ["sft", "rm", "ppo"])
-def test_checkpoints_load_as_plain_models(toy_run, stage):
-    folder = latest_checkpoint(toy_run / stage)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    message = [{"role": "user", "content": "Hi."}]
-    batch = tokenizer.apply_chat_template(message, return_tensors="pt", return_dict=True)
-    assert torch.isfinite(model(batch["input_ids"]).logits).all()
+def test_checkpoints_load_as_plain_models(toy_run):
+    for stage in ("sft", "rm", "ppo"):
+        folder = latest_checkpoint(toy_run / stage)
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        message = [{"role": "user", "content": "Hi."}]
+        batch = tokenizer.apply_chat_template(message, return_tensors="pt", return_dict=True)
+        assert torch.isfinite(model(batch["input_ids"]).logits).all()
 
 
 def test_annotations_have_the_agreed_fields(toy_run):
@@ -139,11 +135,8 @@ def test_the_same_seed_gives_the_same_metrics(toy_run):
     for name in ("a", "b"):
         paths = {"policy": toy_run / "sft", "output_dir": toy_run / name}
         run(f"train_ppo {flags} --response_length 16", **paths)
-        rows = read_jsonl(toy_run / name / "metrics.jsonl")
-        for row in rows:
-            for key in [key for key in row if key.startswith(("seconds", "peak"))]:
-                del row[key]
-        runs.append(rows)
+        last = read_jsonl(toy_run / name / "metrics.jsonl")[-1]
+        runs.append({n: x for n, x in last.items() if not n.startswith(("seconds", "peak"))})
     assert runs[0] == runs[1]
 
 
@@ -198,10 +191,8 @@ def test_the_toy_s_rule_gives_severities_and_annotations_leave_them_out_unless_a
 
 def test_one_page_compares_runs(toy_run, rule_run, tmp_path):
     page = tmp_path / "both.html"
-    assert last_json(run(f"eval page {toy_run / 'ppo'} {rule_run}", out=page)) == {
-        "page": str(page)
-    }
-    assert "critic rm" in page.read_text()
+    printed = run(f"eval page {toy_run / 'ppo'} {rule_run}", out=page)
+    assert last_json(printed) == {"page": str(page)} and "critic rm" in page.read_text()
 
 
 def test_policies_and_reward_models_are_evaluated(toy_run):
@@ -267,49 +258,37 @@ def test_bad_flags(refuse):
 
 def test_missing_or_unusable_data(refuse, toy_run, tmp_path):
     paths = {"policy": toy_run / "sft", "output_dir": tmp_path / "out"}
-    files = {"empty.jsonl": "", "broken.json": "[{", "fields.jsonl": '{"text": "a"}\n'}
-    for name, content in files.items():
-        (tmp_path / name).write_text(content)
+    (tmp_path / "empty.jsonl").write_text("")
     command = "train_ppo --task summarize --critic rule"
     assert "--data" in refuse(command, **paths)
-    for name, named in (
-        ("nowhere.jsonl", "there is no file"),
-        ("empty.jsonl", "no examples"),
-        ("broken.json", "not a .json file"),
-        ("fields.jsonl", "'article'; it has text"),
-    ):
-        assert named in refuse(command, data=tmp_path / name, **paths)
+    assert "there is no file" in refuse(command, data=tmp_path / "nowhere.jsonl", **paths)
+    assert "no examples" in refuse(command, data=tmp_path / "empty.jsonl", **paths)
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("attribute", "name"), [("chat_template", "chat template"), ("eos_token", "EOS token")]
-)
-def test_a_policy_without_chat_template_or_eos(refuse, toy_run, tmp_path, attribute, name):
+def test_a_policy_without_chat_template_or_eos(refuse, toy_run, tmp_path):
     folder = latest_checkpoint(toy_run / "sft")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    setattr(tokenizer, attribute, None)
     AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
     paths = {"policy": tmp_path / "model", "output_dir": tmp_path / "out"}
-    assert f"no {name}" in refuse("train_ppo --critic rule", **paths)
+    for attribute, name in (("chat_template", "chat template"), ("eos_token", "EOS token")):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        setattr(tokenizer, attribute, None)
+        tokenizer.save_pretrained(tmp_path / "model")
+        assert f"no {name}" in refuse("train_ppo --critic rule", **paths)
+        (tmp_path / "model" / "chat_template.jinja").unlink(missing_ok=True)
 
 
-@pytest.mark.parametrize(
-    ("text", "named"),
-    [
-        ("[1]\n", "line 1 of"),
-        ('{"prompt": "a", "response": "b", "critique": "c", "good_spans": "d"}\n', "good_spans"),
-        ('{"status": "failed"}\n', "no training pairs"),
-    ],
-)
-def test_annotations_of_no_use(refuse, toy_run, tmp_path, text, named):
+def test_annotations_of_no_use(refuse, toy_run, tmp_path):
     notes = tmp_path / "notes.jsonl"
-    notes.write_text(text)
-    paths = {"model": toy_run / "sft", "output_dir": tmp_path / "rm"}
-    assert named in refuse("train_rm", annotations=notes, **paths)
-    assert "notes.jsonl" in refuse("annotate", out=notes)
-    assert notes.read_text() == text
+    paths = {"model": toy_run / "sft", "output_dir": tmp_path / "rm", "annotations": notes}
+    for line, named in (
+        ([1], "line 1 of"),
+        (NOTE | {"good_spans": "d"}, "good_spans"),
+        ({"status": "failed"}, "no training pairs"),
+    ):
+        notes.write_text(json.dumps(line))
+        assert named in refuse("train_rm", **paths)
+    assert "notes.jsonl" in refuse("annotate", out=notes) and notes.read_text() == json.dumps(line)
 
 
 def test_a_folder_that_is_not_a_run_is_left_alone(refuse, toy_run, tmp_path):

@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 import types
-from pathlib import Path
 
 import pytest
 
@@ -28,15 +27,9 @@ TURNS = [
     {"content": "What is 2 + 2?", "role": "user"},
     {"content": "It is 4.", "role": "assistant"},
     {"content": "And 3?", "role": "user"},
-    {"content": "9", "role": "assistant"},
 ]
 ULTRAFEEDBACK = {
-    "H4": {
-        "prompt": "What is 2 + 2?",
-        "chosen": TURNS[:2],
-        "rejected": TURNS[:1],
-        "prompt_id": "a",
-    },
+    "H4": {"prompt": "What is 2 + 2?", "chosen": TURNS[:2], "rejected": TURNS[:1]},
     "trl": {"chosen": TURNS, "rejected": TURNS[:2], "score_chosen": 8.5, "score_rejected": 6.0},
     "texts": {"prompt": "What is 2 + 2?", "chosen": "It is 4.", "rejected": "5", "metadata": {}},
     "messages": {"prompt": TURNS[:1], "chosen": TURNS[1:2]},
@@ -74,42 +67,30 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, name):
     ("name", "content"),
     [
         ("a.json", b"[{"),
-        ("a.jsonl.gz", b"{}"),
         ("a.json.gz", gzip.compress(b"[1]")[:-9]),
         ("a.jsonl.gz", gzip.compress(b"{}\n{")),
-        ("a.parquet", b"no"),
         ("a.csv", b"a,b"),
     ],
 )
 def test_a_damaged_or_unknown_file_is_refused(tmp_path, refused, name, content):
-    if "parquet" in name:
-        pytest.importorskip("pyarrow")
     (tmp_path / name).write_bytes(content)
-    sentence = refused(data.read_rows, str(tmp_path / name))
-    assert name in sentence and ("is not a .json" in sentence or "is not a .parquet" in sentence)
+    assert f"{name} is not a .json" in refused(data.read_rows, str(tmp_path / name))
 
 
-def test_a_hub_id_is_loaded_through_datasets_with_its_split(monkeypatch):
+def test_a_hub_id_is_loaded_by_datasets_with_its_split_or_refused(monkeypatch, refused):
     calls = []
 
     def load_dataset(name, split):
         calls.append((name, split))
+        if split == "none":
+            raise RuntimeError("scripts are not supported\nfor some reason")
         return iter([SLF5K])
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     for arguments in (["a/b:train_prefs"], ["a/b"], ["a/b", "test"]):
         assert data.read_rows(*arguments) == [SLF5K]
     assert calls == [("a/b", "train_prefs"), ("a/b", "train"), ("a/b", "test")]
-
-
-@pytest.mark.parametrize("error", [RuntimeError("scripts are not supported"), ValueError("a\nb")])
-def test_a_data_set_that_does_not_load_ends_in_one_sentence(monkeypatch, refused, error):
-    def load_dataset(name, split):
-        raise error
-
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    sentence = refused(data.read_rows, "JeremyAlain/SLF5K")
-    assert str(error).splitlines()[0] in sentence and "JeremyAlain/SLF5K" in sentence
+    assert "a/b:none: scripts are not supported." in refused(data.read_rows, "a/b:none")
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert "pip install datasets" in refused(data.read_rows, "JeremyAlain/SLF5K")
 
@@ -170,14 +151,6 @@ def test_qa_has_scores_and_no_rule(tmp_path, refused):
     assert "'chosen'; it has text" in refused(qa.load, flags("qa", path))
 
 
-def test_real_answers_are_read():
-    path = Path(__file__).parents[3] / "shared" / "data" / "ultrafeedback" / "train1000.jsonl"
-    if not path.is_file():
-        pytest.skip(f"there is no real data: {path}")
-    train, heldout = qa.load(flags("qa", path))
-    assert len(train) + len(heldout) > 990 and all(example.reference for example in train)
-
-
 # ---- stages ------------------------------------------------------------------------------------
 
 
@@ -186,9 +159,8 @@ def test_real_answers_are_read():
 )
 def test_a_signal_ends_the_running_stage_too(tmp_path, number, ends_with):
     script, started = tmp_path / "stage.py", tmp_path / "pid"
-    script.write_text(
-        "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(60)"
-    )
+    write_pid = "open(sys.argv[1], 'w').write(str(os.getpid()))"
+    script.write_text(f"import os, sys, time; {write_pid}; time.sleep(60)")
 
     def stop():
         while not (started.exists() and started.read_text()):
@@ -210,9 +182,7 @@ def test_a_signal_ends_the_running_stage_too(tmp_path, number, ends_with):
 
 def test_earlier_stages_get_the_same_flags_and_those_of_the_task(monkeypatch, tmp_path):
     commands = []
-    monkeypatch.setattr(
-        stages, "run", lambda title, command: commands.append(" ".join(command)) or 0.0
-    )
+    monkeypatch.setattr(stages, "run", lambda title, command: commands.append(" ".join(command)))
     task = tmp_path / "mine.py"
     task.write_text('def add_flags(add):\n    add("--mine", 1, "a flag of this task")\n')
     args = flags(task, "a.jsonl", "--heldout_data", "b.jsonl", "--bf16")
