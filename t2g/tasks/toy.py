@@ -16,18 +16,12 @@ from t2g.critics import quote_of
 from t2g.feedback import Feedback, revision_prompt, reward_prompt
 from t2g.tasks import Example
 
-NAMES = (
-    "Ana Ben Carla David Elena Felix Grace Hugo Iris Jonas "
-    "Kira Leo Maya Nils Olga Paul Rosa Sam Tara Viktor"
-).split()
-JOBS = (
-    "baker nurse pilot painter lawyer farmer dentist singer plumber writer "
-    "barber tailor cook guard judge miner"
-).split()
-CITIES = (
-    "Porto Lyon Oslo Turin Ghent Cork Malmo Bern Graz "
-    "Delft Split Leeds Riga Basel Nice Kyoto Lima Quito"
-).split()
+NAMES = """Ana Ben Carla David Elena Felix Grace Hugo Iris Jonas
+Kira Leo Maya Nils Olga Paul Rosa Sam Tara Viktor""".split()
+JOBS = """baker nurse pilot painter lawyer farmer dentist singer plumber writer
+barber tailor cook guard judge miner""".split()
+CITIES = """Porto Lyon Oslo Turin Ghent Cork Malmo Bern Graz
+Delft Split Leeds Riga Basel Nice Kyoto Lima Quito""".split()
 RELATIONS = "sister brother cousin nephew niece mother father grandson daughter son".split()
 PLANS = (
     "learn chess,buy a boat,paint a fence,run a marathon,open a shop,write a novel,sell a car,"
@@ -48,7 +42,6 @@ VAGUE_VALUES = {
     "name": "Someone", "age": "grown up", "job": "professional", "city": "some place",
     "relation": "person", "plan": "do things",
 }  # fmt: skip
-VAGUE = {fact: PHRASES[fact].format(VAGUE_VALUES[fact]) for fact in FACTS}
 FILLERS = ("as one does", "so to speak", "you know", "all in all", "as they say", "it seems")
 
 METRICS = {
@@ -86,13 +79,8 @@ def make_example(rng) -> Example:
     me, other = {}, {}
     for fact in FACTS:
         me[fact], other[fact] = rng.sample(VALUES[fact], 2)
-    mine = [
-        f"I am {me['age']} years old.",
-        f"In town I serve as the {me['job']}.",
-        f"I live in {me['city']}.",
-        f"I miss my {me['relation']}.",
-        f"I plan to {me['plan']}.",
-    ]
+    mine = [f"I am {me['age']} years old.", f"In town I serve as the {me['job']}."]
+    mine += [f"I live in {me['city']}.", f"I miss my {me['relation']}.", f"I plan to {me['plan']}."]
     rng.shuffle(mine)
     theirs = (
         f"My friend {other['name']} turned {other['age']}, comes from {other['city']}, used to be "
@@ -115,7 +103,7 @@ def noisy_summary(example, rng) -> str:
         elif draw < 0.78:
             parts.append(PHRASES[fact].format(other[fact]))
         elif draw < 0.94 or fact in ("name", "age"):
-            parts.append(VAGUE[fact])
+            parts.append(PHRASES[fact].format(VAGUE_VALUES[fact]))
         if fact not in ("name", "age") and draw < 0.78 and rng.random() < 0.12:
             parts.append(rng.choice((parts[-1], f", again{parts[-1].removeprefix(',')}")))
         if fact != "name" and rng.random() < 0.12:

@@ -179,7 +179,7 @@ def test_span_weights_reach_the_rewards(tokenizers):
 
 def test_the_toy_s_rule_gives_severities_and_annotations_leave_them_out_unless_asked(toy_run):
     example = toy.make_example(random.Random(0))
-    feedback = toy.critique(example, toy.VAGUE["name"] + " is 99, you know.")
+    feedback = toy.critique(example, "Someone is 99, you know.")
     severities = {quoted(quote) for quote in feedback.poor}
     assert severities == {("Someone", 0.5), (" 99", 1.0), (", you know", 0.3)}
     paths = {"policy": toy_run / "sft", "out": toy_run / "severe.jsonl"}
