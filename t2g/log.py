@@ -57,30 +57,21 @@ METRICS = {
     "update_tokens": "tokens that the update read, prompts and repeated passes included",
     "grad_norm": "norm of the gradient before clipping, mean over optimiser steps",
     "learning_rate": "learning rate of the step",
-    # supervised training and baselines
+    # supervised training
     "loss": "the mean of -log p over completion tokens, or the mean of the baseline's own loss",
     "validation_loss": "the same over held-out pairs; the model with the lowest one is saved",
     "tokens": "completion tokens of the batch",
-    "pairs": "DPO: pairs of the batch",
-    "pair_margin": "DPO: beta (log pi - log ref) of the chosen minus the rejected response, mean",
-    "pair_accuracy": "DPO: share of the batch's pairs whose margin is above 0",
-    "texts": "scalar reward model: texts of the batch; its loss is in units of target variance",
-    "validation_r2": "scalar reward model: explained variance of the held-out targets",
-    "validation_rank": "scalar reward model: rank correlation of scores and held-out targets",
-    "divergence": "SDPO: D(policy, teacher that has read the critique) in nats, mean over tokens",
-    "teacher_tokens": "SDPO: tokens that the teacher read",
-    "too_long": "SDPO: share of responses whose critique does not fit the teacher's context",
 }
 
 
 class Logger:
-    """log(step, metrics) appends a line to metrics.jsonl; task_metrics extends the glossary.
+    """log(step, metrics) appends a line to metrics.jsonl; more_metrics extends the glossary.
 
     A resumed run keeps the lines up to keep_until, the step that it resumes from.
     """
 
-    def __init__(self, folder, args, task_metrics=(), tensorboard=False, keep_until=0):
-        self.folder, self.known = Path(folder), set(METRICS) | set(task_metrics)
+    def __init__(self, folder, args, more_metrics=(), tensorboard=False, keep_until=0):
+        self.folder, self.known = Path(folder), set(METRICS) | set(more_metrics)
         # metrics.jsonl is written first, because a folder that has it is known as a run's.
         truncate(self.folder / "metrics.jsonl", keep_until)
         write_json(self.folder / "config.json", {"argv": sys.argv, **vars(args)})

@@ -143,6 +143,7 @@ class Objective(NamedTuple):
     count: Callable  # (*microbatch) -> number of its units
     loss: Callable  # (model, *microbatch, args) -> sum of losses, and sums of other metrics
     measure: Callable = lambda model, tokenizer, rows, args: {}  # further metrics of held-out rows
+    metrics: dict | None = None  # what its metrics mean, if t2g/log.py does not know them
 
 
 def token_loss(model, batch, trained, args):
@@ -195,7 +196,7 @@ def train(model, tokenizer, rows, heldout, args, folder, desc, objective=NEXT_TO
         reached = checkpoint.load(folder / STATE, model, optimizers)
         print(f"resuming after step {reached['step']} of {args.output_dir}", flush=True)
     first, accumulate = reached["step"] + 1, args.gradient_accumulation_steps
-    log = Logger(folder, args, keep_until=reached["step"])
+    log = Logger(folder, args, objective.metrics or (), keep_until=reached["step"])
     batches = in_batches(rows, args.per_device_train_batch_size, args.seed)
     batches = itertools.islice(batches, reached["step"] * accumulate, None)
     bar = tqdm(range(first, args.max_steps + 1), desc, args.max_steps, initial=first - 1)

@@ -148,8 +148,13 @@ def preference_loss(model, batch, trained, references, args):
     return losses.sum(), {name: value * len(losses) for name, value in stats.items()}
 
 
+METRICS = {
+    "pairs": "pairs of the batch",
+    "pair_margin": "beta (log pi - log ref) of the chosen minus the rejected response, mean",
+    "pair_accuracy": "share of the batch's pairs whose margin is above 0",
+}
 PREFERENCE = supervised.Objective(
-    "pairs", collate, lambda batch, *_: len(batch) // 2, preference_loss
+    "pairs", collate, lambda batch, *_: len(batch) // 2, preference_loss, metrics=METRICS
 )
 
 

@@ -70,8 +70,13 @@ def agreement(scorer, tokenizer, rows, args) -> dict[str, float]:
     return metrics
 
 
+METRICS = {
+    "texts": "texts of the batch; the loss is in units of target variance",
+    "validation_r2": "explained variance of the held-out targets",
+    "validation_rank": "rank correlation of scores and held-out targets",
+}
 REGRESSION = supervised.Objective(
-    "texts", collate, lambda batch, *_: len(batch), squared_error, agreement
+    "texts", collate, lambda batch, *_: len(batch), squared_error, agreement, METRICS
 )
 
 

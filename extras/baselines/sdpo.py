@@ -39,6 +39,11 @@ TOY = dict(
     learning_rate=1.5e-3, max_steps=45, per_device_train_batch_size=32, num_mini_batches=2,
     num_ppo_epochs=2, response_length=40
 )  # fmt: skip
+METRICS = {
+    "divergence": "D(policy, teacher that has read the critique) in nats, mean over tokens",
+    "teacher_tokens": "tokens that the teacher read",
+    "too_long": "share of responses whose critique does not fit the teacher's context",
+}
 STATUS = "reward {reward:+.2f} kl {kl:.2f} divergence {divergence:.4f}"
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
 
@@ -78,7 +83,8 @@ def train(task, args, tokenizer, model, critic, pool):
     actor = Policy(model).to(model.device)  # score() wants one; its values are not used
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
     metric_args = argparse.Namespace(**vars(args), kl_estimator="full", span_weights="uniform")
-    log = Logger(cli.fresh_folder(args.output_dir), args, task.METRICS, args.tensorboard)
+    folder = cli.fresh_folder(args.output_dir)
+    log = Logger(folder, args, task.METRICS | METRICS, args.tensorboard)
     bar = tqdm(range(1, args.max_steps + 1), desc="SDPO", unit="step")
     for step in bar:
         clock = [now()]

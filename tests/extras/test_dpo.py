@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from extras.baselines import dpo
 from extras.baselines.common import Scored
 from t2g import policy, supervised
-from t2g.log import METRICS, read_jsonl
+from t2g.log import read_jsonl
 from t2g.tasks import toy
 
 PAIRS = [
@@ -132,7 +132,7 @@ def test_two_steps_of_the_command_and_again_from_its_pairs(fresh, tmp_path):
     training = "--max_steps 2 --per_device_train_batch_size 2 --learning_rate 1e-3 --beta 0.2"
     run(f"dpo {sampling} {training}", output_dir=tmp_path / "dpo")
     lines = read_jsonl(tmp_path / "dpo" / "metrics.jsonl")
-    assert [line["step"] for line in lines] == [1, 2] and set(lines[0]) <= set(METRICS)
+    assert [line["step"] for line in lines] == [1, 2]
     assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
     [stats] = json.loads((tmp_path / "dpo" / "sampling.json").read_text())
     assert set(stats) >= {"ties", "unpaired", "unparsable", "seconds_rollout"}

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 import train_ppo
 from extras.baselines import sdpo
 from t2g.feedback import Feedback, revision_prompt
-from t2g.log import METRICS, read_jsonl
+from t2g.log import read_jsonl
 from t2g.policy import save
 from t2g.rollout import chat_text, sample
 from t2g.tasks import toy
@@ -195,7 +195,6 @@ def test_two_steps_begin_with_the_rollout_of_train_ppo(monkeypatch, tmp_path):
     run(f"sdpo {SHORT} --max_steps 2 --learning_rate 0.01", output_dir=tmp_path / "sdpo")
     lines = read_jsonl(tmp_path / "sdpo" / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2]
-    assert set(lines[0]) <= set(METRICS) | set(toy.METRICS)
     assert lines[0]["kl"] == lines[0]["unparsable"] == lines[0]["too_long"] == 0 < lines[1]["kl"]
     assert (tmp_path / "sdpo" / "checkpoint-2" / "model.safetensors").is_file()
     command = f"train_ppo.py {SHORT} --num_mini_batches 2 --max_steps 1 --eval_samples 1"
