@@ -171,8 +171,10 @@ def in_words(name, value) -> str:
     if name == "reward" and value in REWARDS:
         return REWARDS[value]
     words = name.replace("_", " ")
-    if value is None or value is True:
-        return words if value else f"no {words}"
+    if value is None:
+        return f"no {words}"
+    if value is True:
+        return words
     return f"{words} {':'.join(map(str, value)) if isinstance(value, list) else value}"
 
 

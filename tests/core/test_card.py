@@ -81,29 +81,30 @@ signs = st.sampled_from([-1, 0, 1])
 words = st.lists(st.tuples(signs, signs), min_size=1, max_size=12)
 
 
-def marked(values, swapped=1):
+def marked(values):
     """Feedback that marks the i-th word of a text of different words by the i-th sign."""
-    good = [f"word{i}" for i, value in enumerate(values) if value * swapped == 1]
-    poor = [f"word{i}" for i, value in enumerate(values) if value * swapped == -1]
+    good = [f"word{i}" for i, value in enumerate(values) if value == 1]
+    poor = [f"word{i}" for i, value in enumerate(values) if value == -1]
     return Feedback("So it is.", good, poor)
 
 
-def both_ways(texts, swapped=1):
-    """The truth's and the critic's feedback on texts of different words."""
+def card_of(texts):
+    """The card of texts of different words, from the signs that truth and critic give each."""
     records, feedback = [], []
     for text in texts:
-        truth = marked([truth for truth, _ in text], swapped)
-        records.append(record(" ".join(f"word{i}" for i in range(len(text))), truth))
-        feedback.append(marked([guess for _, guess in text], swapped))
-    return records, feedback
+        truth, critic = zip(*text)
+        response = " ".join(f"word{i}" for i in range(len(text)))
+        records.append(record(response, marked(truth)))
+        feedback.append(marked(critic))
+    return of(records, feedback)
 
 
 @given(st.lists(words, min_size=1, max_size=4))
 def test_good_changes_places_with_poor_and_precision_with_recall(texts):
     """Once good and poor are swapped, and once the truth and the critic."""
-    reversed_texts = [[pair[::-1] for pair in text] for text in texts]
-    found, signs_swapped = of(*both_ways(texts)), of(*both_ways(texts, swapped=-1))
-    sides_swapped = of(*both_ways(reversed_texts))
+    found = card_of(texts)
+    signs_swapped = card_of([[(-truth, -critic) for truth, critic in text] for text in texts])
+    sides_swapped = card_of([[(critic, truth) for truth, critic in text] for text in texts])
     for part in (lambda figures: figures, lambda figures: figures["by_character"]):
         for one, two in (("good", "poor"), ("poor", "good")):
             assert part(found)[one] == part(signs_swapped)[two]
