@@ -1,4 +1,4 @@
-"""The card of a critic: identities between marks and figures, the files it reads, the page it writes."""
+"""The card of a critic: identities of its figures, the files it reads, the page it writes."""
 
 import json
 import random
@@ -114,7 +114,7 @@ def test_good_changes_places_with_poor_and_precision_with_recall(texts):
 
 
 def test_tokens_and_characters_of_one_response_counted_by_hand():
-    """Ana | is | 27 | , | lives | in | Porto | . : one of three good words is; both fault the age."""
+    """Ana | is | 27 | , | lives | in | Porto | . : one of three good words is good."""
     truth = Feedback("No.", [" Porto"], [" 27"])
     critic = Feedback("It is not 27.", ["lives in Porto"], ["27"])
     found = of([record(TEXT, truth)], [critic])

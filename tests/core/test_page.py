@@ -1,4 +1,4 @@
-"""The page of runs: what is in the file, which runs form a group, and what a browser makes of it."""
+"""The page of runs: what is in the file, which runs form a group, and what a browser shows."""
 
 import base64
 import json
@@ -48,9 +48,9 @@ const point = node => {
 };
 const press = key => document.activeElement.dispatchEvent(
   new KeyboardEvent("keydown", { key, bubbles: true }));
-const view = () => [$("step").textContent, document.querySelector(".text").textContent.match(word)[0]];
-const colours = () => all(".token", document.querySelector(".text"))
-  .map(node => node.style.getPropertyValue("--shade"));
+const first = () => document.querySelector(".text");
+const view = () => [$("step").textContent, first().textContent.match(word)[0]];
+const colours = () => all(".token", first()).map(node => node.style.getPropertyValue("--shade"));
 seen.open = [view(), form.of.value];
 press("ArrowRight");
 seen.moved = view();
@@ -69,7 +69,8 @@ for (const input of form.which) {
 }
 document.querySelector("summary").click();
 seen.details = all("details").map(node => [node.open, node.textContent.length]);
-seen.overflow = [innerWidth, document.documentElement.scrollWidth - document.documentElement.clientWidth];
+const root = document.documentElement;
+seen.overflow = [innerWidth, root.scrollWidth - root.clientWidth];
 seen.page = getComputedStyle(document.body).backgroundColor;
 console.log("SEEN", btoa(unescape(encodeURIComponent(JSON.stringify(seen)))));
 }"""
