@@ -73,7 +73,7 @@ def add_algorithm_flags(add):
     add(
         "--kl_target",
         None,
-        "KL in nats to steer kl_coef to; fixed if not given",
+        "KL per response that kl_coef adapts to hold; else it is fixed",
         cli.positive(float),
     )
     add("--kl_horizon", 10000.0, "number of responses over which kl_coef adapts")
@@ -133,36 +133,36 @@ def train(task, args, actor, reference, critic, tokenizer, run):
         with dist.whole(actor.model):
             shape = args.response_length, args.temperature
             rollout = sample(actor.model, tokenizer, prompts, *shape, bf16=args.bf16)
-        run.lap()
+        run.end_phase("rollout")
 
-        # 2. Critique: what is wrong, and where. None is unreadable, and masked out of the loss.
+        # 2. Critique: what is wrong, and where. An unreadable one, None, is masked out of the loss.
         feedback = critic(examples, rollout.texts)
-        run.lap()
+        run.end_phase("critique")
 
         # 3. Spans -> token rewards delta in {-1, 0, +1}, placed as --reward says.
         delta, quotes = token_rewards(tokenizer, rollout, feedback, args)
         placed = place_rewards(delta, tokenizer, rollout, task, args)
 
-        # 4. KL penalty: r_t = placed_t - kl_coef KL_t. From here on the batch is the global one.
+        # 4. KL penalty: r_t = placed_t - kl_coef KL_t. Tensors are now of all ranks' responses.
         old = score(actor, reference, rollout, args)
-        mask, delta, placed, old = gather(rollout, feedback, delta, placed, old)
+        mask, delta, placed, old = global_batch(rollout, feedback, delta, placed, old)
         check_reference(step, old.kl)
         rewards = placed - kl_controller.value * old.kl
 
         # 5. Advantages by GAE, whitened over the batch.
         advantages, returns = gae(rewards, old.values, mask, args.gamma, args.lam)
         whitened = whiten(advantages, mask)
-        run.lap()
+        run.end_phase("score")
 
         # 6. PPO: a few epochs of minibatches against the clipped losses.
         batch = dict(old_logprobs=old.logprobs, old_values=old.values, advantages=whitened)
         batch |= dict(returns=returns, mask=mask)
         stats = update(actor, run.optimizer, rollout, batch, args) if mask.any() else {}
-        run.lap()
+        run.end_phase("update")
 
         # 7. Did the criticised tokens move? Log, save, and steer the KL coefficient.
         change = (dist.gather(response_logprobs(actor, rollout, args)) - old.logprobs) * mask
-        run.lap()
+        run.end_phase("shift")
         stats |= shift(change, delta, mask) | summary(mask, delta, quotes, old.kl, old.entropy)
         stats |= token_counts(tokenizer, rollout, feedback) | {"kl_coef": kl_controller.value}
         stats |= {"value_explained": value_explained(old.values, returns, mask)}
@@ -191,7 +191,7 @@ def show_heldout(step, actor, reference, critic, run):
         run.samples.add(step, run.tokenizer, examples, rollout, feedback, heldout=True, **numbers)
 
 
-def gather(rollout, feedback, delta, placed, old):
+def global_batch(rollout, feedback, delta, placed, old):
     """The tensors of all ranks, and the mask of tokens with a readable critique. Collective."""
     readable = torch.tensor([one is not None for one in feedback], device=delta.device)
     mask = dist.gather(rollout.mask & readable[:, None])
@@ -201,7 +201,7 @@ def gather(rollout, feedback, delta, placed, old):
 def check_reference(step, kl):
     if step == 1 and not kl.abs().max() <= 1e-3:
         raise RuntimeError(
-            f"policy and reference differ before the first update: KL {kl.max():.2g}"
+            f"policy and reference differ before the first update: KL {kl.abs().max():.2g}"
         )
 
 
@@ -213,7 +213,7 @@ def update(actor, optimizer, rollout, batch, args) -> dict[str, float]:
     """
     batch = {name: dist.own(x)[:, : rollout.mask.shape[1]] for name, x in batch.items()}
     device, taken = rollout.mask.device, []  # one row of statistics for each optimiser step taken
-    first_error = torch.zeros((), device=device)
+    first_ratio_error = torch.zeros((), device=device)
     for epoch in range(args.num_ppo_epochs):
         for number, minibatch in enumerate(
             torch.randperm(len(rollout)).chunk(args.num_mini_batches)
@@ -231,10 +231,11 @@ def update(actor, optimizer, rollout, batch, args) -> dict[str, float]:
                 for name, value in part.items():
                     stats[name] += value.detach()
             if epoch == number == 0:
-                first_error = dist.total(error) / token_count
-                check_first_ratio(first_error.item(), args.bf16)
-            clipped = torch.nn.utils.clip_grad_norm_(actor.parameters(), args.max_grad_norm)
-            norm = dist.plain(clipped)
+                first_ratio_error = dist.total(error) / token_count
+                check_first_ratio(first_ratio_error.item(), args.bf16)
+            # The norm before clipping.
+            norm = torch.nn.utils.clip_grad_norm_(actor.parameters(), args.max_grad_norm)
+            norm = dist.plain(norm)
             if norm.isfinite():
                 optimizer.step()
                 taken.append(stats | {"grad_norm": norm / dist.size()})
@@ -245,7 +246,7 @@ def update(actor, optimizer, rollout, batch, args) -> dict[str, float]:
     }
     tokens = args.num_ppo_epochs * int(rollout.prompt_mask.sum() + rollout.mask.sum())
     skipped = args.num_ppo_epochs * args.num_mini_batches - len(taken)
-    ours = {"first_ratio_error": first_error.item(), "skipped_updates": skipped}
+    ours = {"first_ratio_error": first_ratio_error.item(), "skipped_updates": skipped}
     return dist.totals(means | {"update_tokens": tokens}) | ours
 
 
@@ -253,13 +254,12 @@ def microbatch_loss(actor, rollout, b, token_count, args):
     """A microbatch's part of the minibatch's loss, its statistics, and its log pi (B, T)."""
     with autocast(args.bf16):
         new = actor(rollout, args.temperature, args.entropy_coef > 0)
-    mask = b["mask"]
-    ratio_limits, value_limits = (mask, args.cliprange), (mask, args.cliprange_value)
+    mask, old_logprobs, old_values = b["mask"], b["old_logprobs"], b["old_values"]
     pg_loss, pg_stats = policy_loss(
-        new.logprobs, b["old_logprobs"], b["advantages"], *ratio_limits, token_count
+        new.logprobs, old_logprobs, b["advantages"], mask, args.cliprange, token_count
     )
     vf_loss, vf_stats = value_loss(
-        new.values, b["old_values"], b["returns"], *value_limits, token_count
+        new.values, old_values, b["returns"], mask, args.cliprange_value, token_count
     )
     entropy = (new.entropy * mask).sum() / token_count
     stats = {"policy_loss": pg_loss, "value_loss": vf_loss, **pg_stats, **vf_stats}
@@ -267,14 +267,14 @@ def microbatch_loss(actor, rollout, b, token_count, args):
 
 
 def check_first_ratio(error, bf16):
-    """Before any step rho is 1 within rounding, or log-probabilities are computed in two ways.
+    """Before any step rho is 1 within rounding, or score() and the update compute other log pi.
 
     error: mean |log rho| over the global minibatch. bf16 logits of 16 to 32 have steps of 0.125, so
     there a large error is a warning, given once.
     """
     message = f"the first ratio of a step must be 1, but the mean |log ratio| is {error:.2g}"
     if not bf16 and not error <= 1e-4:
-        raise RuntimeError(message)
+        raise RuntimeError(f"{message}: is there dropout, or is padding not masked?")
     if not error <= 0.05:
         warnings.warn(f"{message}: see first_ratio_error in metrics.jsonl", stacklevel=2)
 

@@ -260,10 +260,10 @@ SPAN_WEIGHTS = {  # the weights of the tokens of a span of n tokens, from the fi
 def span_rewards(offsets, spans, weights="uniform") -> torch.Tensor:
     """Returns delta, the reward of each token: the lowest of the spans that it overlaps, or 0.
 
-        delta_t = min over spans s that overlap t of  score_s * w(k, n),   t is token k of n in s
+        delta_t = min of score_s * w(k, n) over spans s in which t is token k of n
 
-    Args: offsets, T half-open ranges in order; spans, (start, end, score), not empty, inside the
-        text and with a score in [-1, 1]; weights, a key of SPAN_WEIGHTS, w above.
+    Args: offsets, T half-open ranges in order; spans, (start, end, score) in the text, with a score
+        in [-1, 1]; weights, a key of SPAN_WEIGHTS, w above.
     Returns: (T,) float32. Raises: ValueError if spans or offsets are not as above.
 
     >>> span_rewards([(0, 3), (3, 6), (6, 9), (9, 9)], [(0, 9, 1.0), (4, 7, -1.0)])

@@ -105,13 +105,17 @@ def add_flags(add):
     default = "a tenth of --max_steps, at most 20, if not given"
     add("--save_steps", None, f"steps between two checkpoints; {default}", positive(int))
     add("--save_total_limit", 2, "number of checkpoints that are kept, the latest ones")
-    add("--resume", "auto", "auto: an unfinished run of the same flags; none; or a checkpoint")
+    add(
+        "--resume",
+        "auto",
+        "auto: an unfinished run of the same flags; none; or go back to a checkpoint",
+    )
 
 
 def save_checkpoint(actor, tokenizer, optimizer, args, meta):
     """Writes a checkpoint with the state to resume from, and deletes the oldest ones. Collective.
 
-    meta: {"step", "data_hash", "kl_coef"}; flags, command, commit and versions are added.
+    meta: {"step", "data_hash", "start", "kl_coef"}; flags, command, commit and versions are added.
     """
 
     def write_state(folder):
@@ -137,16 +141,20 @@ def resume(actor, optimizer, args, examples) -> dict:
 
     Collective. Any number of ranks may resume what any other number has written.
     """
-    data_hash = hash_of(examples)
+    data_hash, start = hash_of(examples), size_of(actor)
     steps = [policy.step_of(path) for path in policy.checkpoints(args.output_dir)]
     latest = max(steps, default=0) if dist.rank() == 0 else 0
     step = int(dist.totals({"step": latest})["step"])  # all ranks resume what rank 0 sees
     if not step:
-        return {"step": 0, "data_hash": data_hash, "kl_coef": args.kl_coef}
+        return {"step": 0, "data_hash": data_hash, "start": start, "kl_coef": args.kl_coef}
     folder = Path(args.output_dir) / f"checkpoint-{step}"
     meta = read_json(folder / "state" / "meta.json")
     if meta.get("data_hash") != data_hash:
         fail(f"{folder} was made from other data; restore them, or begin anew with --resume none")
+    if abs(meta["start"] - start) > 1e-6 * start:  # the reference is made from it
+        fail(
+            f"{folder} started from another --policy; restore it, or begin anew with --resume none"
+        )
     ranks = range(meta["processes"])
     files = [folder / "state" / state_file(rank, meta["processes"]) for rank in ranks]
     same_ranks = len(files) == dist.size()
@@ -156,6 +164,12 @@ def resume(actor, optimizer, args, examples) -> dict:
         meta["kl_coef"] = args.kl_coef
     print(f"resuming after step {step} of {args.output_dir}", flush=True)
     return meta
+
+
+def size_of(module) -> float:
+    """The sum of |w| over all weights of all ranks: it tells one model from another. Collective."""
+    weights = [dist.local(weight).double().abs().sum() for weight in module.parameters()]
+    return dist.totals({"size": sum(weights).item()})["size"]
 
 
 def own_rows(files) -> dict:

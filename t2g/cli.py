@@ -90,13 +90,21 @@ def between(low, high):
 
 
 @functools.cache
-def load_file(path, flag: str, built_in):
-    """Imports the .py file that a user names with flag, beside the built-in names."""
+def load_file(path, flag: str, built_in, needs=()):
+    """Imports the .py file that a user names with flag, beside the built-in names.
+
+    needs: names that it must define.
+    """
     if not path.endswith(".py") or not Path(path).is_file():
         fail(f"{flag} {path}: give a path of a .py file or one of {', '.join(built_in)}")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        fail(f"{flag} {path} is not valid Python: {error}")
+    if missing := [name for name in needs if not hasattr(module, name)]:
+        fail(f"{flag} {path} must define {', '.join(missing)}; docs/TASKS.md shows an example")
     return module
 
 

@@ -36,7 +36,7 @@ def stages_before(args) -> list[str]:
     if args.critic == "openai" and not (args.base_url and args.reward_model):
         fail("--critic openai needs --base_url and --reward_model, the model's name on that server")
     if args.critic not in BUILT_IN:
-        load_file(args.critic, "--critic", BUILT_IN)  # a wrong name fails before the stages
+        load_critic_file(args.critic)  # a wrong name fails before the stages
     return ["annotate", "rm"] if args.critic == "rm" and not args.reward_model else []
 
 
@@ -51,19 +51,26 @@ def load_critic(task, args, root, device):
     if args.critic == "openai":
         return warning(openai_critic(args.base_url, args.reward_model, args.critique_length))
     if args.critic != "rm":
-        return warning(load_file(args.critic, "--critic", BUILT_IN).critic(task, args))
+        return warning(load_critic_file(args.critic).critic(task, args))
     tokenizer, model = policy.load(args.reward_model or root / "rm")
     model = dist.frozen(model, args)
     return warning(reward_model_critic(model, tokenizer, args.critique_length, args.bf16))
 
 
+def load_critic_file(path):
+    return load_file(path, "--critic", BUILT_IN, ("critic",))
+
+
 def warning(critic):
-    """Returns the same critic; it warns the first time that all critiques are unreadable."""
+    """Returns the same critic, checked; it warns once if all critiques are unreadable."""
     warned = False
 
     def warning_critic(examples, responses):
         nonlocal warned
         feedback = critic(examples, responses)
+        fits = all(one is None or isinstance(one, Feedback | float) for one in feedback)
+        if not fits or len(feedback) != len(responses):
+            fail("the critic must return a Feedback, None or a float for each response")
         if not warned and all(one is None for one in feedback):
             warned = True
             cause = "check --critique_length and whether train_rm.py made --reward_model"

@@ -77,10 +77,12 @@ def end_all(store, error):
     os._exit, because destroying a process group waits for ranks that will never come.
     """
     code = 1
-    if isinstance(error, SystemExit):
-        code = error.code if isinstance(error.code, int) else 1
-    else:
+    if not isinstance(error, SystemExit):
         sys.excepthook(type(error), error, error.__traceback__)
+    elif error.code is None or isinstance(error.code, int):
+        code = error.code or 0
+    else:  # sys.exit("a message")
+        print(error.code, file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     store.set("exit code", str(code))

@@ -1,7 +1,7 @@
 """What a run writes: config.json, metrics.jsonl and, if asked for, TensorBoard files.
 
-METRICS is the glossary: the logger refuses a metric that is not in it. Means over responses are
-over those with a readable critique; "tokens" are tokens of responses.
+METRICS is the glossary: the logger refuses a metric that is not in it. Metrics of delta, KL,
+entropy, V and the losses are over responses with a readable critique, the others over all.
 """
 
 import json
@@ -19,7 +19,7 @@ METRICS = {
     "step": "optimiser steps (supervised) or rollouts (PPO) so far",
     "reward": "sum over t of delta_t, before penalties for KL and missing EOS, mean over responses",
     "kl": "sum over t of the KL against the reference in nats, mean over responses",
-    "kl_coef": "coefficient of the KL penalty in r_t = delta_t - kl_coef KL_t",
+    "kl_coef": "coefficient of the KL penalty in r_t = placed delta_t - kl_coef KL_t",
     "entropy": "-sum over v of p(v) log p(v) in nats, mean over tokens",
     "shift_good": "change of log pi over the update in nats, mean over tokens with delta > 0",
     "shift_rest": "the same over tokens with delta = 0",
@@ -115,9 +115,9 @@ def sync(path):
 
 def truncate(path, step):
     """Drops the rows of a .jsonl file after a step, all for 0, and a half-written last line."""
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if step and path.is_file() else []
+    lines = path.read_bytes().split(b"\n")[:-1] if step and path.is_file() else []
     try:
-        kept = [line + "\n" for line in lines if json.loads(line)["step"] <= step]
+        kept = [line.decode() + "\n" for line in lines if json.loads(line)["step"] <= step]
     except (ValueError, KeyError) as error:
         fail(f"{path} is damaged ({error}); repair that line, or begin anew with --resume none")
     write_text(path, "".join(kept))

@@ -8,7 +8,8 @@ from t2g.align import MATCH_KINDS, SENTENCE_OR_LINE, resolve, span_rewards, step
 def token_rewards(tokenizer, rollout, feedback, args):
     """delta (B, T) from each response's feedback, and the number of quotes found in each way."""
     delta, counts = torch.zeros(rollout.mask.shape), dict.fromkeys((*MATCH_KINDS, "ambiguous"), 0)
-    for row, (text, critique) in enumerate(zip(rollout.texts, feedback)):
+    pairs = zip(rollout.texts, feedback, strict=True)
+    for row, (text, critique) in enumerate(pairs):
         ids = rollout.ids(row)
         if isinstance(critique, float):  # a learned scalar for the whole response
             delta[row, len(ids) - 1] = critique
@@ -21,7 +22,7 @@ def token_rewards(tokenizer, rollout, feedback, args):
 
 
 def place_rewards(delta, tokenizer, rollout, task, args):
-    """Rewards (B, T): delta summed over each segment, on the segment's last token.
+    """Rewards (B, T): the sum of delta over each segment, on the segment's last token.
 
     A segment is a token (span), a sentence or what else ends with task.STEP_END (prm), or the whole
     response (scalar). A response without EOS pays --missing_eos_penalty on its last token.

@@ -36,6 +36,8 @@ class Run:
         self.optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=0.0, fused=True)
         self.meta = checkpoint.resume(actor, self.optimizer, args, pool)
         self.first = self.meta["step"] + 1
+        if self.meta["step"] > args.max_steps:
+            fail(f"the run has done {self.meta['step']} steps: raise --max_steps {args.max_steps}")
         self.kl_coef = self.meta["kl_coef"]
         self.samples = Samples(folder, args.max_steps, keep_until=self.meta["step"])
         if dist.rank() == 0:
@@ -58,8 +60,9 @@ class Run:
         examples = dist.own(rng.choices(self.pool, k=self.args.batch_size))
         return sorted(examples, key=lambda example: len(example.prompt))
 
-    def lap(self):
-        """Ends a phase of the step, in the order of PHASES."""
+    def end_phase(self, phase):
+        """Ends a phase of the step; phases end in the order of PHASES."""
+        assert phase == PHASES[len(self.clock) - 1]
         self.clock.append(now())
 
     def log(self, step, metrics):
@@ -89,7 +92,8 @@ class Run:
         args = self.args
         stopping = dist.totals({"signals": len(self.sigterm)})["signals"]
         if stopping or step % args.save_steps == 0 or step == args.max_steps:
-            meta = {"step": step, "kl_coef": kl_coef, "data_hash": self.meta["data_hash"]}
+            made_from = {name: self.meta[name] for name in ("data_hash", "start")}
+            meta = {"step": step, "kl_coef": kl_coef} | made_from
             checkpoint.save_checkpoint(self.actor, self.tokenizer, self.optimizer, args, meta)
         if stopping:
             print(

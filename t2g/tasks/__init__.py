@@ -47,7 +47,7 @@ def load_task(name: str):
     if name in BUILT_IN:
         module = importlib.import_module(f"t2g.tasks.{name}")
     else:
-        module = cli.load_file(name, "--task", BUILT_IN)
+        module = cli.load_file(name, "--task", BUILT_IN, ("load", "score", "METRICS"))
     path = Path(module.__file__)
     module.NAME = path.parent.name if path.stem == "task" else path.stem
     return module
@@ -71,7 +71,7 @@ def data_flags(args) -> list[str]:
     names += ["data", "source_field", "reference_field"] if args.data else []
     names.append("bf16")
     own_flags = getattr(load_task(args.task), "add_flags", lambda add: None)
-    own_flags(lambda name, *_: names.append(name.removeprefix("--")))
+    own_flags(lambda name, *_, **__: names.append(name.removeprefix("--").replace("-", "_")))
     words = []
     for name in names:
         value = getattr(args, name)
@@ -109,11 +109,14 @@ def parse(parser, script: str, **defaults):
     task = load_task(named.task)
     files = [task]
     if named.critic and named.critic.endswith(".py"):
-        files.append(cli.load_file(named.critic, "--critic", critics.BUILT_IN))
+        files.append(critics.load_critic_file(named.critic))
     for file in files:
         getattr(file, "add_flags", lambda add: None)(cli.flags(parser))
     own_defaults = getattr(task, "DEFAULTS", {})
-    parser.set_defaults(**own_defaults.get(script, defaults.get(task.NAME, {})))
+    own_defaults = own_defaults.get(script, defaults.get(task.NAME, {}))
+    if unknown := set(own_defaults) - {action.dest for action in parser._actions}:
+        fail(f"DEFAULTS of {named.task} names flags that {script} lacks: {', '.join(unknown)}")
+    parser.set_defaults(**own_defaults)
     args = parser.parse_intermixed_args()  # positional arguments may stand between flags
     if dist.processes() > 1 and script != "train_ppo":
         fail(f"{script}.py runs in one process; start it without --nproc_per_node")

@@ -1,11 +1,13 @@
 """Quotes made by programs: each is found in the place that was meant."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from t2g import critics
 from t2g.align import locate
 from t2g.critics import quote_of
 
@@ -40,3 +42,23 @@ def test_a_quote_of_words_is_found_once_and_ends_where_they_end(data, parts, glu
 )
 def test_a_quote_grows_word_by_word_to_the_left_until_it_is_unique(text, place, quote):
     assert quote_of(text, *place) == quote
+
+
+@pytest.mark.parametrize(
+    ("source", "named"),
+    [
+        ("def critic(task, args:", "not valid Python"),
+        ("x = 1", "must define critic"),
+        (
+            "critic = lambda task, args: lambda examples, texts: [1] * len(texts)",
+            "for each response",
+        ),
+        ("critic = lambda task, args: lambda examples, texts: [None]", "for each response"),
+    ],
+)
+def test_a_faulty_critic_file_ends_with_one_sentence(source, named, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(source)
+    with pytest.raises(SystemExit):
+        args = SimpleNamespace(critic=str(tmp_path / "mine.py"))
+        critics.load_critic(None, args, tmp_path, "cpu")([None] * 2, ["a", "b"])
+    assert named in capsys.readouterr().err

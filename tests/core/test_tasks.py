@@ -184,7 +184,10 @@ def test_earlier_stages_get_the_same_flags_and_those_of_the_task(monkeypatch, tm
     commands = []
     monkeypatch.setattr(stages, "run", lambda title, command: commands.append(" ".join(command)))
     task = tmp_path / "mine.py"
-    task.write_text('def add_flags(add):\n    add("--mine", 1, "a flag of this task")\n')
+    source = (
+        "load = score = METRICS = None\ndef add_flags(add):\n    add('--mine', 1, 'its own flag')"
+    )
+    task.write_text(source)
     args = flags(task, "a.jsonl", "--heldout_data", "b.jsonl", "--bf16")
     args.mine = 7
     stages.ensure(["sft", "annotate", "rm"], args, tmp_path)
