@@ -1,8 +1,16 @@
-"""What runs in the sandbox's own process: cut it off from the machine, run the program, say how it ended.
+"""Runs one program cut off from the machine. sandbox.py starts this file as a script.
 
-t2g/sandbox.py starts this file as a script, with a task as JSON on stdin, and reads a verdict as JSON on stdout. Three
-processes: the launcher makes the namespaces, the guard (process 1 in them) waits and kills, the last one gives up its rights and
-runs the program, watched by t2g/witness.py. Nothing else of ours is imported: a program shall not meet it.
+It reads a job as JSON from stdin and writes a verdict as JSON to stdout. Three processes take part:
+the launcher enters namespaces; the guard, process 1 in them, waits, kills what is left and writes
+the verdict; the third gives up its rights and runs the program under the eyes of witness.py.
+Nothing else of the project is imported, so that a program cannot meet it. Why each layer exists:
+
+    namespaces     no file, network or process but the program's own; needs user namespaces or root
+    Landlock       limits files where containers forbid namespaces, needing no rights
+    seccomp        closes what Landlock leaves: sockets, io_uring, chmod, System V objects, keys
+    another user   signals and process limits would otherwise concern whoever started us
+    rlimits        bound memory, processor time, file size and processes of a hostile program
+    the guard      must outlive the program, to judge it and to kill its daemons
 """
 
 import contextlib
@@ -16,106 +24,99 @@ import time
 from signal import SIGKILL
 from struct import pack
 
-MAX_PROCESSES = 64  # at once, threads too
-MAX_FILE_MB, MAX_FILES = 16, 4096  # of a file; in namespaces of all files, and their number
+MAX_PROCESSES = 64  # of a program at a time, threads included
+MAX_FILE_MB, MAX_FILES = 16, 4096  # of a file; with namespaces of all files, and their number
 MAX_OUTPUT = 65536  # bytes that are kept of stdout and of stderr, the last ones
-GRACE = (
-    0.2  # seconds between the timeout, when the program's stack is written to stderr, and the kill
-)
-USERS = range(61184, 65520)  # ids that systemd sets aside for users of a moment
-FOLDERS = sorted(
-    {sys.base_prefix, sys.prefix, "/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache"}, key=len
-)  # what Python needs
-NEWNS, NEWIPC, NEWUSER, NEWPID, NEWNET = 0x00020000, 0x08000000, 0x10000000, 0x20000000, 0x40000000
-MOUNT_SETATTR, LANDLOCK = 442, 444  # numbers of system calls, the same on all machines
+GRACE = 0.2  # seconds from the timeout, when stderr receives the program's stack, to the kill
+USERS = range(61184, 65520)  # ids that systemd reserves for short-lived users
+LIBRARIES = {"/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache"}
+PYTHON = sorted({sys.base_prefix, sys.prefix, *LIBRARIES}, key=len)  # outer folders first
+
+# From the kernel's headers; the numbers of the two system calls are the same on all machines
+NEWNS, NEWIPC, NEWUSER, NEWPID, NEWNET = 0x20000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
+BIND_RECURSIVE, PRIVATE_RECURSIVE, NOSUID_NODEV, DETACH = 0x5000, 0x44000, 6, 2
+PDEATHSIG, KEEPCAPS, SECCOMP, SUBREAPER, NO_NEW_PRIVS = 1, 8, 22, 36, 38
+MOUNT_SETATTR, LANDLOCK = 442, 444
 libc = ctypes.CDLL(None, use_errno=True)
 
 
 def call(function, *args):
-    """A function of the C library that returns -1 where it fails."""
+    """Calls a function of the C library, and raises OSError if it returns -1."""
     result = function(*(arg.encode() if isinstance(arg, str) else arg for arg in args))
     if result < 0:
         raise OSError(ctypes.get_errno(), f"{function.__name__}: {os.strerror(ctypes.get_errno())}")
     return result
 
 
+def prctl(option, value, pointer=0):
+    call(libc.prctl, option, value, pointer, 0, 0)
+
+
 def main():
-    import witness  # noqa: F401  beside this script; there will be no such folder later
+    import witness  # noqa: F401  loaded here, because the program's process cannot read its file
 
     sys.path.pop(0)
-    task = json.load(sys.stdin)
-    task["user"] = USERS[
-        os.getpid() % len(USERS)
-    ]  # one of its own, so that limits and signals are those of this run
-    call(libc.prctl, 1, SIGKILL)  # PR_SET_PDEATHSIG: who started us shall not die alone
-    outputs = [open(f"{task['box']}/{name}", "w+b") for name in ("stdout", "stderr")]
+    job = json.load(sys.stdin)
+    job["user"] = USERS[os.getpid() % len(USERS)]  # limits and signals then concern this run only
+    prctl(PDEATHSIG, SIGKILL)  # the jail dies with the process that started it
+    outputs = [open(f"{job['box']}/{name}", "w+b") for name in ("stdout", "stderr")]
     for file in outputs:
         os.unlink(file.name)
-    if task["kind"] == "namespaces":
-        namespaces(task["box"])
+    if job["kind"] == "namespaces":
+        enter_namespaces(job["box"])
     elif os.getuid() == 0:
-        with contextlib.suppress(OSError):  # in some containers there is no other user
-            os.chown(task["box"], task["user"], task["user"])
+        with contextlib.suppress(OSError):  # some containers have no other user
+            os.chown(job["box"], job["user"], job["user"])
     else:
-        task["others"] = threads_of_this_user()
-    guard(task, outputs)
+        job["others"] = threads_of_this_user()
+    guard(job, outputs)
 
 
 def threads_of_this_user() -> int:
-    """The limit on processes counts these too, unless we have a namespace or a user id of our own."""
+    """Counts the threads that the limit on the user's processes includes besides the program's."""
     count = 0
     for pid in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(FileNotFoundError):  # it ended meanwhile
-            count += (
-                len(os.listdir(f"/proc/{pid}/task"))
-                if os.stat(f"/proc/{pid}").st_uid == os.getuid()
-                else 0
-            )
+        with contextlib.suppress(FileNotFoundError):  # it has ended meanwhile
+            if os.stat(f"/proc/{pid}").st_uid == os.getuid():
+                count += len(os.listdir(f"/proc/{pid}/task"))
     return count
 
 
-# ---- ways to be cut off ----------------------------------------------------------------------------------------------------
+# ---- isolation -----------------------------------------------------------------------------------
 
 
-def namespaces(root):
-    """A file system of its own with nothing but Python in it, read-only; no network; no process but the program's."""
-    user = os.getuid()
+def enter_namespaces(root):
+    """Mounts a file system with nothing but Python at root, and leaves network and processes."""
+    user, group = os.getuid(), os.getgid()
     call(libc.unshare, NEWNS | NEWIPC | NEWPID | NEWNET | (NEWUSER if user else 0))
     if user:
-        for name, line in (
-            ("setgroups", "deny"),
-            ("uid_map", f"{user} {user} 1"),
-            ("gid_map", f"{os.getgid()} {os.getgid()} 1"),
-        ):
+        maps = {"setgroups": "deny", "uid_map": f"{user} {user} 1", "gid_map": f"{group} {group} 1"}
+        for name, line in maps.items():
             with open(f"/proc/self/{name}", "w") as file:
                 file.write(line)
-    if guard := os.fork():
+    guard = os.fork()
+    if guard:
         os._exit(os.waitstatus_to_exitcode(os.waitpid(guard, 0)[1]) & 255)
-    call(libc.prctl, 1, SIGKILL)
+    prctl(PDEATHSIG, SIGKILL)
     call(
-        libc.mount, None, "/", None, 0x44000, None
-    )  # MS_REC | MS_PRIVATE: what is mounted here is seen here only
-    call(
-        libc.mount, "tmpfs", root, "tmpfs", 6, f"size={MAX_FILE_MB}m,nr_inodes={MAX_FILES},mode=755"
-    )  # 6: MS_NOSUID | MS_NODEV
-    for path in FOLDERS:  # in this order, for /usr may hold Python's own
+        libc.mount, None, "/", None, PRIVATE_RECURSIVE, None
+    )  # mounts below stay invisible outside
+    size = f"size={MAX_FILE_MB}m,nr_inodes={MAX_FILES},mode=755"
+    call(libc.mount, "tmpfs", root, "tmpfs", NOSUID_NODEV, size)
+    for path in PYTHON:
         show(path, root)
     for name in ("null", "zero", "urandom"):
         show(f"/dev/{name}", root, read_only=False)
-    for folder in (
-        f"{root}/box",
-        f"{root}/tmp",
-        f"{root}/dev/shm",
-    ):  # Python's own folders may lie in /tmp
-        os.makedirs(folder, exist_ok=True)
+    for folder in (f"{root}/box", f"{root}/tmp", f"{root}/dev/shm"):
+        os.makedirs(folder, exist_ok=True)  # /tmp may exist already, with Python in it
         os.chmod(folder, 0o1777)
     os.chdir(root)
     call(libc.pivot_root, ".", ".")
-    call(libc.umount2, ".", 2)  # MNT_DETACH: the old file system is gone
+    call(libc.umount2, ".", DETACH)  # the old file system
 
 
 def show(path, root, read_only=True):
-    """Lets path of the machine be seen at the same place under root."""
+    """Makes path of the machine visible at the same place under root."""
     place = root + path
     if os.path.lexists(place) or not os.path.lexists(path):
         return
@@ -123,154 +124,130 @@ def show(path, root, read_only=True):
     if os.path.islink(path):
         return os.symlink(os.readlink(path), place)
     os.mkdir(place) if os.path.isdir(path) else open(place, "x").close()
-    call(libc.mount, path, place, None, 0x5000, None)  # MS_BIND | MS_REC
+    call(libc.mount, path, place, None, BIND_RECURSIVE, None)
     if read_only:  # MOUNT_ATTR_RDONLY | NOSUID | NODEV, AT_RECURSIVE
-        call(
-            libc.syscall,
-            MOUNT_SETATTR,
-            -100,
-            place,
-            0x8000,
-            pack("QQQQ", 7, 0, 0, 0),
-            ctypes.c_size_t(32),
-        )
+        flags, size = pack("QQQQ", 7, 0, 0, 0), ctypes.c_size_t(32)
+        call(libc.syscall, MOUNT_SETATTR, -100, place, 0x8000, flags, size)
 
 
-def landlock(box):
-    """No file but Python's, to read, and the program's folder; no signal to others (Linux 6.12); no call of refuse_calls()."""
+def restrict_by_landlock(box):
+    """Allows Python's files, to read, and the program's folder; no signals out (Linux 6.12)."""
     abi = call(libc.syscall, LANDLOCK, None, ctypes.c_size_t(0), 1)
-    rights = (
-        1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(abi, 16)
-    ) - 1  # to files, as many as this kernel knows
-    rules = pack("QQQ", rights, 0, 3 if abi >= 6 else 0)[: 24 if abi >= 6 else 8]
-    rules = call(libc.syscall, LANDLOCK, rules, ctypes.c_size_t(len(rules)), 0)
-    read_folder, read_file = 13, 5  # execute, read files, list folders
-    allowed = {
-        path: read_folder if os.path.isdir(path) else read_file
-        for path in FOLDERS
-        if os.path.exists(path)
-    }
-    for path, right in (allowed | {"/dev/null": 6, "/dev/urandom": 4, box: rights}).items():
+    rights = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(abi, 16)) - 1  # all that this kernel knows
+    size = 24 if abi >= 6 else 8
+    rules = pack("QQQ", rights, 0, 3 if abi >= 6 else 0)[:size]
+    rules = call(libc.syscall, LANDLOCK, rules, ctypes.c_size_t(size), 0)
+    read_folder, read_file, read_write = 13, 5, 6  # read_folder: execute, read, list
+    allowed = {"/dev/null": read_write, "/dev/urandom": 4, box: rights}
+    for path in filter(os.path.exists, PYTHON):
+        allowed[path] = read_folder if os.path.isdir(path) else read_file
+    for path, right in allowed.items():
         folder = os.open(path, os.O_PATH)
         call(libc.syscall, LANDLOCK + 1, rules, 1, pack("=Qi", right, folder), 0)
         os.close(folder)
-    call(libc.prctl, 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
+    prctl(NO_NEW_PRIVS, 1)
     call(libc.syscall, LANDLOCK + 2, rules, 0)
     refuse_calls()
 
 
 def refuse_calls():
-    """A seccomp filter: what Landlock allows and must not be fails, where we know its number.
+    """Installs a seccomp filter against the system calls that Landlock does not cover.
 
-    socket() and chmod(); shmget(), semget(), msgget(), mq_open() and the three calls for keys, for what they make outlives the run;
-    io_uring, which does what socket() does.
+    They are socket and chmod; shmget, semget, msgget, mq_open and the three for keys, whose objects
+    outlive the run; fchmodat2; and io_uring's three, which can do what socket does.
     """
-    machines = {
+    machines = {  # architecture, then the numbers of the calls
         "x86_64": (0xC000003E, 41, 90, 91, 268, 29, 64, 68, 240, 248, 249, 250, 452, 425, 426, 427),
         "aarch64": (0xC00000B7, 198, 52, 53, 194, 190, 186, 180, 217, 218, 219, 452, 425, 426, 427),
     }
-    if not (numbers := machines.get(os.uname().machine)):
+    numbers = machines.get(os.uname().machine)
+    if not numbers:
         return
-    refused = (
-        len(numbers) + 4
-    )  # the place of the last step; a jump says how many steps it leaps over
+    last = len(numbers) + 4  # the step that refuses; a jump counts the steps to skip
     load, equal, at_least, answer = 0x20, 0x15, 0x35, 0x06
-    steps = [(load, 0, 0, 4), (equal, 0, refused - 2, numbers[0])]  # made for another machine?
-    steps += [(load, 0, 0, 0), (at_least, refused - 4, 0, 0x40000000)]  # numbered in another way?
-    steps += [
-        (equal, refused - 1 - place, 0, number) for place, number in enumerate(numbers[1:], 4)
-    ]
-    steps += [(answer, 0, 0, 0x7FFF0000), (answer, 0, 0, 0x00050001)]  # allowed; refused, as EPERM
-    filter_ = ctypes.create_string_buffer(b"".join(pack("HBBI", *step) for step in steps))
-    call(
-        libc.prctl, 22, 2, pack("HxxxxxxQ", len(steps), ctypes.addressof(filter_))
-    )  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+    steps = [(load, 0, 0, 4), (equal, 0, last - 2, numbers[0])]  # built for another machine?
+    steps += [(load, 0, 0, 0), (at_least, last - 4, 0, 0x40000000)]  # x32's numbers?
+    steps += [(equal, last - 1 - at, 0, number) for at, number in enumerate(numbers[1:], 4)]
+    steps += [(answer, 0, 0, 0x7FFF0000), (answer, 0, 0, 0x00050001)]  # allow; refuse with EPERM
+    program = ctypes.create_string_buffer(b"".join(pack("HBBI", *step) for step in steps))
+    prctl(SECCOMP, 2, pack("HxxxxxxQ", len(steps), ctypes.addressof(program)))
 
 
-def give_up_rights(task):
-    """Another user, no capability and no way to get one, and limits that hold for each process and for their number."""
+def give_up_rights(job):
+    """Becomes another user without capabilities, and sets limits for each process."""
     kept = 0
     if os.getuid() == 0:
-        kept = (
-            4 if task["kind"] == "landlock" else 0
-        )  # CAP_DAC_READ_SEARCH: Python may lie in root's home; Landlock limits it
-        call(libc.prctl, 8, 1)  # PR_SET_KEEPCAPS
+        if job["kind"] == "landlock":
+            kept = 4  # CAP_DAC_READ_SEARCH: Python may lie in root's home; Landlock limits it
+        prctl(KEEPCAPS, 1)
         with contextlib.suppress(OSError):
             os.setgroups([])
-            os.setresgid(*3 * [task["user"]])
-            os.setresuid(*3 * [task["user"]])
+            os.setresgid(job["user"], job["user"], job["user"])
+            os.setresuid(job["user"], job["user"], job["user"])
     call(libc.capset, pack("Ii", 0x20080522, 0), pack("6I", kept, kept, 0, 0, 0, 0))
-    call(libc.prctl, 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
-    seconds, mib = int(task["timeout_s"] + GRACE) + 2, 2**20
-    for limit, value in (
-        (resource.RLIMIT_CPU, seconds), (resource.RLIMIT_AS, task["memory_mb"] * mib), (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_FSIZE, MAX_FILE_MB * mib), (resource.RLIMIT_NPROC, MAX_PROCESSES + task.get("others", 0)),
-    ):  # fmt: skip
+    prctl(NO_NEW_PRIVS, 1)
+    limits = {
+        resource.RLIMIT_CPU: int(job["timeout_s"] + GRACE) + 2,
+        resource.RLIMIT_AS: job["memory_mb"] * 2**20,
+        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_FSIZE: MAX_FILE_MB * 2**20,
+        resource.RLIMIT_NPROC: MAX_PROCESSES + job.get("others", 0),
+    }
+    for limit, value in limits.items():
         resource.setrlimit(limit, (value, value))
 
 
-# ---- the guard -----------------------------------------------------------------------------------------------------------
+# ---- the guard -----------------------------------------------------------------------------------
 
 
-def guard(task, outputs):
-    """Waits for the program or for the end of its time, kills what is left of it, and writes the verdict."""
-    call(
-        libc.prctl, 36, 1, 0, 0, 0
-    )  # PR_SET_CHILD_SUBREAPER: a process whose parent dies becomes our child
+def guard(job, outputs):
+    """Waits for the program or its timeout, kills what is left of it, and writes the verdict."""
+    prctl(SUBREAPER, 1)  # processes whose parent has died become our children
     verdict, pipe = os.pipe()
-    start, pause, ended = time.monotonic(), 0.001, 0
-    if not (pid := os.fork()):
-        be_the_program(task, outputs, pipe)
+    start, pause, ended, status = time.monotonic(), 0.001, 0, 0
+    pid = os.fork()
+    if not pid:
+        run_program(job, outputs, pipe)
     os.close(pipe)
-    token = os.read(
-        verdict, 16
-    )  # sent before the program starts; nothing means that it could not start
-    while not ended and time.monotonic() < start + task["timeout_s"] + GRACE:
+    token = os.read(verdict, 16)  # sent before the program starts; empty if it cannot start
+    while not ended and time.monotonic() < start + job["timeout_s"] + GRACE:
         time.sleep(pause)
         pause = min(2 * pause, 0.02)
         ended, status = os.waitpid(pid, os.WNOHANG)
     seconds = time.monotonic() - start
-    kill_all(task)
+    kill_all(job)
     os.set_blocking(verdict, False)
     try:
-        said = os.read(verdict, MAX_OUTPUT)
+        message = os.read(verdict, MAX_OUTPUT)
     except BlockingIOError:
-        said = b""
+        message = b""
     if not token:
         sys.exit(1)
-    if passed := said == token:
-        reason = ""
-    elif not ended:
-        reason = f"timeout after {task['timeout_s']:g} s"
-    elif said or os.WIFEXITED(status):
-        reason = said.decode(errors="replace") or "it ended before its last line"
-    else:
-        reason = f"killed by signal {os.WTERMSIG(status)}"
-    texts = []
-    for file in outputs:
+    result = {"passed": message == token, "reason": "", "seconds": seconds}
+    if message != token:
+        result["reason"] = failure(message, ended, status, job["timeout_s"])
+    for name, file in zip(("stdout", "stderr"), outputs):
         file.seek(max(0, file.seek(0, 2) - MAX_OUTPUT))
-        texts.append(file.read().decode(errors="replace"))
-    print(
-        json.dumps(
-            {
-                "passed": passed,
-                "reason": reason,
-                "stdout": texts[0],
-                "stderr": texts[1],
-                "seconds": seconds,
-            }
-        )
-    )
+        result[name] = file.read().decode(errors="replace")
+    print(json.dumps(result))
 
 
-def kill_all(task):
-    """Every process that the program left, those in sessions of their own too."""
+def failure(message, ended, status, timeout_s) -> str:
+    if not ended:
+        return f"timeout after {timeout_s:g} s"
+    if message or os.WIFEXITED(status):
+        return message.decode(errors="replace") or "it ended before its last line"
+    return f"killed by signal {os.WTERMSIG(status)}"
+
+
+def kill_all(job):
+    """Kills every process that the program has left, including those in sessions of their own."""
     if os.getpid() == 1:
-        return  # we end next, and the kernel kills all that lives in our namespace
+        return  # the guard ends next, and the kernel then kills the whole namespace
     if os.getuid() == 0 and not os.fork():
         try:
-            os.setresuid(*3 * [task["user"]])
-            os.kill(-1, SIGKILL)  # all processes of that user at once, this one excepted
+            os.setresuid(job["user"], job["user"], job["user"])
+            os.kill(-1, SIGKILL)  # all processes of that user at once, except this one
         finally:
             os._exit(0)
     try:
@@ -283,20 +260,16 @@ def kill_all(task):
         pass
 
 
-# ---- the program ---------------------------------------------------------------------------------------------------------
-
-
-def be_the_program(task, outputs, pipe):
-    if task["kind"] == "landlock":
-        landlock(task["box"])
-    give_up_rights(task)
-    call(libc.prctl, 1, SIGKILL)
-    os.listdir(
-        os.path.dirname(os.__file__)
-    )  # if Python lies where its new user may not read, say so now
+def run_program(job, outputs, pipe):
+    """Runs the program in this process, which does not return."""
+    if job["kind"] == "landlock":
+        restrict_by_landlock(job["box"])
+    give_up_rights(job)
+    prctl(PDEATHSIG, SIGKILL)
+    os.listdir(os.path.dirname(os.__file__))  # fails here if the new user may not read Python
     os.setsid()
     os.chdir(os.environ["HOME"])
-    for name, text in task["files"].items():
+    for name, text in job["files"].items():
         with open(name, "w", encoding="utf-8", errors="replace") as file:
             file.write(text)
     sys.path.insert(0, os.getcwd())
@@ -305,8 +278,8 @@ def be_the_program(task, outputs, pipe):
         os.dup2(file.fileno(), fd)
     os.dup2(pipe, 3)
     os.closerange(4, 1024)
-    faulthandler.dump_traceback_later(task["timeout_s"], file=2)
-    sys.modules.pop("witness").start(task["program"], task["files"])
+    faulthandler.dump_traceback_later(job["timeout_s"], file=2)
+    sys.modules.pop("witness").start(job["program"], job["files"])
     while True:
         time.sleep(60)
 

@@ -1,28 +1,33 @@
-r"""Runs programs that nobody has read: what a policy wrote, with the tests that judge it. Linux only, about 0.07 s a run.
+r"""Runs programs that nobody has read: what a policy wrote, with the tests that judge it.
 
-    run("from solution import f\nassert f(2) == 4", timeout_s=5, memory_mb=512, files={"solution.py": "def f(x): return x * x"})
+    run("from solution import f\nassert f(2) == 4", files={"solution.py": "def f(x): return x * x"})
 
-A program passes if it comes to its end; a token that it cannot know says that it did (t2g/witness.py). exit(0), os._exit(0), a
-printed "OK", an exit handler, an assert library that is found patched at the end are no pass. Its process is t2g/jail.py. What
-holds there:
+A program passes if it reaches its end, and proves that with a token it cannot know (witness.py).
+exit(0), os._exit(0), a printed "OK", an exit handler or a patched assert library is no pass. It
+runs in a process of its own (jail.py), on Linux only, in about 0.07 s:
 
-- one clock for the program and all that it starts; all die with it, daemons too; at most 64 processes and threads at once
-- limits on the memory of each process (memory_mb) and on files (16 MiB); of what it prints the last 64 KiB are kept
-- no input, no environment, an empty folder for a home; the same seed of hashes each time
-- no file but Python's and those under /usr and /lib, to read; no network; not root; no signal to other processes (PROTECTIONS)
+- One clock runs for the program and all that it starts. All of it is killed at the end, daemons
+  too. At most 64 processes and threads exist at a time.
+- Memory is limited per process (memory_mb), files are limited to 16 MiB, and the last 64 KiB of
+  each output are kept.
+- There is no input and no environment; the home is an empty folder; the hash seed is fixed.
+- It reads no file but Python's and those under /usr and /lib, reaches no network and no other
+  process, and is not root (PROTECTIONS).
 
-Started by root, programs run as another user, who must be able to read the folder of Python's packages (a virtual environment).
+The last line needs namespaces or, where the kernel refuses those, Landlock and seccomp;
+protections() says what this machine has. Under Landlock alone, a program can ask whether a file
+exists, its processes outlive us if we are killed, and before Linux 6.12 it can send signals to
+processes of its user. If root starts programs, they run as another user, who must be able to read
+the folder of Python's packages.
 
-The last line is made by namespaces where the kernel lets us make them, by Landlock and seccomp where not, and not at all where
-there is neither; protections() says what a machine has. Under Landlock alone programs can ask whether a file exists, what they
-start outlives us if we are killed, and before Linux 6.12 they can send signals to processes of their user. Never covered:
+Left out:
 
-- The code under test shares an interpreter with the test that calls it. Answers that are equal to everything, expected values
-  read from the caller's frame, libraries patched behind their public names or mended before the end, test classes that are
-  rebound while an earlier test runs, memory read with ctypes: such a pass is faked.
-- The memory of all processes together, 64 times the limit, and faults of the kernel itself: this is no virtual machine.
-
-Tracing, profiling and the garbage collector's lists are forbidden to programs, and signal handlers cannot be set.
+- The code under test and the test share an interpreter. These passes are faked: answers that equal
+  everything, expected values read from the caller's frame, libraries patched behind their public
+  names or restored before the end, test classes rebound while a test runs, memory read by ctypes.
+- The memory of all processes together is not limited, and kernel bugs are not contained: this is
+  no virtual machine. Tracing, profiling, signal handlers and the garbage collector's lists are
+  not available to programs.
 """
 
 import json
@@ -35,8 +40,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 JAIL = Path(__file__).with_name("jail.py")
-KINDS = ("namespaces", "landlock", "limits")  # from the strongest on
-START_S = 10  # most seconds that Python and the kernel may take to start and to end a program
+KINDS = ("namespaces", "landlock", "limits")  # strongest first
+START_S = 10  # maximum seconds for Python and the kernel to start and to end a program
 PROTECTIONS = (
     "no file but Python's, read-only",
     "no network",
@@ -45,91 +50,91 @@ PROTECTIONS = (
 )
 PROBE = """
 import ctypes, os, socket
+
 def refused(action, *args):
     try:
         action(*args)
     except OSError:
         return True
-def ring():
+    return False
+
+def io_uring():
     if ctypes.CDLL(None).syscall(425, 1, ctypes.create_string_buffer(120)) < 0:
         raise OSError
-print(int(bool(refused(open, FILE))))
-unreachable = refused(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM).connect(("192.0.2.1", 9)))
-print(int(bool(unreachable and (not refused(socket.socket) or refused(ring)))))  # where socket() is refused, io_uring gives one
-print(int(bool(refused(os.kill, PID, 0))))
+
+udp = socket.AF_INET, socket.SOCK_DGRAM
+unreachable = refused(lambda: socket.socket(*udp).connect(("192.0.2.1", 9)))
+print(int(refused(open, FILE)))
+# where socket() itself is refused, io_uring must be, too, because it offers the same
+print(int(unreachable and (not refused(socket.socket) or refused(io_uring))))
+print(int(refused(os.kill, PID, 0)))
 print(int(os.getuid() != 0))
-"""  # what each of the four is found by
+"""  # tries each of the four protections
 
 
 class Result(NamedTuple):
-    passed: bool  # it came to its end
-    reason: str  # why not: the exception, "timeout after 5 s", "it ended before its last line", "killed by signal 9"
-    stdout: str  # the last 64 KiB of what it printed
-    stderr: str  # the same; a traceback, or the stack at the timeout
+    passed: bool  # the program reached its end
+    reason: str  # why not: the exception, "timeout after 5 s", "killed by signal 9", ...
+    stdout: str  # the last 64 KiB of its output
+    stderr: str  # the same, with a traceback or the stack at the timeout
     seconds: float  # wall clock
 
 
-def run(
-    program: str, timeout_s: float = 10, memory_mb: int = 512, files: dict | None = None
-) -> Result:
-    """Runs a program, beside files of these names and texts that it can import.
+def run(program: str, timeout_s: float = 10, memory_mb: int = 512, files=None) -> Result:
+    """Runs a program; files {name: text} lie beside it for import.
 
-    Raises: RuntimeError if this machine can run no program in this way.
+    Raises RuntimeError if this machine cannot run programs at all.
     """
     kind = strongest()
     try:
         return launch(kind, program, timeout_s, memory_mb, files or {})
-    except RuntimeError as error:  # it ran programs before, so this one is to blame
+    except RuntimeError as error:  # the machine has run programs before, so this one is to blame
         return Result(False, f"the sandbox was broken: {error}", "", "", 0.0)
 
 
 @cache
 def protections() -> list[str]:
-    """Which of PROTECTIONS hold on this machine, as a program finds when it tries. Limits and a watched end hold on all."""
+    """Returns those of PROTECTIONS that a program on this machine meets when it tries."""
     with tempfile.NamedTemporaryFile(prefix="t2g-") as secret:
         Path(secret.name).chmod(0o666)
         program = PROBE.replace("FILE", repr(secret.name)).replace("PID", str(os.getpid()))
-        return [
-            name
-            for name, held in zip(PROTECTIONS, run(program, START_S, 256).stdout.split())
-            if held == "1"
-        ]
+        answers = run(program, START_S, 256).stdout.split()
+    return [name for name, answer in zip(PROTECTIONS, answers) if answer == "1"]
 
 
 @cache
 def strongest() -> str:
-    """The strongest kind of confinement that this machine has, by trying."""
+    """Returns the strongest of KINDS that this machine can do, by trying."""
     if sys.platform != "linux":
-        raise RuntimeError("programs are run on Linux only")
-    broken = []
+        raise RuntimeError("programs run on Linux only")
+    errors = []
     for kind in KINDS:
         try:
             if launch(kind, "pass", START_S, 256, {}).passed:
                 return kind
         except RuntimeError as error:
-            broken.append(f"{kind}: {error}")
-    raise RuntimeError("; ".join(broken))
+            errors.append(f"{kind}: {error}")
+    raise RuntimeError("; ".join(errors))
 
 
 def launch(kind, program, timeout_s, memory_mb, files) -> Result:
+    """Runs a program in this kind of jail. Raises RuntimeError if the jail does not work."""
     box = tempfile.mkdtemp(prefix="t2g-")
-    variables = {"HOME": "/box" if kind == "namespaces" else box, "PATH": "/usr/bin:/bin", "PYTHONHASHSEED": "0",
-                 "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # fmt: skip
-    task = dict(
-        kind=kind, box=box, program=program, timeout_s=timeout_s, memory_mb=memory_mb, files=files
-    )
+    home = "/box" if kind == "namespaces" else box
+    env = {"HOME": home, "PATH": "/usr/bin:/bin", "PYTHONHASHSEED": "0", "MALLOC_ARENA_MAX": "1"}
+    env |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    job = dict(kind=kind, box=box, program=program, files=files)
+    job |= dict(timeout_s=timeout_s, memory_mb=memory_mb)
     command = [sys.executable, "-s", "-B", "-u", str(JAIL)]
-    settings = dict(
-        capture_output=True, env=variables, start_new_session=True, timeout=timeout_s + START_S
-    )
+    options = dict(env=env, start_new_session=True, timeout=timeout_s + START_S)
     try:
-        done = subprocess.run(command, input=json.dumps(task).encode(), **settings)
+        text = json.dumps(job).encode()
+        done = subprocess.run(command, input=text, capture_output=True, **options)
         return Result(**json.loads(done.stdout))
     except subprocess.TimeoutExpired:
         raise RuntimeError("it did not end in time") from None
-    except ValueError:
-        raise RuntimeError(
-            (done.stderr.decode(errors="replace").strip().splitlines() or ["it was killed"])[-1]
-        ) from None
+    except ValueError:  # no verdict
+        lines = done.stderr.decode(errors="replace").strip().splitlines()
+        raise RuntimeError(lines[-1] if lines else "it was killed") from None
     finally:
         subprocess.run(["rm", "-rf", box])

@@ -1,9 +1,10 @@
-"""Runs a program so that it cannot fake having come to its end. Part of the sandbox: see t2g/sandbox.py.
+"""Runs a program so that it cannot fake having reached its end. See sandbox.py.
 
-A program shares its interpreter with whatever watches it there. So the token that says "it came to its end" is held where no
-Python code can reach: in C iterators, on the stack of the thread that runs the program. Below the program there is one frame, of
-body(), which knows nothing; and what could reach the iterators or jump over lines (the garbage collector's lists, frames of other
-threads, tracing) ends the process. What ctypes can read is not covered.
+A program shares its interpreter with whatever watches it. The token that proves its end is
+therefore held where no Python code can reach: in C iterators on the stack of the program's thread.
+Below the program there is a single frame, body(), which does not know the token. What could find
+the iterators or jump over lines (the garbage collector's lists, frames of other threads, tracing)
+ends the process. What ctypes can read is not covered.
 """
 
 import _thread
@@ -19,19 +20,21 @@ import types
 from itertools import chain
 
 FORBIDDEN = frozenset(
-    "gc.get_objects gc.get_referrers gc.get_referents sys._current_frames sys._current_exceptions sys.settrace sys.setprofile "
-    "sys.monitoring.register_callback".split()
+    "gc.get_objects gc.get_referrers gc.get_referents sys._current_frames sys._current_exceptions "
+    "sys.settrace sys.setprofile sys.monitoring.register_callback".split()
 )
+CHANGEABLE = ("print", "input", "_")  # builtins that programs rightly replace
+HEAP_TYPE = 512  # the flag of classes made in Python, whose members can be replaced
 
 
 def start(program, files):
-    """Runs the program in a thread that ends the process, having sent the token on file descriptor 3 if it got there."""
+    """Runs the program in a thread that sends the token on file descriptor 3 at the end."""
     token = os.urandom(16)
-    os.write(3, token)  # what the guard will compare with
+    os.write(3, token)  # for the guard, which compares
     module = types.ModuleType("__main__")
     module.__file__ = "program.py"
     sys.modules["__main__"] = module
-    intact = untouched(program, files, module.__dict__)
+    check_unchanged = snapshot(program, files, module.__dict__)
 
     def body(_):
         try:
@@ -42,25 +45,23 @@ def start(program, files):
 
     def check(_):
         try:
-            intact()
+            check_unchanged()
         except RuntimeError as error:
             fail(error, program)
             raise
 
     forbid()
-    steps = chain(
-        map(body, (0,)), map(check, (0,)), map(os.write, (3,), (token,)), map(os._exit, (0,))
-    )
+    send = map(os.write, (3,), (token,))
+    steps = chain(map(body, (0,)), map(check, (0,)), send, map(os._exit, (0,)))
     _thread.start_new_thread(list, (steps,))
 
 
 def fail(error, program):
-    """Says what stopped the program and ends the process."""
+    """Sends what stopped the program, and ends the process."""
     try:
-        said = f"exit({error.code!r})" if isinstance(error, SystemExit) else str(error)
-        os.write(
-            3, f"{type(error).__name__}: {said}".removesuffix(": ")[:2000].encode(errors="replace")
-        )
+        text = f"exit({error.code!r})" if isinstance(error, SystemExit) else str(error)
+        text = f"{type(error).__name__}: {text}".removesuffix(": ")
+        os.write(3, text[:2000].encode(errors="replace"))
         linecache.cache["program.py"] = (len(program), None, program.splitlines(True), "program.py")
         traceback.print_exception(type(error), error, error.__traceback__.tb_next)
     finally:
@@ -68,7 +69,7 @@ def fail(error, program):
 
 
 def forbid():
-    """From now on what is FORBIDDEN ends the process, whoever does it. The hook asks nothing that a program could have changed."""
+    """Ends the process on any event in FORBIDDEN, with a hook that looks up no changeable name."""
 
     def watch(event, args, forbidden=FORBIDDEN, write=os.write, stop=os._exit):
         if event in forbidden:
@@ -78,78 +79,74 @@ def forbid():
     sys.addaudithook(watch)
 
 
-def untouched(program, files, namespace):
-    """A function that raises RuntimeError if what the program builds on is not what it was: builtins, and what it imports.
+def snapshot(program, files, namespace):
+    """Returns a function that raises RuntimeError if the program changed what it builds on.
 
-    Compared are public names of modules and members of their classes: a patched pytest.raises or TestCase.assertEqual is found,
-    and so is a builtin that another file hides behind a name of its own. sys, which programs rightly change, is left out, and so
-    are print() and input().
+    That is the builtins, and the public names of imported modules with the members of their
+    classes: it finds a patched pytest.raises or TestCase.assertEqual, and a builtin that another
+    file hides behind a name of its own. sys is left out, because programs rightly change it.
     """
     try:
         nodes = list(ast.walk(ast.parse(program)))
-    except (
-        SyntaxError,
-        ValueError,
-        RecursionError,
-        MemoryError,
-    ):  # the program will fail by itself
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # the program fails by itself
         nodes = []
-    aliases = [
-        alias
-        for node in nodes
-        if isinstance(node, ast.Import | ast.ImportFrom)
-        for alias in node.names
-    ]
-    own = {alias.asname or alias.name for alias in aliases}
-    own |= {
-        node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
-    }
-    own |= {
-        node.name
-        for node in nodes
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
-    }
-    names = {"builtins"} | {
-        alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names
-    }
-    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
-
     namespace["__builtins__"] = builtins
-    known = [
-        ("builtins", namespace, "__builtins__", builtins)
-    ]  # label, where it lies, under which name, what it was
-    known += [
-        (name, namespace, name, None)
-        for name in dir(builtins)
-        if name not in own and name[0] != "_" and "*" not in own
-    ]
-    for name in names:
-        if f"{name.partition('.')[0]}.py" in files or name in ("sys", "__main__", "__future__"):
-            continue
-        try:
-            module = importlib.import_module(name)
-        except Exception:  # whatever it is, the program will meet it too
-            continue
-        known.append((name, sys.modules, name, module))
-        for key, value in list(vars(module).items()):
-            if (module is builtins or not key.startswith("_")) and key not in (
-                "print",
-                "input",
-                "_",
-            ):
-                known.append((f"{name}.{key}", vars(module), key, value))
-                if (
-                    isinstance(value, type) and value.__flags__ & 512
-                ):  # made in Python, so it can be changed
-                    known += [
-                        (f"{name}.{key}.{member}", value.__dict__, member, was)
-                        for member, was in vars(value).items()
-                    ]
+    own = defined(nodes) | {alias.asname or alias.name for alias in aliases(nodes)}
+    known = [("builtins", namespace, "__builtins__", builtins)]  # label, dict, key, value
+    if "*" not in own:
+        public = [name for name in dir(builtins) if name not in own and name[0] != "_"]
+        known += [(name, namespace, name, None) for name in public]
+    skipped = {"sys", "__main__", "__future__", *(name.removesuffix(".py") for name in files)}
+    for name in {"builtins"} | imported(nodes):
+        if name.partition(".")[0] not in skipped:
+            known += members(name)
     error = RuntimeError
 
-    def intact():  # it calls nothing, for any function could be another one by now
-        for label, place, key, was in known:
-            if place.get(key) is not was:
+    def check_unchanged():  # it calls no function, because any may have been replaced by now
+        for label, place, key, value in known:
+            if place.get(key) is not value:
                 raise error(f"it changed {label}")
 
-    return intact
+    return check_unchanged
+
+
+def members(name) -> list:
+    """Returns (label, dict, key, value) of a module, its public names and its classes' members."""
+    try:
+        module = importlib.import_module(name)
+    except Exception:  # whatever it is, the program meets it, too
+        return []
+    known = [(name, sys.modules, name, module)]
+    for key, value in list(vars(module).items()):
+        if key in CHANGEABLE or (key.startswith("_") and module is not builtins):
+            continue
+        known.append((f"{name}.{key}", vars(module), key, value))
+        if isinstance(value, type) and value.__flags__ & HEAP_TYPE:
+            fields = value.__dict__
+            known += [
+                (f"{name}.{key}.{field}", fields, field, was) for field, was in fields.items()
+            ]
+    return known
+
+
+# ---- names in code, also for unit_tests.py -------------------------------------------------------
+
+
+def defined(nodes) -> set[str]:
+    """Returns the functions, classes and variables that nodes define."""
+    kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+    names = {node.name for node in nodes if isinstance(node, kinds)}
+    variables = [node for node in nodes if isinstance(node, ast.Name)]
+    return names | {node.id for node in variables if isinstance(node.ctx, ast.Store)}
+
+
+def aliases(nodes) -> list[ast.alias]:
+    """Returns what nodes import: names of modules, or names from modules."""
+    imports = [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
+    return [alias for node in imports for alias in node.names]
+
+
+def imported(nodes) -> set[str]:
+    """Returns the modules that nodes import, or import from."""
+    names = {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+    return names | {alias.name for alias in aliases(n for n in nodes if isinstance(n, ast.Import))}

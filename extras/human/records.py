@@ -48,7 +48,7 @@ def records(rows, name) -> list[dict]:
             Feedback(record["critique"], record["good_spans"], record["poor_spans"])
         except (KeyError, TypeError, ValueError, AttributeError, IndexError):
             fail(
-                f"row {number} of {name} is no human feedback in a known form; the head of t2g/human_feedback.py lists the forms"
+                f"row {number} of {name} is no human feedback in a known form; see the head of extras/human/records.py"
             )
         found.append(record)
     return found

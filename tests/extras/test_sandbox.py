@@ -274,7 +274,7 @@ def descendants(pid):
 
 
 def test_a_program_dies_with_whoever_runs_it(kind, tmp_path):
-    trainer = f"from t2g import sandbox; sandbox.launch({kind!r}, 'import time; time.sleep(20)', 20, 512, {{}})"
+    trainer = f"from extras.code import sandbox; sandbox.launch({kind!r}, 'import time; time.sleep(20)', 20, 512, {{}})"
     here = dict(
         cwd=Path(__file__).parents[2], env={**os.environ, "TMPDIR": str(tmp_path)}
     )  # it cannot tidy up
