@@ -1,4 +1,6 @@
-"""How long alignment takes: offsets, quotes and rewards of one response, in milliseconds on one core, medians of many rounds.
+"""How long alignment takes: offsets, quotes and rewards of one response, in milliseconds.
+
+Measured on one core; medians of many rounds.
 
 python -m extras.human.alignment TOKENIZER         # a folder, a hub id or a .gguf file
 """
@@ -20,7 +22,7 @@ ROUNDS = 30
 
 
 def case(tokenizer, tokens, spans, typo=False):
-    """Ids of so many tokens, and feedback with so many quotes of one to eight words, half of them good."""
+    """Returns ids and feedback of these sizes; quotes have one to eight words, half are good."""
     rng = random.Random(0)
     ids = tokenizer.encode(" ".join(rng.choices(WORDS, k=2 * tokens)), add_special_tokens=False)[
         :tokens

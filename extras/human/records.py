@@ -2,11 +2,12 @@
 
     python -m extras.human.records FILE --out annotations.jsonl
 
-Each line of FILE is a row of DeFacto (an explanation, instructions,
-a corrected summary), a row of FineGrainedRLHF's QA feedback (ranges of errors by kind) or a row of ILF's feedback on programs (what
-is wrong, and the mended program). Where people gave no quotes, they are made from what they did mark. Poor is what they took out or
-named. Good is sparse, as in the paper: of a summary the names and numbers that the corrector left and the article has, of an answer
-the longest runs without an error, of a program the longest lines that were kept.
+Each line of FILE is a row of DeFacto (an explanation, instructions, a corrected summary), of
+FineGrainedRLHF's QA feedback (ranges of errors by kind) or of ILF's feedback on programs (what is
+wrong, and the mended program). Where people gave no quotes, quotes are made from what they marked.
+Poor is what they removed or named. Good is sparse, as in the paper: of a summary the names and
+numbers that the corrector kept and the article has, of an answer the longest runs without an error,
+of a program the longest lines that were kept.
 """
 
 import json
@@ -25,11 +26,9 @@ from t2g.notes import write_whole
 from t2g.tasks import summarize
 
 MAX_GOOD, SHORTEST_GOOD = 2, 4  # good quotes of a response; words of a run that counts as good
-WORDS_QUOTED = (
-    8  # of a marked range or of a passage in a critique: it should say where, not repeat all
-)
+WORDS_QUOTED = 8  # at most, of a marked range or a passage in a critique
 QUESTION = "Answer the question from the passages.\n\nQuestion: {}\n\nPassages:\n{}"
-ERRORS = {  # how FineGrainedRLHF's kinds of error read as a critique; {} is what their annotators noted, where they did
+ERRORS = {  # FineGrainedRLHF's kinds of error as a critique; {} is the annotator's note
     "Irrelevant": "does not bear on the question",
     "Redundant": "repeats what was said",
     "Wrong-Grounding": "is not what the passages say{}",
@@ -39,7 +38,7 @@ ERRORS = {  # how FineGrainedRLHF's kinds of error read as a critique; {} is wha
 
 
 def records(rows, name) -> list[dict]:
-    """The annotation records of a file's rows. A row in none of these forms ends the program, with its number."""
+    """Returns the annotation records of a file's rows; fails with the number of a faulty row."""
     found = []
     for number, row in enumerate(rows, 1):
         form = next((form for field, form in FORMS.items() if field in row), dict)
@@ -48,14 +47,14 @@ def records(rows, name) -> list[dict]:
             Feedback(record["critique"], record["good_spans"], record["poor_spans"])
         except (KeyError, TypeError, ValueError, AttributeError, IndexError):
             fail(
-                f"row {number} of {name} is no human feedback in a known form; see the head of extras/human/records.py"
+                f"row {number} of {name} has no known form; see the head of extras/human/records.py"
             )
         found.append(record)
     return found
 
 
 def defacto(row) -> dict:
-    """Critique: the explanation and the instructions. Poor: what the instructions quote and what the correction took out."""
+    """Critique: explanation and instructions. Poor: what these quote or the correction removed."""
     text, said = row["candidate"], row["feedback"]
     wrong = changes(text, said["summary"]) if row["has_error"] else []
     for line in said["instruction_list"]:
@@ -84,7 +83,10 @@ def defacto(row) -> dict:
 
 
 def finegrained_qa(row) -> dict:
-    """Critique: a sentence an error, and what is missing. Poor: the marked ranges. Good: what an error-free answer says."""
+    """Critique: a sentence for each error, and what is missing. Poor: the marked ranges.
+
+    Good: the longest runs without an error.
+    """
     text, passages = row["prediction 1"], row["passages"]
     errors = sorted(row["feedback"]["errors"], key=lambda error: error["start"])
     remarks = []
@@ -113,7 +115,7 @@ def finegrained_qa(row) -> dict:
 
 
 def ilf(row) -> dict:
-    """Critique: the feedback. Poor: lines of the program that the mended one does not have. Good: the longest of the others."""
+    """Critique: the feedback. Poor: lines that the mended one lacks. Good: the longest others."""
     text = f"```python\n{row['original_model_completion'].strip()}\n```"
     mended = {one_line(line) for line in row["unedited_annotator_completion"].splitlines()}
     head = row["prompt"].rstrip().rpartition("\n")[2]
@@ -144,7 +146,7 @@ FORMS = {
 
 
 def sentences(passages, place) -> str:
-    """What FineGrainedRLHF's {"passage_id": i, "sentence_id": [j, ...]} points at; passages count from 1, after their title."""
+    """Returns what {"passage_id": i, "sentence_id": [j, ...]} points at; passages count from 1."""
     passage = passages[place["passage_id"] - 1]
     return opening(" ".join(passage[j] for j in place["sentence_id"] if j < len(passage)))
 

@@ -1,11 +1,12 @@
-"""Is credit assigned right on spans that people marked? Each one is given back as a quote, and what the quote marks is compared.
+"""Do quotes mark what people marked? Their spans are given back as quotes, and compared.
 
     python -m extras.human.spans --data FILE [TOKENIZER ...]
 
 Tokenizers are folders, hub ids or .gguf files. The last line printed is a JSON object.
 
-Each line of FILE is an object in one of three forms: {"response": text, "spans": [[start, end], ...]}; FineGrainedRLHF's QA
-feedback (character offsets of errors); DeFacto (instructions that say what to remove or replace, and a corrected text).
+Each line of FILE is an object in one of three forms: {"response": text, "spans": [[start, end],
+...]}; FineGrainedRLHF's QA feedback (character offsets of errors); DeFacto (instructions that say
+what to remove or replace, and a corrected text).
 """
 
 import difflib
@@ -34,7 +35,8 @@ from t2g.feedback import Feedback
 from t2g.log import read_jsonl
 
 INSTRUCTION = re.compile(
-    r"(?:Remove|Replace) the information about (.+?)(?: from the summary| with the information about .+)\.?"
+    r"(?:Remove|Replace) the information about (.+?)"
+    r"(?: from the summary| with the information about .+)\.?"
 )
 WORD = re.compile(r"\w+|[^\w\s]")
 
@@ -48,7 +50,7 @@ class Marked(NamedTuple):
 
 
 def read(rows, name) -> tuple[list[Marked], bool]:
-    """The responses of a file, and whether each quote is the very text of its range (or a phrase that need not stand anywhere)."""
+    """Returns the responses of a file, and whether their quotes are verbatim."""
     found, verbatim = [], True
     for number, row in enumerate(rows, 1):
         feedback = row.get("feedback")
@@ -76,14 +78,11 @@ def read(rows, name) -> tuple[list[Marked], bool]:
             ):
                 raise TypeError("not a text, or not whole numbers")
         except (KeyError, TypeError, ValueError, AttributeError):
-            fail(
-                f"row {number} of {name} holds no human spans in a known form; the head of t2g/human_spans.py lists the forms"
-            )
+            fail(f"row {number} of {name} has no known form; see the head of extras/human/spans.py")
         for start, end in ranges:
             if not 0 <= start < end <= len(text):
-                fail(
-                    f"row {number} of {name}: the span ({start}, {end}) is empty, reversed or outside its {len(text)} characters"
-                )
+                problem = f"the span ({start}, {end}) is empty or outside the response"
+                fail(f"row {number} of {name}: {problem}")
         found.append(Marked(text, ranges, [text[start:end] for start, end in ranges]))
     if not any(marked.quotes for marked in found):
         fail(f"{name} marks nothing")
@@ -91,7 +90,7 @@ def read(rows, name) -> tuple[list[Marked], bool]:
 
 
 def changes(text: str, corrected: str) -> list[tuple[int, int]]:
-    """The ranges of words of text that its correction no longer has."""
+    """Returns the ranges of words of a text that its correction lacks."""
     words = list(WORD.finditer(text))
     before, after = (
         [word[0].casefold() for word in words],
@@ -109,11 +108,11 @@ def characters(ranges) -> set[int]:
     return {i for start, end in ranges for i in range(start, end)}
 
 
-# ---- quotes, without tokens ----------------------------------------------------------------------------------------------
+# ---- quotes, without tokens ------------------------------------------------------------------
 
 
 def how_found(responses) -> dict:
-    """The share of quotes found in each way, and of those that stand in several places."""
+    """Returns the shares of quotes found in each way, and of ambiguous ones."""
     counts = Counter()
     for marked in responses:
         for quote in marked.quotes:
@@ -133,11 +132,11 @@ RULES = {  # which of its places a quote marks that is given k times
 
 
 def rules_for_ambiguous_quotes(responses) -> dict:
-    """For quotes that stand in several places: of what each rule marks, the share that people marked, and the reverse.
+    """Returns precision and recall of each rule on quotes that occur several times.
 
-    Precision counts places that people marked, for whatever error, and recall the places that the quote was taken from.
-    "context" is no rule of ours but what an annotator can do: lengthen the quote to the left until it stands once; there,
-    precision and recall count characters.
+    Precision counts places that people marked for any error, recall those that the quote was taken
+    from. "context" is what an annotator can do: lengthen the quote to the left until it is unique;
+    there, both count characters.
     """
     hits = defaultdict(Counter)
     for marked in responses:
@@ -166,7 +165,7 @@ def rules_for_ambiguous_quotes(responses) -> dict:
 
 
 def garbled(quote: str, rng) -> dict[str, str]:
-    """What annotators do to a quote: case, spaces, quotation marks, a typo, a word left out, a word changed, a middle left out."""
+    """Returns a quote as annotators may misquote it, by kind of error."""
     words = quote.split()
     at = rng.randrange(len(words))
     letter = rng.choice([i for i, c in enumerate(quote) if c.isalpha()] or [0])
@@ -184,7 +183,7 @@ def garbled(quote: str, rng) -> dict[str, str]:
 
 
 def garbled_quotes(responses, seed=0) -> dict:
-    """Quotes that stand once, spoilt in each way: how they are found, and how right the places of each way of finding are."""
+    """Returns how misquoted unique quotes are found, and how often in the right place."""
     rng, table, right = random.Random(seed), defaultdict(Counter), defaultdict(Counter)
     for marked in responses:
         for quote, place in zip(marked.quotes, marked.ranges):
@@ -217,7 +216,7 @@ def garbled_quotes(responses, seed=0) -> dict:
 
 
 def against_corrections(responses) -> dict:
-    """For quotes without a range: the share of found places with a word that the human correction changed, and of any places."""
+    """Returns the share of found quotes, and of any places, with a word that a person changed."""
     hits = defaultdict(Counter)
     for marked in responses:
         wrong, words = (
@@ -244,17 +243,17 @@ def against_corrections(responses) -> dict:
     }
 
 
-# ---- the whole way, with tokens ------------------------------------------------------------------------------------------
+# ---- the whole way, with tokens --------------------------------------------------------------
 
 
 def tokens_marked(responses, tokenizer) -> dict:
-    """Tokens that quotes mark, against those whose characters lie in the human spans by the tokenizer's own offsets.
+    """Compares the tokens that quotes mark with the tokenizer's own in the human spans.
 
-    The tokenizer's offsets speak of the text that was encoded, ours of the text that is decoded: two ways to the same tokens.
-    Tokens that write nothing but white space count on neither side.
+    The tokenizer's offsets are of the text that was encoded, ours of the text that is decoded.
+    Tokens of white space alone count on neither side.
 
-    Returns: "unlike", the share of responses that decode to another text; the ways in which quotes are found in the decoded text;
-    "verbatim", the tokens of quotes that stand there once and to the letter; "all", those of all quotes of a response together.
+    Returns: "unlike", the share of responses that decode to another text; how quotes are found in
+    the decoded text; "verbatim", tokens of quotes that occur there once and verbatim; "all".
     """
     hits, kinds, unlike = {"verbatim": Counter(), "all": Counter()}, Counter(), 0
     for marked in responses:

@@ -142,7 +142,7 @@ def test_a_record_that_somebody_filled_in_is_taken_as_it_is():
 def test_a_row_in_no_known_form_is_named(row, capsys):
     with pytest.raises(SystemExit):
         records([DEFACTO, row], "rows.jsonl")
-    assert "row 2 of rows.jsonl is no human feedback in a known form" in capsys.readouterr().err
+    assert "row 2 of rows.jsonl has no known form" in capsys.readouterr().err
 
 
 def test_ranges_with_only_link_words_between_them_are_one():
