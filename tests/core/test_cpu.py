@@ -1,4 +1,4 @@
-"""Products through oneDNN: the numbers and gradients of torch's own, in fp32 and bf16, packed or not; elsewhere out of the way."""
+"""Products through oneDNN have the numbers and gradients of torch's own, in fp32 and bf16."""
 
 import copy
 from functools import partial

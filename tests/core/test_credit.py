@@ -1,8 +1,8 @@
-"""Credit assignment is unbiased: the expected step of gae and policy_loss is the gradient of the expected reward.
+"""Credit assignment is unbiased: the expected step is the gradient of the expected reward.
 
-Every response of a tiny policy is enumerated, so that expectations are sums and both sides are exact.
-A policy is a table of logits, one row for each prefix; rows of prefixes of length t are the parameters
-of token t alone.
+Every response of a tiny policy is enumerated, so expectations are sums and both sides are exact. A
+policy is a table of logits, one row for each prefix; rows of prefixes of length t are the
+parameters of token t alone. The step is that of gae and policy_loss.
 """
 
 import itertools
@@ -74,7 +74,7 @@ class Example:
         return -self.gradient(loss)
 
     def credit(self, rewards, weight) -> torch.Tensor:
-        """sum over t <= k of weight(k - t) times the gradient of E[r_k] in the parameters of token t."""
+        """The sum over t <= k of weight(k - t) times the gradient of E[r_k] for token t."""
         total = torch.zeros_like(self.logits)
         for k in range(LENGTH):
             gradient = self.gradient((self.probability * rewards[:, k]).sum())
@@ -97,7 +97,7 @@ def test_with_gamma_and_lambda_1_the_expected_step_is_the_gradient_of_the_expect
 def test_discounting_credits_a_reward_less_to_tokens_further_back_and_nothing_else(
     seed, gamma, lam
 ):
-    """With V = 0, r_k credits token t <= k with weight (gamma lam)^(k - t): that is the exact bias."""
+    """With V = 0, r_k credits token t <= k with weight (gamma lam)^(k - t), the exact bias."""
     example = Example(seed)
     step = example.expected_step(example.rewards, torch.zeros_like(example.rewards), gamma, lam)
     assert_close(step, example.credit(example.rewards, lambda distance: (gamma * lam) ** distance))

@@ -1,6 +1,4 @@
-"""The losses of the policy and of the value, by identity and brute force from the definitions; in double precision unless it is the
-point.
-"""
+"""The losses of policy and value, by identity and brute force, in double precision."""
 
 import math
 
@@ -13,7 +11,7 @@ from torch.testing import assert_close
 
 from t2g.ppo import policy_loss, value_loss
 
-# ---- the policy's loss ---------------------------------------------------------------------------------------------------
+# ---- the policy's loss -----------------------------------------------------------------------
 
 EPS = 0.2
 
@@ -41,7 +39,7 @@ def test_at_ratio_one_the_gradient_is_minus_the_advantage_over_the_count(mask, s
     ],
 )
 def test_the_clip_binds_only_where_it_lowers_the_gain(ratio, advantage, binds):
-    """Where it binds there is no gradient and the ratio counts as its bound; elsewhere the ratio counts in full."""
+    """Where it binds there is no gradient, and the ratio counts as its bound."""
     logprobs = row(math.log(ratio)).requires_grad_()
     loss, stats = policy_loss(logprobs, row(0.0), row(advantage), every(logprobs), EPS)
     bound = 1 + EPS if ratio > 1 else 1 - EPS
@@ -52,7 +50,7 @@ def test_the_clip_binds_only_where_it_lowers_the_gain(ratio, advantage, binds):
 
 @pytest.mark.parametrize("loss", [policy_loss, value_loss])
 def test_the_clip_fraction_is_a_share_of_the_tokens_that_count(loss):
-    """Both clips bind on the first token of four, and on the last of five, which is off the mask."""
+    """Both clips bind on the first of four tokens, and on a fifth that is off the mask."""
     new, old = row(1.0, 0.0, 0.0, 0.0, 1.0), row(0.0, 0.0, 0.0, 0.0, 0.0)
     mask = torch.tensor([[True, True, True, True, False]])
     (share,) = [
@@ -140,7 +138,7 @@ def test_a_minibatch_without_tokens_has_no_loss(name):
     assert loss == 0 and not any(stats.values())
 
 
-# ---- the value's loss ----------------------------------------------------------------------------------------------------
+# ---- the value's loss ------------------------------------------------------------------------
 
 
 @given(masks(), seeds)
@@ -167,7 +165,7 @@ def test_at_the_old_values_the_gradient_is_the_error_over_the_count(mask, seed):
     ],
 )
 def test_a_value_that_runs_ahead_of_its_bound_counts_as_the_bound(value, target, counts_as):
-    """Old value 0: a step towards the return pays up to the bound only; a step that makes things worse counts in full."""
+    """Old value 0: a step towards the return pays up to the bound; a wrong step counts in full."""
     values = row(value).requires_grad_()
     loss, stats = value_loss(values, row(0.0), row(target), every(values), EPS)
     assert loss.item() == pytest.approx((counts_as - target) ** 2 / 2)

@@ -1,4 +1,4 @@
-"""The policy and its sampling, against naive forwards of a tiny random Llama: one row, no padding, no cache."""
+"""Policy and sampling against naive forwards of a tiny Llama: one row, no padding, no cache."""
 
 import copy
 import math
@@ -66,7 +66,7 @@ def alone(rollout, b):
 
 @torch.no_grad()
 def naive_logits(model, prompt, response):
-    """Logits (n, V) from which the n response tokens were predicted, by one plain forward over the ids of one row."""
+    """Logits (n, V) that predict the n response tokens, by one plain forward over one row."""
     ids = torch.cat([prompt, response])
     return model(input_ids=ids[None]).logits[0, len(prompt) - 1 : len(ids) - 1]
 
@@ -85,7 +85,7 @@ def naive_rows(model, rollout):
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 2.5])
 @torch.no_grad()
 def test_logprobs_and_entropies_are_those_of_a_naive_forward(policy, rollout, temperature):
-    """At a temperature they are those of softmax(logits / temperature), from which tokens are drawn."""
+    """They are those of softmax(logits / temperature), from which tokens are drawn."""
     stats = policy(rollout, temperature=temperature)
     for b, n, response, logits in naive_rows(policy.model, rollout):
         expected = torch.distributions.Categorical(logits=logits / temperature)
@@ -120,7 +120,7 @@ def test_off_the_mask_all_is_zero(policy, rollout):
 
 @torch.no_grad()
 def test_a_token_changes_nothing_that_stands_before_it(policy, rollout):
-    """V, logprob and entropy at t know the response up to t: V and entropy not even the token t itself."""
+    """logprob at t knows the response up to token t; V and entropy do not know token t itself."""
     b, t = int(rollout.mask.sum(1).argmax()), 4
     changed = copy.copy(rollout)
     changed.response = rollout.response.clone()
@@ -187,7 +187,7 @@ def test_sampling_stops_when_all_rows_have_ended(model, tokenizer):
 def test_tokens_are_drawn_from_the_distribution_whose_logprobs_are_computed(
     policy, tokenizer, temperature
 ):
-    """The mean of -log pi over many draws is the entropy, within five standard errors; of another temperature it is not."""
+    """The mean of -log pi over many draws is the entropy, within five standard errors."""
     drawn = sample(
         policy.model,
         tokenizer,
@@ -300,7 +300,7 @@ def assert_same_gradients(ones, others):
 def test_without_critic_clip_and_kl_the_step_is_the_natural_language_gradient(
     policy, tokenizer, rollout
 ):
-    """gamma = lam = 0, V = 0, advantages as they are: the gradient is - sum_t delta_t grad log pi(y_t) / count."""
+    """gamma = lam = 0 and V = 0: the gradient is - sum_t delta_t grad log pi(y_t) / count."""
     delta = torch.zeros(rollout.response.shape)
     for b, text in enumerate(rollout.texts):
         n, third = int(rollout.mask[b].sum()), len(text) // 3

@@ -22,8 +22,8 @@ from t2g.log import read_jsonl
 pytestmark = pytest.mark.usefixtures("posts")
 STEPS = 6
 FLAGS = (
-    "--critic", "rule", "--max_steps", STEPS, "--per_device_train_batch_size", 2, "--eval_samples", 2,
-    "--num_ppo_epochs", 2, "--response_length", 12, "--save_steps", 2, "--kl_target", 0.5,
+    "--critic", "rule", "--max_steps", STEPS, "--per_device_train_batch_size", 2,
+    "--eval_samples", 2, "--num_ppo_epochs", 2, "--response_length", 12, "--save_steps", 2, "--kl_target", 0.5,
     "--kl_horizon", 20,
 )  # fmt: skip
 
@@ -268,7 +268,7 @@ def test_ctrl_c_and_exhausted_memory_end_with_a_sentence(flags, monkeypatch, fai
 
 @pytest.fixture
 def break_gradients(monkeypatch):
-    """break_gradients(steps) makes the gradients of these steps nan; a step has four minibatches."""
+    """break_gradients(steps) makes gradients of these steps nan; a step has four minibatches."""
     calls, honest = [], train_ppo.policy_loss
 
     def break_gradients(steps):
