@@ -12,6 +12,7 @@ from typing import NamedTuple
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from t2g.cli import fail
 from t2g.critics import quote_of
 from t2g.feedback import Feedback, revision_prompt, reward_prompt
 from t2g.tasks import Example
@@ -64,6 +65,11 @@ DEFAULTS = {
 NUM_TRAIN, NUM_HELDOUT = 20000, 512
 STEP_END = r"(?=,)"  # the steps of a summary are its clauses
 REVISIONS = 0.2  # share of the starting policy's training pairs that ask for a revision
+
+
+def check(args, script):
+    if args.data:
+        fail("the toy makes its own posts: for --data name another --task, such as summarize")
 
 
 def load(args):

@@ -209,3 +209,7 @@ def test_a_revision_fixes_the_faults_that_the_critique_names_and_nothing_else():
         after = toy.judge(example, toy.revise(response, kept))
         assert sum(remark.kind != "good" for remark in after) <= len(remarks) - len(kept)
         assert toy.revise(response, []) == response
+
+
+def test_the_toy_refuses_data_that_it_would_not_read(refused):
+    assert "--task" in refused(toy.check, flags("toy", "a.jsonl"), "train_ppo")
