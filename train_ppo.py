@@ -143,7 +143,7 @@ def train(task, args, actor, reference, critic, tokenizer, run):
         delta, quotes = token_rewards(tokenizer, rollout, feedback, args)
         placed = place_rewards(delta, tokenizer, rollout, task, args)
 
-        # 4. KL penalty: r_t = placed_t - kl_coef KL_t. Tensors are now of all ranks' responses.
+        # 4. KL penalty: r_t = placed_t - kl_coef KL_t, with the tensors of all ranks' responses.
         old = score(actor, reference, rollout, args)
         mask, delta, placed, old = global_batch(rollout, feedback, delta, placed, old)
         check_reference(step, old.kl)
