@@ -272,11 +272,14 @@ def check_first_ratio(error, bf16):
     error: mean |log rho| over the global minibatch. bf16 logits of 16 to 32 have steps of 0.125, so
     there a large error is a warning, given once.
     """
-    message = f"the first ratio of a step must be 1, but the mean |log ratio| is {error:.2g}"
     if not bf16 and not error <= 1e-4:
-        raise RuntimeError(f"{message}: is there dropout, or is padding not masked?")
-    if not error <= 0.05:
-        warnings.warn(f"{message}: see first_ratio_error in metrics.jsonl", stacklevel=2)
+        raise RuntimeError(
+            f"the first ratio of a step must be 1, but the mean |log ratio| is {error:.2g}: "
+            "is there dropout, or is padding not masked?"
+        )
+    if not error <= 0.05 and dist.rank() == 0:  # Python shows a warning of the same text once
+        text = "first ratios are far from 1: see first_ratio_error in metrics.jsonl"
+        warnings.warn(text, stacklevel=2)
 
 
 if __name__ == "__main__":

@@ -10,19 +10,15 @@ number of times on every rank.
 import os
 import sys
 import threading
+import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 
 import torch
 from torch import distributed
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    FSDPModule,
-    MixedPrecisionPolicy,
-    fully_shard,
-)
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -46,10 +42,17 @@ def session(cpu_offload=False, first=None):
     store, number, count = next(distributed.rendezvous("env://"))
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = distributed.PrefixStore(f"start {restart}", store)  # keys of earlier starts are stale
+    finished = threading.Event()
+    watcher = threading.Thread(target=end_with_others, args=(store.clone(), finished), daemon=True)
+    watcher.start()
     try:
         yield join(store, number, count, first)
+        barrier()  # until here another rank may fail
     except BaseException as error:
+        finished.set()
         end_all(store, error)
+    finished.set()
+    watcher.join()  # a thread that waits in the store while Python ends would abort the process
     distributed.destroy_process_group()
 
 
@@ -63,7 +66,6 @@ def join(store, number, count, first):
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     group = dict(store=store, rank=number, world_size=count, timeout=timedelta(hours=1))
     distributed.init_process_group(backend, **group)
-    threading.Thread(target=end_with_others, args=(store.clone(),), daemon=True).start()
     # Nothing here changes a view of sharded weights in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     if number:
@@ -74,25 +76,40 @@ def join(store, number, count, first):
 def end_all(store, error):
     """Ends this process as the error would, and tells the others to end with the same exit code.
 
-    os._exit, because destroying a process group waits for ranks that will never come.
+    If another rank has failed before, the error here is a consequence and is not shown. os._exit,
+    because destroying a process group waits for ranks that will never come.
     """
     code = 1
+    with suppress(distributed.DistError):  # the process that held the store may be gone
+        if store.check(["exit code"]):
+            end(int(store.get("exit code")))
     if not isinstance(error, SystemExit):
         sys.excepthook(type(error), error, error.__traceback__)
     elif error.code is None or isinstance(error.code, int):
         code = error.code or 0
     else:  # sys.exit("a message")
         print(error.code, file=sys.stderr)
+    with suppress(distributed.DistError):
+        store.set("exit code", str(code))
+        time.sleep(1)  # if this process holds the store, the others must still read it
+    end(code)
+
+
+def end_with_others(store, finished):
+    """Ends this process if another rank failed. Runs in a thread, for the main one may hang."""
+    try:
+        while not finished.wait(0.3):
+            if store.check(["exit code"]):
+                end(int(store.get("exit code")))
+    except distributed.DistError:  # the process that held the store is gone
+        if not finished.wait(3):  # time to show an error of this rank
+            end(1)
+
+
+def end(code):
     sys.stdout.flush()
     sys.stderr.flush()
-    store.set("exit code", str(code))
     os._exit(code)
-
-
-def end_with_others(store):
-    """Waits in a thread of its own, for the main one may hang in a collective."""
-    store.wait(["exit code"], timedelta(weeks=52))
-    os._exit(int(store.get("exit code")))
 
 
 def processes() -> int:
@@ -196,10 +213,9 @@ def frozen(model, args):
     model.requires_grad_(False)
     if not args.replicate_frozen:
         return shard(model, args.bf16, args.cpu_offload)
-    for weights in (
-        model.parameters() if args.bf16 else ()
-    ):  # buffers, such as of RoPE, stay in fp32
-        weights.data = weights.data.to(torch.bfloat16)
+    if args.bf16:  # buffers, such as of RoPE, stay in fp32
+        for weights in model.parameters():
+            weights.data = weights.data.to(torch.bfloat16)
     return model.to(device())
 
 

@@ -39,18 +39,29 @@ def forked(script, flags, **options):
 
 def two_ranks(prepare, flags, errors):
     """Two processes that run train_ppo.py together, each after prepare(rank); errors: two files."""
+    port = free_port()
+    return [
+        started(as_rank, rank, port, train, prepare, flags, errors[rank], rank) for rank in (0, 1)
+    ]
+
+
+def train(prepare, flags, errors, rank):
+    prepare(rank)
+    main("train_ppo", flags, errors=errors)
+
+
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return [started(as_rank, rank, port, prepare, flags, errors[rank]) for rank in (0, 1)]
+        return free.getsockname()[1]
 
 
-def as_rank(rank, port, prepare, flags, errors):
+def as_rank(rank, port, function, *args):
+    """Calls a function in torchrun's environment of one of two processes."""
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2}
     place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in place.items()}
-    prepare(rank)
-    main("train_ppo", flags, errors=errors)
+    function(*args)
 
 
 def run(script, flags):

@@ -1,13 +1,17 @@
 """An error on one rank ends all of them: the others would wait for it in a collective."""
 
+import os
+import threading
 import time
+import warnings
 from functools import partial
 
 import pytest
 import torch
-from forking import two_ranks
+from forking import as_rank, free_port, started, two_ranks
 
 import train_ppo
+from t2g import dist
 from t2g.cli import fail
 
 SECONDS = 30  # within which all ranks are gone
@@ -59,12 +63,59 @@ def test_whatever_one_rank_dies_of_both_are_gone_and_say_why(cause, model, token
     tokenizer.save_pretrained(tmp_path / "sft")
     flags = [*FLAGS, "--policy", tmp_path / "sft", "--output_dir", tmp_path / "ppo"]
     errors = [tmp_path / "errors0", tmp_path / "errors1"]
+    codes = exit_codes(two_ranks(partial(break_one, cause), flags, errors))
+    assert codes in ([1, 1], [2, 2]), "all ranks end, with the exit code of the one that failed"
+    printed = [path.read_text() for path in errors]
+    assert CAUSES[cause][2] in "".join(printed)
+    assert sum("Traceback" in text for text in printed) <= 1, "the other rank adds none"
+
+
+def exit_codes(ranks) -> list:
+    """The exit codes of processes that must end in time, None of one that did not."""
     end = time.monotonic() + SECONDS
-    ranks = two_ranks(partial(break_one, cause), flags, errors)
     for process in ranks:
         process.join(max(end - time.monotonic(), 0.1))
-    alive = [process.is_alive() for process in ranks]
+    codes = [process.exitcode for process in ranks]
     for process in ranks:
         process.kill()
-    assert alive == [False, False] and all(process.exitcode for process in ranks)
-    assert CAUSES[cause][2] in "".join(path.read_text() for path in errors)
+    return codes
+
+
+def fail_first():
+    fail("an earlier stage failed")
+
+
+def first_fails(rank):
+    with dist.session(first=fail_first):
+        pass
+
+
+def one_is_killed(rank):
+    """Rank 0, which holds the store, dies without a word while rank 1 is in no collective."""
+    with dist.session():
+        if rank == 0:
+            os._exit(9)
+        time.sleep(2 * SECONDS)
+
+
+def all_is_well(rank):
+    threads = threading.active_count()
+    with dist.session():
+        time.sleep(rank)
+    assert threading.active_count() == threads, "a thread in the store would abort Python's end"
+
+
+@pytest.mark.parametrize(
+    "function, codes", [(first_fails, [2, 2]), (one_is_killed, [9, 1]), (all_is_well, [0, 0])]
+)
+def test_ranks_end_together(function, codes):
+    port = free_port()
+    assert exit_codes([started(as_rank, r, port, function, r) for r in (0, 1)]) == codes
+
+
+def test_in_bf16_first_ratios_far_from_1_are_a_warning_given_once():
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("default")
+        for error in (0.06, 0.07, float("nan")):
+            train_ppo.check_first_ratio(error, bf16=True)
+    assert len(given) == 1 and "first_ratio_error" in str(given[0].message)
