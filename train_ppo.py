@@ -27,7 +27,7 @@ from t2g.policy import Policy, autocast
 from t2g.ppo import AdaptiveKL, gae, policy_loss, value_loss, whiten
 from t2g.rewards import place_rewards, token_rewards
 from t2g.rollout import sample
-from t2g.run import Run
+from t2g.run import Run, add_step_flags
 from t2g.score import Scores, response_logprobs, score
 
 KL_KINDS = ("full", "k1", "k2", "k3", "abs")
@@ -58,15 +58,7 @@ def add_algorithm_flags(add):
     where = "where rewards are placed: on the spans' tokens, or summed per sentence or response"
     add("--reward", "span", where, ("span", "prm", "scalar"))
     add("--span_weights", "uniform", "how a span's score is distributed", tuple(SPAN_WEIGHTS))
-    add("--max_steps", 100, "number of rollouts; each is followed by one PPO update")
-    add("--num_ppo_epochs", 4, "passes over a rollout")
-    add("--num_mini_batches", 2, "optimiser steps in each pass")
-    add("--gradient_accumulation_steps", 1, "microbatches in each optimiser step")
-    add("--per_device_train_batch_size", 8, "responses in each microbatch")
-    add("--learning_rate", 1e-6, "AdamW's learning rate, decayed linearly to 0")
-    add("--max_grad_norm", 1.0, "gradients are clipped to this norm")
-    add("--response_length", 64, "maximum tokens of a response")
-    add("--temperature", 1.0, "temperature of sampling and of all log-probabilities")
+    add_step_flags(add, num_ppo_epochs=4)
     add("--missing_eos_penalty", 1.0, "penalises responses that hit the length limit", at_least_0)
     add("--kl_coef", 0.05, "initial coefficient of the KL penalty", at_least_0)
     add("--kl_estimator", "full", "estimator of the KL penalty; full is exact", KL_KINDS)

@@ -116,13 +116,16 @@ def make_folder(path, flag: str):
         fail(f"the folder {path} cannot be created ({error.strerror}); choose another {flag}")
 
 
+def first_unused(paths) -> Path:
+    return next(path for path in paths if not path.exists())
+
+
 def fresh_folder(path) -> Path:
     """Creates an empty folder. Moves an earlier run aside and refuses a folder of anything else."""
     path = Path(path).resolve()
     try:
         if (path / "metrics.jsonl").is_file():
-            names = (path.with_name(f"{path.name}.{n}") for n in itertools.count(1))
-            aside = next(name for name in names if not name.exists())
+            aside = first_unused(path.with_name(f"{path.name}.{n}") for n in itertools.count(1))
             path.rename(aside)
             print(f"the earlier run in {path} was moved to {aside}", flush=True)
         path.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from t2g import dist
-from t2g.cli import fail, fresh_folder
+from t2g.cli import fail, first_unused, fresh_folder
 from t2g.log import read_json
 from t2g.policy import checkpoints, latest_checkpoint, step_of
 
@@ -88,7 +88,7 @@ def rewind(folder, checkpoint):
             f"--resume {checkpoint} is no checkpoint of --output_dir {folder}: name checkpoint-STEP"
         )
     later = [path for path in checkpoints(folder) if step_of(path) > step_of(checkpoint)]
-    left = next(p for n in itertools.count(1) if not (p := folder / f"left-{n}").exists())
+    left = first_unused(folder / f"left-{n}" for n in itertools.count(1))
     left.mkdir()
     for path in [*folder.glob("*.json*"), folder / "page.html"]:
         if path.is_file():

@@ -26,6 +26,19 @@ STATUS = (
 BAD_STEPS = 5  # in a row, without one finite gradient, after which a run ends
 
 
+def add_step_flags(add, num_ppo_epochs):
+    """Adds the flags of a rollout and of the update on it."""
+    add("--max_steps", 100, "number of rollouts; each is followed by one update")
+    add("--num_ppo_epochs", num_ppo_epochs, "passes over a rollout")
+    add("--num_mini_batches", 2, "optimiser steps in each pass")
+    add("--gradient_accumulation_steps", 1, "microbatches in each optimiser step")
+    add("--per_device_train_batch_size", 8, "responses in each microbatch")
+    add("--learning_rate", 1e-6, "AdamW's learning rate, decayed linearly to 0")
+    add("--max_grad_norm", 1.0, "gradients are clipped to this norm")
+    add("--response_length", 64, "maximum tokens of a response")
+    add("--temperature", 1.0, "temperature of sampling and of all log-probabilities")
+
+
 class Run:
     """Resumes the run in a folder, and keeps its metrics, samples and checkpoints."""
 

@@ -116,6 +116,6 @@ def total_reward(tokenizer, rollout, row, feedback, args) -> float | None:
     penalty = 0.0 if rollout.finished[row] else args.missing_eos_penalty
     if isinstance(feedback, float):
         return feedback - penalty
-    offsets = token_offsets(tokenizer, rollout.response[row][rollout.mask[row]].tolist())
+    offsets = token_offsets(tokenizer, rollout.ids(row))
     spans, _ = resolve(rollout.texts[row], feedback)
     return span_rewards(offsets, spans).sum().item() - penalty

@@ -32,7 +32,7 @@ from t2g.policy import Policy, autocast, context_length, now, response_logits
 from t2g.ppo import kl_penalty
 from t2g.rewards import token_rewards
 from t2g.rollout import encode_prompts, sample, step_rng
-from t2g.run import seconds_of
+from t2g.run import add_step_flags, seconds_of
 from t2g.score import response_logprobs, score
 
 TOY = dict(
@@ -53,15 +53,7 @@ def add_flags(add):
     add("--divergence", "reverse_kl", "D, from policy to teacher", DIVERGENCES)
     rate = "step of the teacher towards the policy: 1 is the policy, 0 the starting policy"
     add("--teacher_update_rate", 0.05, rate, cli.between(0, 1))
-    add("--max_steps", 100, "number of rollouts; each is followed by one update")
-    add("--num_ppo_epochs", 1, "passes over a rollout")
-    add("--num_mini_batches", 2, "optimiser steps in each pass")
-    add("--gradient_accumulation_steps", 1, "microbatches in each optimiser step")
-    add("--per_device_train_batch_size", 8, "responses in each microbatch")
-    add("--learning_rate", 1e-6, "AdamW's learning rate, decayed linearly to 0")
-    add("--max_grad_norm", 1.0, "gradients are clipped to this norm")
-    add("--response_length", 64, "maximum tokens of a response")
-    add("--temperature", 1.0, "temperature of sampling and of all log-probabilities")
+    add_step_flags(add, num_ppo_epochs=1)
 
 
 def main():
