@@ -6,8 +6,8 @@
 Both are half-open character ranges of one text, response_text(tokenizer, ids). Sampled ids are only
 decoded, never re-encoded: they are often not the canonical tokenisation of their text. The rules:
 
-1. A quote is searched for verbatim, then ignoring white space, quotation marks and case, then by
-   the closest match above FUZZY_THRESHOLD. A quote that is not found rewards nothing.
+1. A quote is searched for verbatim, then normalised, then by likeness (quotes.py). A quote that is
+   not found rewards nothing.
 2. Where a quote occurs several times, a good one marks the first occurrence and a poor one the
    last: in a text that repeats itself the repetition is at fault. A quote that is given k times
    marks k occurrences. An occurrence that cuts a word in two counts only if all of them do.
@@ -20,18 +20,14 @@ import os.path
 import re
 import weakref
 from collections import Counter, defaultdict
-from functools import lru_cache
 
 import numpy as np
 import torch
 
 from t2g.feedback import Feedback, Span, quoted
+from t2g.quotes import MATCH_KINDS, find, locate, without_space  # noqa: F401 (names of align)
 
-MATCH_KINDS = ("exact", "normalised", "fuzzy", "lost")
-FUZZY_THRESHOLD = 90.0  # per cent, rapidfuzz's partial ratio
-FUZZY_MIN_CHARS = 8  # shorter quotes resemble too many words
 SENTENCE_OR_LINE = r"[.!?…][\"'”’)\]]*(?=\s)\n*|\n+"  # the end of a step of a text
-SAME_MARK = str.maketrans("“”„«»‘’‚`´–—", '"' * 5 + "'" * 5 + "--")
 _SEEN = weakref.WeakKeyDictionary()  # tokenizer -> (anchor, pieces): each token is decoded once
 
 
@@ -56,95 +52,6 @@ def resolve(text: str, feedback: Feedback, severities=False) -> tuple[list[Span]
             for place, score in zip(places, scores):
                 spans.append(Span(*without_space(text, *place), score))
     return spans, counts
-
-
-def locate(text: str, quote: str) -> list[tuple[int, int]]:
-    """Returns the ranges of a text where a quote occurs, in order; [] if it does not occur.
-
-    >>> locate("He is 27, not 27 and a half. In 1927?", "27")
-    [(6, 8), (14, 16)]
-    """
-    return find(text, quote)[1]
-
-
-def find(text: str, quote: str) -> tuple[str, list[tuple[int, int]]]:
-    """Returns the kind of match, one of MATCH_KINDS, and the ranges of locate()."""
-    if not quote.strip():
-        return "lost", []
-    if places := _whole_words(text, _occurrences(text, quote)):
-        return "exact", places
-    quote = " ".join(quote.split())
-    if len(quote) > 4 * len(text):  # too long even if case folding triples the text
-        return "lost", []
-    plain_text, origin = _normalise(text)
-    plain_quote, _ = _normalise(quote)
-
-    def in_text(start, end):
-        return origin[start][0], origin[end - 1][1]
-
-    unwrapped = plain_quote.strip("\"' ")
-    for wanted in (plain_quote, unwrapped):
-        if wanted and (places := _occurrences(plain_text, wanted)):
-            unique = dict.fromkeys(in_text(*place) for place in places)
-            return "normalised", _whole_words(text, list(unique))
-    if closest := _closest(plain_text, unwrapped):
-        places = _occurrences(plain_text, plain_text[slice(*closest)])
-        return "fuzzy", _whole_words(text, [in_text(*place) for place in places])
-    return "lost", []
-
-
-def _occurrences(text, quote):
-    """All ranges with exactly this text, overlapping ones included."""
-    places, start = [], text.find(quote)
-    while start >= 0:
-        places.append((start, start + len(quote)))
-        start = text.find(quote, start + 1)
-    return places
-
-
-def _whole_words(text, places):
-    """The places that cut no word in two, or all of them if every place cuts one."""
-
-    def cuts(i):  # "1.27" and "1,927" are words, too
-        beside = 0 < i < len(text) and text[i - 1].isalnum() and text[i].isalnum()
-        return beside or re.search(r"\d[.,]\d", text[max(i - 2, 0) : i + 2])
-
-    return [(start, end) for start, end in places if not (cuts(start) or cuts(end))] or places
-
-
-@lru_cache(maxsize=32)  # all quotes of a response are searched for in the same text
-def _normalise(text) -> tuple[str, list[tuple[int, int]]]:
-    """The text in lower case with plain spaces and marks, and each character's original range."""
-    out, origin = [], []
-    for piece in re.finditer(r"\s+|\S", text):
-        plain = " " if piece[0].isspace() else piece[0].translate(SAME_MARK).casefold()
-        out.append(plain)
-        origin += [piece.span()] * len(plain)
-    return "".join(out), origin
-
-
-def _closest(text, quote):
-    """The range of whole words that is most similar to quote, None below FUZZY_THRESHOLD."""
-    from rapidfuzz import fuzz  # only fuzzy matches need this package
-
-    if not FUZZY_MIN_CHARS <= len(quote) <= len(text) / (FUZZY_THRESHOLD / 100):
-        return None
-    match = fuzz.partial_ratio_alignment(quote, text, score_cutoff=FUZZY_THRESHOLD)
-    if not match or match.dest_start == match.dest_end:
-        return None
-    # The match may cut words: compare the windows that start and end one word before or after it.
-    words = [word.span() for word in re.finditer(r"\w+", text)]
-    first = sum(end <= match.dest_start for _, end in words)
-    behind = sum(start < match.dest_end for start, _ in words)
-    starts, ends = words[max(first - 1, 0) : first + 2], words[max(behind - 2, 0) : behind + 1]
-    windows = [(start, end) for start, _ in starts for _, end in ends if start < end]
-    return max(windows, key=lambda window: fuzz.ratio(quote, text[slice(*window)]), default=None)
-
-
-def without_space(text, start, end) -> tuple[int, int]:
-    """Returns the range without the white space at its ends."""
-    place = text[start:end]
-    return end - len(place.lstrip()), start + len(place.rstrip())
 
 
 # ---- 2. sampled ids -> offsets ---------------------------------------------------------------

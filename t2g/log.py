@@ -43,7 +43,7 @@ METRICS = {
     "eos_rate": "share of responses that ended with EOS",
     "unparsable": "share of responses without a readable critique; they are masked out of the loss",
     "quotes_exact": "share of quotes found verbatim",
-    "quotes_normalised": "share of quotes found up to white space, quotation marks and case",
+    "quotes_normalised": "share of quotes found up to white space, case, marks and Unicode forms",
     "quotes_fuzzy": "share of quotes found by the closest match",
     "quotes_lost": "share of quotes found nowhere; they reward nothing",
     "quotes_ambiguous": "share of quotes that occur more often than they were given",

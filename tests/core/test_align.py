@@ -2,6 +2,8 @@
 
 import re
 import time
+import unicodedata
+from functools import partial
 
 import pytest
 from hypothesis import assume, given
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from t2g.align import find, locate, resolve, response_text, span_rewards, token_offsets
 from t2g.feedback import Feedback, Span
 
+NFD = partial(unicodedata.normalize, "NFD")
 words = st.text("abcdefghijklmnopqrstuvwxyz", min_size=1, max_size=8)
 LOST = ("lost", [])
 
@@ -33,7 +36,7 @@ def cuts_a_word(text, start, end):
 # ---- quotes ------------------------------------------------------------------------------------
 
 
-@given(st.data(), st.text(min_size=1) | st.text("ab .12,\n", min_size=1, max_size=12))
+@given(st.data(), st.text("ab .12,\né", min_size=1, max_size=12))
 def test_all_occurrences_are_found_and_those_that_cut_words_only_without_others(data, text):
     assume(text.strip())
     start, end = data.draw(slices(text))
@@ -53,6 +56,36 @@ def test_whole_words_are_preferred():
     assert locate("1.27 or 27", "27") == [(8, 10)]
     assert locate("1.2 and 21.2", "1.2") == [(0, 3)]
     assert locate("an 1.2, b21.2", "1.2") == [(3, 6)]
+
+
+def test_where_words_have_no_spaces_each_character_is_a_word():
+    assert [start for start, _ in locate("他说价格很高。价格！我问了，他说价格不变。", "价格")] == [
+        2,
+        7,
+        16,
+    ]
+    assert locate("第127章，第27章", "27") == [(7, 9)]
+    assert locate("用Python写Pythonic的", "Python") == [(1, 7)]
+    assert locate(NFD("cafés, cafe"), "cafe") == [(8, 12)]
+
+
+@pytest.mark.parametrize(
+    ("text", "quote"),
+    [
+        (
+            "患者被给予二百五十毫克静脉注射头孢每日三次持续一周之后体温恢复正常。",
+            "静脉注射头孢每日二次持续一周",
+        ),
+        ("ผู้ป่วยได้รับยาสามครั้งต่อวันเป็นเวลาหนึ่งสัปดาห์แล้วกลับบ้าน", "ได้รับยาสองครั้งต่อวันเป็นเวลาหนึ่งสัปดาห์"),
+        (
+            "see https://example.org/a/very_long_path_without_any_break_in_it",
+            "very_lang_path_without",
+        ),
+    ],
+)
+def test_a_fuzzy_match_marks_about_its_own_length_in_any_script(text, quote):
+    kind, [(start, end)] = find(text, quote)
+    assert kind == "fuzzy" and abs(end - start - len(quote)) <= 3
 
 
 @given(data=st.data(), parts=st.lists(words, min_size=2, max_size=8, unique=True))
@@ -88,6 +121,22 @@ def test_white_space_and_case_do_not_hide_a_quote(data, parts):
         ("ΟΔΟΣ and more", "οδοσ AND", "ΟΔΟΣ and"),
         ("It was in Porto.", '"Porto"', "Porto"),
         ("It was in porto.", "‘ Porto ’", "porto"),
+        # Unicode's forms of the same words
+        (NFD("Người tên là Hạnh ở Đà Nẵng."), "tên là Hạnh", NFD("tên là Hạnh")),
+        ("Tên là Hạnh ở đây.", NFD("là Hạnh"), "là Hạnh"),
+        (NFD("나는 서울에 산다"), "서울에", NFD("서울에")),
+        ("e\u0302\u0323 is one letter", NFD("ệ is"), "e\u0302\u0323 is"),
+        ("A long\u2011term plan", "long-term", "long\u2011term"),
+        ("He left… and came", "left... and", "left… and"),
+        ("The har\u200bbour is old", "harbour", "har\u200bbour"),
+        ("a so\u00adlu\u00adtion", "solution", "so\u00adlu\u00adtion"),
+        ("It cost 27\u00a0euros.", "27 euros", "27\u00a0euros"),
+        ("价格是ＡＢＣ１２３元", "ABC123", "ＡＢＣ１２３"),
+        ("他说“好”。", "「好」", "“好”"),
+        # emphasis
+        ("The **old** harbour is fine.", "The old harbour", "The **old** harbour"),
+        ("The old harbour is fine.", "the _old_ `harbour`", "The old harbour"),
+        ("这是**重要**的事", "重要的事", "重要**的事"),
     ],
 )
 def test_a_normalised_quote_maps_back_to_the_right_characters(text, quote, found):

@@ -1,0 +1,154 @@
+"""Where a quote occurs in a text: verbatim, normalised, or by likeness.
+
+1. exact       The same characters.
+2. normalised  The same characters but for what a reader hardly sees: white space, case, Unicode's
+               forms of a character, kinds of quotation marks and hyphens, Markdown's emphasis, and
+               invisible characters. The normalised text remembers the place of each character.
+3. fuzzy       The closest run of whole words, if its partial ratio reaches FUZZY_THRESHOLD.
+
+A place that cuts a word in two counts only if all places do. In scripts that put no spaces between
+words, such as Chinese or Thai, each character is a word of its own.
+"""
+
+import itertools
+import re
+import unicodedata
+from functools import lru_cache
+
+MATCH_KINDS = ("exact", "normalised", "fuzzy", "lost")
+FUZZY_THRESHOLD = 90.0  # per cent, rapidfuzz's partial ratio
+FUZZY_MIN_CHARS = 8  # shorter quotes resemble too many words
+DOUBLE, SINGLE, HYPHENS = "“”„‟«»「」『』", "‘’‚‛‹›´", "‐‑‒–—―−"
+SAME_MARK = {ord(c): mark for mark, alike in zip("\"'-", (DOUBLE, SINGLE, HYPHENS)) for c in alike}
+EMPHASIS = re.compile(r"(?<![0-9A-Za-z])[*_~`]+(?=\S)|(?<=\S)[*_~`]+(?![0-9A-Za-z])")
+INVISIBLE = re.compile(  # soft hyphens, zero-width spaces and joiners, directions, variants
+    r"[\u00ad\u034f\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufe00-\ufe0f\ufeff]"
+)
+UNSPACED = re.compile(  # Thai, Lao, Tibetan, Burmese; Khmer; kana; Chinese characters
+    r"[\u0e00-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+    r"\U00020000-\U0003ffff]"
+)
+
+
+def locate(text: str, quote: str) -> list[tuple[int, int]]:
+    """Returns the ranges of a text where a quote occurs, in order; [] if it does not occur.
+
+    >>> locate("He is 27, not 27 and a half. In 1927?", "27")
+    [(6, 8), (14, 16)]
+    """
+    return find(text, quote)[1]
+
+
+def find(text: str, quote: str) -> tuple[str, list[tuple[int, int]]]:
+    """Returns the kind of match, one of MATCH_KINDS, and the ranges of locate()."""
+    if not quote.strip():
+        return "lost", []
+    if places := _whole_words(text, _occurrences(text, quote)):
+        return "exact", places
+    quote = " ".join(quote.split())
+    if len(quote) > 20 * len(text):  # too long even for characters that become eighteen
+        return "lost", []
+    plain_text, origin = _normalise(text)
+    plain_quote, _ = _normalise(quote)
+
+    def in_text(start, end):
+        return origin[start][0], origin[end - 1][1]
+
+    unwrapped = plain_quote.strip("\"' ")
+    for wanted in (plain_quote, unwrapped):
+        if wanted and (places := _occurrences(plain_text, wanted)):
+            unique = dict.fromkeys(in_text(*place) for place in places)
+            return "normalised", _whole_words(text, list(unique))
+    if closest := _closest(plain_text, unwrapped):
+        places = _occurrences(plain_text, plain_text[slice(*closest)])
+        return "fuzzy", _whole_words(text, [in_text(*place) for place in places])
+    return "lost", []
+
+
+def _occurrences(text, quote):
+    """All ranges with exactly this text, overlapping ones included."""
+    places, start = [], text.find(quote)
+    while start >= 0:
+        places.append((start, start + len(quote)))
+        start = text.find(quote, start + 1)
+    return places
+
+
+def _whole_words(text, places):
+    """The places that cut no word in two, or all of them if every place cuts one."""
+    whole = [p for p in places if not (_inside_word(text, p[0]) or _inside_word(text, p[1]))]
+    return whole or places
+
+
+def _inside_word(text, i):
+    """Whether a cut before character i falls into a word or a number such as 1.27 or 1,927."""
+    around = text[max(i - 1, 0) : i + 1]
+    if len(around) < 2 or UNSPACED.search(around):
+        return False
+    return all(map(_in_words, around)) or bool(re.search(r"\d[.,]\d", text[max(i - 2, 0) : i + 2]))
+
+
+def _in_words(char):
+    """Whether a character belongs to words: a letter, a digit, or an accent on one."""
+    return char.isalnum() or unicodedata.category(char).startswith("M")
+
+
+@lru_cache(maxsize=32)  # all quotes of a response are searched for in the same text
+def _normalise(text) -> tuple[str, list[tuple[int, int]]]:
+    """The text as rule 1 compares it, and the original range of each of its characters."""
+    skipped = set()
+    for pattern in (EMPHASIS, INVISIBLE):
+        for match in pattern.finditer(text):
+            skipped.update(range(*match.span()))
+    pieces = []  # [start, end, characters]: runs of spaces, and characters that compose
+    for i, char in enumerate(text):
+        if i in skipped:
+            continue
+        if pieces and _joins(pieces[-1][2], char):
+            pieces[-1][1:] = i + 1, pieces[-1][2] + char
+        else:
+            pieces.append([i, i + 1, char])
+    out, origin = [], []
+    for start, end, piece in pieces:
+        plain = unicodedata.normalize("NFKC", piece.translate(SAME_MARK)).casefold()
+        plain = " " if piece.isspace() else unicodedata.normalize("NFKC", plain)
+        out.append(plain)
+        origin += [(start, end)] * len(plain)
+    return "".join(out), origin
+
+
+def _joins(piece, char):
+    """Whether a character and those before it are one space, letter or syllable."""
+    if char.isspace() or char.isascii():
+        return char.isspace() and piece.isspace()
+    before, after, both = (unicodedata.normalize("NFC", x) for x in (piece, char, piece + char))
+    return both != before + after
+
+
+def _closest(text, quote):
+    """The range of whole words that is most similar to quote, None below FUZZY_THRESHOLD."""
+    from rapidfuzz import fuzz  # only fuzzy matches need this package
+
+    if not FUZZY_MIN_CHARS <= len(quote) <= len(text) / (FUZZY_THRESHOLD / 100):
+        return None
+    match = fuzz.partial_ratio_alignment(quote, text, score_cutoff=FUZZY_THRESHOLD)
+    if not match or match.dest_start == match.dest_end:
+        return None
+    # The match may cut words: compare the windows that start and end one word before or after it.
+    cuts = [i for i in range(len(text) + 1) if not _inside_word(text, i)]
+    words = [(start, end) for start, end in itertools.pairwise(cuts) if _in_words(text[start])]
+    first = sum(end <= match.dest_start for _, end in words)
+    behind = sum(start < match.dest_end for start, _ in words)
+    starts, ends = words[max(first - 1, 0) : first + 2], words[max(behind - 2, 0) : behind + 1]
+    windows = [(start, end) for start, _ in starts for _, end in ends if start < end]
+    # Where a word is much longer than the quote, as in a URL, the match itself is the place.
+    windows = [(start, end) for start, end in windows if end - start <= 1.5 * len(quote)]
+    if not windows and any(map(_in_words, text[match.dest_start : match.dest_end])):
+        return match.dest_start, match.dest_end
+    return max(windows, key=lambda window: fuzz.ratio(quote, text[slice(*window)]), default=None)
+
+
+def without_space(text, start, end) -> tuple[int, int]:
+    """Returns the range without the white space at its ends."""
+    place = text[start:end]
+    return end - len(place.lstrip()), start + len(place.rstrip())
