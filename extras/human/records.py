@@ -1,32 +1,30 @@
-"""What people said of responses, as the records that train_rm.py learns from.
+"""Turns published human feedback into the records that train_rm.py learns from.
 
     python -m extras.human.records FILE --out annotations.jsonl
 
 Each line of FILE is a row of DeFacto (an explanation, instructions, a corrected summary), of
-FineGrainedRLHF's QA feedback (ranges of errors by kind) or of ILF's feedback on programs (what is
-wrong, and the mended program). Where people gave no quotes, quotes are made from what they marked.
-Poor is what they removed or named. Good is sparse, as in the paper: of a summary the names and
-numbers that the corrector kept and the article has, of an answer the longest runs without an error,
-of a program the longest lines that were kept.
+FineGrainedRLHF's QA feedback (ranges of errors by kind), of ILF's feedback on programs (a critique
+and the mended program), or a finished record. Poor is what people removed or named. Good is sparse,
+as in the paper: names and numbers of a summary that the corrector kept and the article has, the
+longest runs of an answer without an error, the longest lines of a program that were kept.
 """
 
+import difflib
 import json
 import re
 from pathlib import Path
 
 from extras.code import task as code
-from extras.human.spans import INSTRUCTION, WORD, changes
 from t2g import cli
 from t2g.align import find
-from t2g.cli import fail
 from t2g.critics import quote_of
 from t2g.feedback import Feedback
 from t2g.log import read_jsonl
 from t2g.notes import write_whole
 from t2g.tasks import summarize
 
-MAX_GOOD, SHORTEST_GOOD = 2, 4  # good quotes of a response; words of a run that counts as good
-WORDS_QUOTED = 8  # at most, of a marked range or a passage in a critique
+MAX_GOOD, MIN_GOOD_WORDS = 2, 4  # good quotes of a response; words of a run that counts as good
+QUOTED_WORDS = 8  # at most, of a marked range or a passage in a critique
 QUESTION = "Answer the question from the passages.\n\nQuestion: {}\n\nPassages:\n{}"
 ERRORS = {  # FineGrainedRLHF's kinds of error as a critique; {} is the annotator's note
     "Irrelevant": "does not bear on the question",
@@ -35,114 +33,115 @@ ERRORS = {  # FineGrainedRLHF's kinds of error as a critique; {} is the annotato
     "Unverifiable": "stands in none of the passages",
     "Incoherent": "does not hang together",
 }
+INSTRUCTION = re.compile(
+    r"(?:Remove|Replace) the information about (.+?)"
+    r"(?: from the summary| with the information about .+)\.?"
+)
+WORD = re.compile(r"\w+|[^\w\s]")
+# White space, punctuation and the little words that carry no fact.
+LINK = re.compile(r"(?:\W|\b(?:an?|the|of|in|on|at|to|for|and|by|with|from)\b)*", re.IGNORECASE)
 
 
 def records(rows, name) -> list[dict]:
     """Returns the annotation records of a file's rows; fails with the number of a faulty row."""
-    found = []
+    result = []
     for number, row in enumerate(rows, 1):
         form = next((form for field, form in FORMS.items() if field in row), dict)
         try:
             record = {"id": str(number - 1), **form(row), "status": "ok", "reason": ""}
             Feedback(record["critique"], record["good_spans"], record["poor_spans"])
         except (KeyError, TypeError, ValueError, AttributeError, IndexError):
-            fail(
-                f"row {number} of {name} has no known form; see the head of extras/human/records.py"
-            )
-        found.append(record)
-    return found
+            problem = "has no known form; see the head of extras/human/records.py"
+            cli.fail(f"row {number} of {name} {problem}")
+        result.append(record)
+    return result
 
 
 def defacto(row) -> dict:
     """Critique: explanation and instructions. Poor: what these quote or the correction removed."""
-    text, said = row["candidate"], row["feedback"]
-    wrong = changes(text, said["summary"]) if row["has_error"] else []
-    for line in said["instruction_list"]:
+    text, feedback = row["candidate"], row["feedback"]
+    wrong = changes(text, feedback["summary"]) if row["has_error"] else []
+    for line in feedback["instruction_list"]:
         if match := INSTRUCTION.fullmatch(line.strip()):
             kind, places = find(text, match[1])
             wrong += places if kind in ("exact", "normalised") else []
-    poor = joined(text, [place for place in wrong if not is_link(text[slice(*place)])])
-    known = summarize.words_of(row["article"])
-    facts = [
-        place
-        for place in summarize.names_and_numbers(text)
-        if summarize.words_of(text[slice(*place)]) <= known
-    ]
-    good = [
-        (start, end) for start, end in facts if not any(start < b and a < end for a, b in wrong)
-    ]
+    poor = joined(text, [place for place in wrong if not LINK.fullmatch(text[slice(*place)])])
+    known, good = summarize.words_of(row["article"]), []
+    for place in summarize.names_and_numbers(text):
+        is_kept = not any(overlap(place, other) for other in wrong)
+        if is_kept and summarize.words_of(text[slice(*place)]) <= known:
+            good.append(place)
     kind = " and ".join(kind for kind in ("intrinsic", "extrinsic") if row[f"{kind}_error"])
-    return {
-        "prompt": summarize.INSTRUCTION.format(row["article"].strip()),
-        "response": text,
-        "critique": one_line(f"{said['explanation']} {said['instruction']}"),
-        "good_spans": [quote_of(text, *place) for place in good[:MAX_GOOD]],
-        "poor_spans": [quote_of(text, *place) for place in poor],
-        "kinds": [kind] * len(poor),
-    }
+    prompt = summarize.INSTRUCTION.format(row["article"].strip())
+    critique = f"{feedback['explanation']} {feedback['instruction']}"
+    return record_of(prompt, text, critique, good[:MAX_GOOD], poor, kinds=[kind] * len(poor))
 
 
 def finegrained_qa(row) -> dict:
-    """Critique: a sentence for each error, and what is missing. Poor: the marked ranges.
-
-    Good: the longest runs without an error.
-    """
-    text, passages = row["prediction 1"], row["passages"]
-    errors = sorted(row["feedback"]["errors"], key=lambda error: error["start"])
-    remarks = []
+    """Critique: a sentence for each error, and what is missing. Poor: the marked ranges."""
+    text, passages, feedback = row["prediction 1"], row["passages"], row["feedback"]
+    errors = sorted(feedback["errors"], key=lambda error: error["start"])
+    ranges, remarks = [], []
     for error in errors:
-        noted = (
-            sentences(passages, json.loads(error["explanation"]))
-            if error["error type"] == "Wrong-Grounding"
-            else ""
-        )
-        said = ERRORS[error["error type"]].format(f": {noted.removesuffix('.')}" if noted else "")
-        remarks.append(f'"{opening(text[error["start"] : error["end"]])}" {said}.')
-    remarks += [
-        f"It leaves out: {sentences(passages, missing)}"
-        for missing in row["feedback"]["missing-info"][:1]
-    ]
-    ranges = [(error["start"], error["end"]) for error in errors]
+        ranges.append((error["start"], error["end"]))
+        note = ""
+        if error["error type"] == "Wrong-Grounding":
+            note = sentences(passages, json.loads(error["explanation"])).removesuffix(".")
+        remark = ERRORS[error["error type"]].format(f": {note}" if note else "")
+        remarks.append(f'"{opening(text[slice(*ranges[-1])])}" {remark}.')
+    for missing in feedback["missing-info"][:1]:
+        remarks.append(f"It leaves out: {sentences(passages, missing)}")
     paragraphs = "\n".join(" ".join(passage[1:]).strip() for passage in passages)
-    return {
-        "prompt": QUESTION.format(row["question"], paragraphs),
-        "response": text,
-        "critique": one_line(" ".join(remarks)) or "It answers the question from the passages.",
-        "good_spans": [quote_of(text, *place) for place in longest_kept(text, ranges)],
-        "poor_spans": [quote_of(text, *place) for place in ranges],
-        "kinds": [error["error type"] for error in errors],
-    }
+    prompt = QUESTION.format(row["question"], paragraphs)
+    critique = " ".join(remarks) or "It answers the question from the passages."
+    kinds = [error["error type"] for error in errors]
+    return record_of(prompt, text, critique, longest_kept(text, ranges), ranges, kinds=kinds)
 
 
 def ilf(row) -> dict:
-    """Critique: the feedback. Poor: lines that the mended one lacks. Good: the longest others."""
+    """Critique: the feedback. Poor: lines that the mended program lacks."""
     text = f"```python\n{row['original_model_completion'].strip()}\n```"
     mended = {one_line(line) for line in row["unedited_annotator_completion"].splitlines()}
     head = row["prompt"].rstrip().rpartition("\n")[2]
-    lines = [(line.start(), line.end()) for line in re.finditer(r"\S.*", text)]
-    written = text.index(head) + len(head)
-    docs = [match.span() for match in re.finditer('""".*?"""', text, re.DOTALL)]
-    lines = [
-        (a, b)
-        for a, b in lines[:-1]
-        if a >= written and not any(start <= a < end for start, end in docs)
-    ]
-    poor = [place for place in lines if one_line(text[slice(*place)]) not in mended]
-    good = sorted(set(lines) - set(poor), key=lambda place: place[0] - place[1])[:MAX_GOOD]
-    return {
-        "prompt": code.INSTRUCTION.format(f"Complete this program.\n\n{row['prompt'].strip()}"),
-        "response": text,
-        "critique": one_line(row["Feedback"]),
-        "good_spans": [quote_of(text, *place) for place in sorted(good)],
-        "poor_spans": [quote_of(text, *place) for place in poor],
-    }
+    body = text.index(head) + len(head)
+    docstrings = [match.span() for match in re.finditer('""".*?"""', text, re.DOTALL)]
+    lines, poor = set(), []
+    for line in list(re.finditer(r"\S.*", text))[:-1]:
+        in_docstring = any(start <= line.start() < end for start, end in docstrings)
+        if line.start() >= body and not in_docstring:
+            lines.add(line.span())
+            poor += [] if one_line(line[0]) in mended else [line.span()]
+    good = sorted(lines - set(poor), key=lambda place: place[0] - place[1])[:MAX_GOOD]
+    prompt = code.INSTRUCTION.format(f"Complete this program.\n\n{row['prompt'].strip()}")
+    return record_of(prompt, text, row["Feedback"], sorted(good), poor)
 
 
-FORMS = {
+FORMS = {  # by a field that only this form has
     "candidate": defacto,
     "prediction 1": finegrained_qa,
     "original_model_completion": ilf,
-}  # by a field that only this form has
+}
+
+
+def record_of(prompt, response, critique, good, poor, **more) -> dict:
+    return {
+        "prompt": prompt,
+        "response": response,
+        "critique": one_line(critique),
+        "good_spans": [quote_of(response, *place) for place in good],
+        "poor_spans": [quote_of(response, *place) for place in poor],
+        **more,
+    }
+
+
+def changes(text: str, corrected: str) -> list[tuple[int, int]]:
+    """Returns the ranges of words of a text that its correction lacks."""
+    words = list(WORD.finditer(text))
+    before = [word[0].casefold() for word in words]
+    after = [word[0].casefold() for word in WORD.finditer(corrected)]
+    steps = difflib.SequenceMatcher(None, before, after, autojunk=False).get_opcodes()
+    removed = [(i, j) for step, i, j, _, _ in steps if step in ("replace", "delete")]
+    return [(words[i].start(), words[j - 1].end()) for i, j in removed]
 
 
 def sentences(passages, place) -> str:
@@ -152,54 +151,48 @@ def sentences(passages, place) -> str:
 
 
 def opening(text) -> str:
-    """The first words of a text, and dots where there are more.
+    """Returns the first words of a text, and dots if there are more.
 
     >>> opening("One two three four five six seven eight nine")
     'One two three four five six seven eight ...'
     """
     words = text.split()
-    return " ".join(words[:WORDS_QUOTED]) + (" ..." if len(words) > WORDS_QUOTED else "")
+    return " ".join(words[:QUOTED_WORDS]) + (" ..." if len(words) > QUOTED_WORDS else "")
 
 
 def joined(text, places) -> list[tuple[int, int]]:
-    """Ranges in order, those that overlap or have only link words between them as one.
+    """Returns ranges in order, and joins those that overlap or have only link words between them.
 
     >>> joined("in the city of Leeds", [(15, 20), (7, 11)])
     [(7, 20)]
     """
     whole = []
     for start, end in sorted(places):
-        if whole and (start <= whole[-1][1] or is_link(text[whole[-1][1] : start])):
+        if whole and (start <= whole[-1][1] or LINK.fullmatch(text[whole[-1][1] : start])):
             whole[-1] = (whole[-1][0], max(end, whole[-1][1]))
         else:
             whole.append((start, end))
     return whole
 
 
-LINK = re.compile(r"(?:\W|\b(?:an?|the|of|in|on|at|to|for|and|by|with|from)\b)*", re.IGNORECASE)
-
-
-def is_link(text) -> bool:
-    """Nothing but white space, punctuation and the little words that carry no fact."""
-    return LINK.fullmatch(text) is not None
-
-
 def longest_kept(text, wrong) -> list[tuple[int, int]]:
-    """The longest runs of words outside the wrong ranges, in the order of the text."""
-    runs, last = [], None
+    """Returns the longest runs of words within a sentence and outside the wrong ranges."""
+    runs, continues = [], False
     for word in WORD.finditer(text):
-        start, end = word.span()
-        if word[0] in ".;!?" or any(start < b and a < end for a, b in wrong):
-            last = None
-        elif last is None:
-            runs.append([start, end, 1])
-            last = runs[-1]
+        is_kept = not any(overlap(word.span(), other) for other in wrong)
+        if word[0] in ".;!?" or not is_kept:
+            continues = False
+        elif continues:
+            runs[-1].append(word)
         else:
-            last[1:] = [end, last[2] + 1]
-    longest = sorted((run for run in runs if run[2] >= SHORTEST_GOOD), key=lambda run: -run[2])[
-        :MAX_GOOD
-    ]
-    return sorted((start, end) for start, end, _ in longest)
+            runs.append([word])
+            continues = True
+    longest = sorted((run for run in runs if len(run) >= MIN_GOOD_WORDS), key=len, reverse=True)
+    return sorted((run[0].start(), run[-1].end()) for run in longest[:MAX_GOOD])
+
+
+def overlap(a, b) -> bool:
+    return a[0] < b[1] and b[0] < a[1]
 
 
 def one_line(text) -> str:
