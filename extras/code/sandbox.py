@@ -8,24 +8,24 @@ runs in a process of its own (jail.py), on Linux only, in about 0.07 s:
 
 - One clock runs for the program and all that it starts. All of it is killed at the end, daemons
   too. At most 64 processes and threads exist at a time.
-- Memory is limited per process (memory_mb), files are limited to 16 MiB, and the last 64 KiB of
+- Memory is limited per process (memory_mb), each file is limited to 16 MiB, and the last 64 KiB of
   each output are kept.
 - There is no input and no environment; the home is an empty folder; the hash seed is fixed.
-- It reads no file but Python's and those under /usr and /lib, reaches no network and no other
-  process, and is not root (PROTECTIONS).
+- It reads no file but Python's and those under /usr and /lib, opens no network connection, reaches
+  no other process, and is not root (PROTECTIONS).
 
-The last line needs namespaces or, where the kernel refuses those, Landlock and seccomp;
-protections() says what this machine has. Under Landlock alone, a program can ask whether a file
-exists, its processes outlive us if we are killed, and before Linux 6.12 it can send signals to
-processes of its user. If root starts programs, they run as another user, who must be able to read
-the folder of Python's packages.
+The last line needs Landlock (Linux 5.13) and seccomp, which containers allow, too; protections()
+tries what this machine has. Before Linux 6.12 a program sends no signals at all, not even to its
+own children. If root starts programs, they run as another user, who must be able to read the
+folder of Python's packages.
 
 Left out:
 
 - The code under test and the test share an interpreter. These passes are faked: answers that equal
   everything, expected values read from the caller's frame, libraries patched behind their public
   names or restored before the end, test classes rebound while a test runs, memory read by ctypes.
-- The memory of all processes together is not limited, and kernel bugs are not contained: this is
+- The memory and the files of all processes together are not limited, a program can ask whether a
+  file exists, its daemons outlive us if we are killed, and kernel bugs are not contained: this is
   no virtual machine. Tracing, profiling, signal handlers and the garbage collector's lists are
   not available to programs.
 """
@@ -40,7 +40,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 JAIL = Path(__file__).with_name("jail.py")
-KINDS = ("namespaces", "landlock", "limits")  # strongest first
 START_S = 10  # maximum seconds for Python and the kernel to start and to end a program
 PROTECTIONS = (
     "no file but Python's, read-only",
@@ -49,7 +48,7 @@ PROTECTIONS = (
     "not root",
 )
 PROBE = """
-import ctypes, os, socket
+import os, socket
 
 def refused(action, *args):
     try:
@@ -58,18 +57,15 @@ def refused(action, *args):
         return True
     return False
 
-def io_uring():
-    if ctypes.CDLL(None).syscall(425, 1, ctypes.create_string_buffer(120)) < 0:
-        raise OSError
-
-udp = socket.AF_INET, socket.SOCK_DGRAM
-unreachable = refused(lambda: socket.socket(*udp).connect(("192.0.2.1", 9)))
-print(int(refused(open, FILE)))
-# where socket() itself is refused, io_uring must be, too, because it offers the same
-print(int(unreachable and (not refused(socket.socket) or refused(io_uring))))
-print(int(refused(os.kill, PID, 0)))
-print(int(os.getuid() != 0))
+print(refused(open, {file!r}), refused(socket.socket), refused(os.kill, {pid}, 0), os.getuid() != 0)
 """  # tries each of the four protections
+ENVIRONMENT = {
+    "PATH": "/usr/bin:/bin",
+    "PYTHONHASHSEED": "0",
+    "MALLOC_ARENA_MAX": "1",
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+}
 
 
 class Result(NamedTuple):
@@ -85,51 +81,39 @@ def run(program: str, timeout_s: float = 10, memory_mb: int = 512, files=None) -
 
     Raises RuntimeError if this machine cannot run programs at all.
     """
-    kind = strongest()
+    protections()
     try:
-        return launch(kind, program, timeout_s, memory_mb, files or {})
+        return launch(program, timeout_s, memory_mb, files or {})
     except RuntimeError as error:  # the machine has run programs before, so this one is to blame
         return Result(False, f"the sandbox was broken: {error}", "", "", 0.0)
 
 
 @cache
 def protections() -> list[str]:
-    """Returns those of PROTECTIONS that a program on this machine meets when it tries."""
-    with tempfile.NamedTemporaryFile(prefix="t2g-") as secret:
-        Path(secret.name).chmod(0o666)
-        program = PROBE.replace("FILE", repr(secret.name)).replace("PID", str(os.getpid()))
-        answers = run(program, START_S, 256).stdout.split()
-    return [name for name, answer in zip(PROTECTIONS, answers) if answer == "1"]
+    """Returns those of PROTECTIONS that a program on this machine meets when it tries.
 
-
-@cache
-def strongest() -> str:
-    """Returns the strongest of KINDS that this machine can do, by trying."""
+    Raises RuntimeError if this machine cannot run programs at all.
+    """
     if sys.platform != "linux":
         raise RuntimeError("programs run on Linux only")
-    errors = []
-    for kind in KINDS:
-        try:
-            if launch(kind, "pass", START_S, 256, {}).passed:
-                return kind
-        except RuntimeError as error:
-            errors.append(f"{kind}: {error}")
-    raise RuntimeError("; ".join(errors))
+    with tempfile.NamedTemporaryFile(prefix="t2g-") as secret:
+        Path(secret.name).chmod(0o666)
+        probe = PROBE.format(file=secret.name, pid=os.getpid())
+        result = launch(probe, START_S, 256, {})
+    if not result.passed:
+        raise RuntimeError(result.reason)
+    return [name for name, held in zip(PROTECTIONS, result.stdout.split()) if held == "True"]
 
 
-def launch(kind, program, timeout_s, memory_mb, files) -> Result:
-    """Runs a program in this kind of jail. Raises RuntimeError if the jail does not work."""
+def launch(program, timeout_s, memory_mb, files) -> Result:
+    """Starts jail.py on a program. Raises RuntimeError if the jail gives no verdict."""
     box = tempfile.mkdtemp(prefix="t2g-")
-    home = "/box" if kind == "namespaces" else box
-    env = {"HOME": home, "PATH": "/usr/bin:/bin", "PYTHONHASHSEED": "0", "MALLOC_ARENA_MAX": "1"}
-    env |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    job = dict(kind=kind, box=box, program=program, files=files)
-    job |= dict(timeout_s=timeout_s, memory_mb=memory_mb)
+    job = dict(box=box, program=program, files=files, timeout_s=timeout_s, memory_mb=memory_mb)
     command = [sys.executable, "-s", "-B", "-u", str(JAIL)]
-    options = dict(env=env, start_new_session=True, timeout=timeout_s + START_S)
+    options = dict(capture_output=True, start_new_session=True, timeout=timeout_s + START_S)
     try:
-        text = json.dumps(job).encode()
-        done = subprocess.run(command, input=text, capture_output=True, **options)
+        text, env = json.dumps(job).encode(), ENVIRONMENT | {"HOME": box}
+        done = subprocess.run(command, input=text, env=env, **options)
         return Result(**json.loads(done.stdout))
     except subprocess.TimeoutExpired:
         raise RuntimeError("it did not end in time") from None
