@@ -7,7 +7,7 @@ python eval.py rm CRITIC ... --annotations TRUTH.jsonl      # reward models or a
 python eval.py seeds runs/toy/ppo runs/toy-1/ppo runs/toy-2/ppo     # mean and 95% interval
 python eval.py page runs/toy/ppo runs/toy/ppo_scalar        # one page that compares runs
 
-Left out: the training stages, whose metrics.jsonl has a line per step (t2g/log.py).
+Leaves out the training stages, whose metrics.jsonl has a line per step (t2g/log.py).
 """
 
 import json
@@ -18,6 +18,8 @@ import torch
 from t2g import card, cli, critics, page, policy, stages, tasks
 from t2g.metrics import evaluate, interval
 from t2g.rollout import respond
+
+EXAMPLES_SHOWN = 3
 
 
 def main():
@@ -32,14 +34,14 @@ def main():
     add("--response_length", 64, "maximum tokens of a response")
     add("--critique_length", 200, "rm: maximum tokens of a critique")
     add("--eval_samples", 256, "held-out prompts; of --annotations all records are used")
-    add("--out", None, "page: the file, page.html if not given; rm: the same, card.html beside it")
+    add("--out", "page.html", "page: the file to write")
     task, args = tasks.parse(parser, "eval")
     torch.manual_seed(args.seed)
     print(json.dumps(WHAT[args.what](task, args)))
 
 
 def policies(task, args) -> dict:
-    """Each policy's scores on the same held-out prompts, sampled and greedy."""
+    """Returns each policy's scores on the same held-out prompts, sampled and greedy."""
     if not args.runs:
         stages.ensure(["sft", "ppo"], args, f"runs/{task.NAME}")
     rows, examples = {}, task.load(args)[1]
@@ -53,34 +55,31 @@ def policies(task, args) -> dict:
 
 
 def reward_models(task, args) -> dict:
-    """The card of a critic, or {critic: card} of several; writes their page. See t2g/card.py."""
+    """Returns the card of a critic, or {critic: card} of several; see t2g/card.py."""
     root = Path("runs", task.NAME)
     if not args.annotations and not hasattr(task, "critique"):
-        cli.fail(f"the task {args.task} has no rule; give records that are true as --annotations")
+        cli.fail(f"the task {args.task} has no rule; give the true records as --annotations")
     if not args.runs:
         stages.ensure(["sft", "annotate", "rm"], args, root, args.policy)
     names = args.runs or [str(root / "rm")]
     models = [name for name in names if not name.endswith(".jsonl")]
     if args.annotations:
-        source, truth = args.policy or next(iter(models), None), args.annotations
-        records = card.truth_of(truth)
+        source, records = args.policy or next(iter(models), None), card.read_truth(args.annotations)
     elif models == names:
-        source, truth = args.policy or str(root / "sft"), f"the rule of {args.task}"
-        records = ruled_responses(task, args, source)
+        source = args.policy or str(root / "sft")
+        records = records_of_rule(task, args, source)
     else:
-        cli.fail("annotation files have responses of their own; give their truth as --annotations")
-    samples = card.samples(records, policy.load(source)[0] if source else None)
-    feedback = {name: critique_of(name, records, args) for name in names}
-    cards = {name: card.card(samples, feedback[name], args.seed) for name in names}
+        cli.fail("annotation files need the truth about their responses: give --annotations")
+    tokenizer = policy.load(source)[0] if source else None
+    feedback = {name: feedback_of(name, records, args) for name in names}
+    cards = {name: card.card(records, feedback[name], tokenizer, args.seed) for name in names}
+    print_examples(records, feedback)
     print_table({name: card.flat(one) for name, one in cards.items()})
-    out = args.out or Path(names[0] if Path(names[0]).is_dir() else ".") / "card.html"
-    card.write_page(out, truth, source or "words", samples, feedback, cards, args.seed)
-    print(f"\npage: {out}")
     return cards if len(cards) > 1 else cards[names[0]]
 
 
-def ruled_responses(task, args, source) -> list[dict]:
-    """Responses of a policy to held-out prompts, annotated by the task's rule."""
+def records_of_rule(task, args, source) -> list[dict]:
+    """Samples responses of a policy to held-out prompts; the task's rule annotates them."""
     tokenizer, model = policy.load(source, policy.device())
     heldout = tasks.short_enough(task.load(args)[1], tokenizer, args.max_prompt_length)
     heldout = heldout[: args.eval_samples]
@@ -94,10 +93,10 @@ def ruled_responses(task, args, source) -> list[dict]:
     return records
 
 
-def critique_of(name, records, args):
-    """The feedback of a reward model or an annotations file on records; None is unreadable."""
+def feedback_of(name, records, args):
+    """Returns the feedback of a reward model or an annotations file; None is unreadable."""
     if name.endswith(".jsonl"):
-        return card.same_records(name, records)
+        return card.read_feedback_on(records, name)
     tokenizer, model = policy.load(name, policy.device())
     options = dict(critique_length=args.critique_length, bf16=args.bf16, desc=f"{name} criticises")
     critic = critics.reward_model_critic(model, tokenizer, **options)
@@ -106,7 +105,7 @@ def critique_of(name, records, args):
 
 
 def seeds(task, args) -> dict:
-    """{metric: {"before" or "after": interval()}} over runs."""
+    """Returns {metric: {"before" or "after": interval()}} over runs."""
     results = [page.read_run(run)["result"] for run in args.runs]
     if len(results) < 2:
         cli.fail("an interval needs two runs of train_ppo.py or more")
@@ -119,8 +118,16 @@ def seeds(task, args) -> dict:
 
 
 def compare(task, args) -> dict:
-    """One page of runs; those that differ in nothing but the seed form one column."""
-    return {"page": page.write_page(args.out or "page.html", args.runs)}
+    """Writes one page of runs; those that differ in nothing but the seed form one column."""
+    return {"page": page.write_page(args.out, args.runs)}
+
+
+def print_examples(records, feedback):
+    """Prints a few responses with the true feedback and that of each critic."""
+    for i, record in enumerate(records[:EXAMPLES_SHOWN]):
+        print(f"\n{record['response']}\n\ntruth: {record['feedback'].render()}")
+        for name, opinions in feedback.items():
+            print(f"{name}: {opinions[i].render() if opinions[i] else 'unreadable'}")
 
 
 def print_table(columns):

@@ -175,7 +175,8 @@ def show_heldout(step, actor, reference, critic, run):
     with dist.whole(actor.model):
         shape = args.response_length, args.temperature, generator, args.bf16
         rollout = sample(actor.model, run.tokenizer, prompts, *shape)
-    feedback = critic(examples, rollout.texts)
+    # All ranks sample the same responses; one of them asks the critic, and it alone shows them.
+    feedback = critic(examples, rollout.texts) if dist.rank() == 0 else [None] * len(examples)
     delta, _ = token_rewards(run.tokenizer, rollout, feedback, args)
     old = score(actor, reference, rollout, args)
     if dist.rank() == 0:

@@ -2,14 +2,14 @@
 
 It shows the tokens of sampled responses coloured by delta or another of their numbers, with the
 critique and its quotes; whether the criticised tokens moved; held-out prompts before and after
-training; and the curves. Texts of models are put on the page as text, never as markup.
-eval.py page writes the page of several runs, and eval.py rm that of critics (t2g/card.py).
+training; and the curves. Texts of models are shown as text, never as markup.
+
+Every run writes its own page.html; `python eval.py page RUN ...` puts several runs on one page.
 """
 
 import json
 import re
 from difflib import SequenceMatcher
-from itertools import accumulate
 from pathlib import Path
 
 from t2g import dist, tasks
@@ -19,23 +19,22 @@ from t2g.feedback import Feedback, quoted
 from t2g.folder import RESUME_IGNORES
 from t2g.log import METRICS, read_json, read_jsonl, truncate, write_json, write_text
 
-# A page stays small and legible.
-STEPS_SHOWN, SAMPLES_PER_STEP, POINTS_SHOWN, HELDOUT_SHOWN, GROUPS_SHOWN = 12, 4, 400, 6, 4
+STEPS_SHOWN, SAMPLES_PER_STEP, HELDOUT_SHOWN, GROUPS_SHOWN = 12, 4, 6, 4
 SHIFTS = ("shift_good", "shift_rest", "shift_poor")
-AGAINST = ("shift_poor_above", "shift_good_below")
+MEANS = (*SHIFTS, "shift_poor_above", "shift_good_below", "shift_rank")  # over the steps of a run
 CURVES = (
     *("reward", "kl", "entropy", "tokens_good", "tokens_poor", "response_tokens", "eos_rate"),
     *("approx_kl", "clipfrac", "value_explained", "unparsable", "quotes_lost"),
 )
 FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "heldout.jsonl", "result.json")
-REWARDS = {"span": "span rewards", "prm": "rewards by sentence", "scalar": "one scalar"}
 NO_SETTING = RESUME_IGNORES | {"seed", "batch_size"}  # the latter follows from other settings
 
 
 class Samples:
-    """Keeps a few responses of a dozen steps, spread evenly, with the numbers at their tokens.
+    """Keeps a few responses of a dozen steps, spread evenly, with the numbers of their tokens.
 
-    Some are of training, others answer the same held-out prompts each time. Rank 0 writes.
+    Some are responses to the step's prompts, the others to the same held-out prompts each time.
+    Only rank 0 writes.
     """
 
     def __init__(self, folder, max_steps, keep_until=0):
@@ -45,14 +44,16 @@ class Samples:
             truncate(self.folder / "samples.jsonl", keep_until)
 
     def add(self, step, tokenizer, examples, rollout, feedback, heldout=False, **at_tokens):
-        """Keeps some rows of a rollout, if the step is shown; at_tokens: (B, T) tensors by name."""
-        count = len(rollout) if step in self.steps else 0
-        at_tokens = {name: tensor.cpu() for name, tensor in at_tokens.items() if count}
-        for number in spread(SAMPLES_PER_STEP, count):
+        """Writes some rows of a rollout, if the step is shown; at_tokens: (B, T) tensors by name."""
+        if step not in self.steps:
+            return
+        at_tokens = {name: tensor.cpu() for name, tensor in at_tokens.items()}
+        lines = ""
+        for number in spread(SAMPLES_PER_STEP, len(rollout)):
             row = number - 1
             ids, text, one = rollout.ids(row), rollout.texts[row], feedback[row]
-            tokens, written = [], 0
-            for t, (start, end) in enumerate(token_offsets(tokenizer, ids)):
+            offsets, tokens, written = token_offsets(tokenizer, ids), [], 0
+            for t, (start, end) in enumerate(offsets):
                 # A character of several tokens is shown once, a special token by its name.
                 shown = text[max(start, written) : end] if start < end else tokenizer.decode(ids[t])
                 written = max(written, end)
@@ -61,9 +62,12 @@ class Samples:
             if not isinstance(one, Feedback):  # unreadable, or a learned scalar
                 one = Feedback(None if one is None else f"{one:+.2f}")
             line = {"step": step, "heldout": heldout, "prompt": examples[row].prompt}
-            line |= {"tokens": tokens, **vars(one)}
-            with open(self.folder / "samples.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            line |= {"tokens": tokens, "critique": one.critique}
+            for kind in ("good", "poor"):
+                line[kind] = quotes_with_tokens(text, offsets, kind, getattr(one, kind))
+            lines += json.dumps(line, ensure_ascii=False) + "\n"
+        with open(self.folder / "samples.jsonl", "a", encoding="utf-8") as file:
+            file.write(lines)
 
     def finish(self, args, heldout, before, after, seconds):
         """Writes result.json, heldout.jsonl and the page, and prints the results.
@@ -88,10 +92,25 @@ class Samples:
         print(json.dumps(result))
 
 
-def write_page(path, folders) -> str:
-    """Writes the page of finished runs of train_ppo.py on one task; returns the path.
+def quotes_with_tokens(text, offsets, kind, quotes) -> list[dict]:
+    """Returns the good or poor quotes, each with the numbers of the tokens that it marks."""
+    entries, texts = [], [quoted(quote)[0] for quote in quotes]
+    for quote, plain in zip(quotes, texts):
+        # A quote that is given k times marks k places.
+        spans, _ = resolve(text, Feedback("", **{kind: [plain] * texts.count(plain)}))
+        marked = []
+        for t, (start, end) in enumerate(offsets):
+            if any(span.start < end and start < span.end and start < end for span in spans):
+                marked.append(t)
+        entry = quote if isinstance(quote, dict) else {"text": quote}
+        entries.append(entry | {"tokens": marked})
+    return entries
 
-    Runs that differ in seed and folders alone form a group. Of a group the page shows the mean and
+
+def write_page(path, folders) -> str:
+    """Writes the page of finished runs of train_ppo.py on one task, and returns its path.
+
+    Runs that differ only in seed and folders form a group. The page shows the mean of a group and
     each seed, and the texts of its first run.
     """
     runs = [read_run(folder) for folder in folders]
@@ -102,23 +121,15 @@ def write_page(path, folders) -> str:
     if len(groups) > GROUPS_SHOWN:
         fail(f"a page shows {GROUPS_SHOWN} settings side by side; these runs have {len(groups)}")
     task_metrics = tasks.load_task(task_names[0]).METRICS
-    names, shown = list(dict.fromkeys((*SHIFTS, *task_metrics, *CURVES))), []
-    for (label, *settings), members in groups.items():
-        group = {"label": label, "settings": ", ".join(settings)}
-        shown.append(group | group_data(members, names))
+    names = dict.fromkeys((*SHIFTS, *task_metrics, *CURVES))
     data = {
         "task": task_names[0],
-        "title": f"{task_names[0]}: {' against '.join(map(', '.join, groups))}",
-        "groups": shown,
+        "title": f"{task_names[0]}: {' against '.join(groups)}",
+        "groups": [{"label": label} | group_data(runs, names) for label, runs in groups.items()],
         "learned": any(run["config"].get("critic") in ("rm", "openai") for run in runs),
         "meanings": METRICS | task_metrics,
     }
-    write_html(path, data)
-    return str(path)
-
-
-def write_html(path, data):
-    """Writes page.html with `data` in it, as JSON that no text of a model can end."""
+    # With "<" escaped, no text of a model can end the script element that holds the data.
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     template = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
     try:
@@ -126,10 +137,11 @@ def write_html(path, data):
         write_text(Path(path), template.replace("/*DATA*/", text))
     except OSError as error:
         fail(f"{path} cannot be written ({error.strerror})")
+    return str(path)
 
 
 def read_run(folder) -> dict:
-    """The files of a finished run, by the stem of each file's name."""
+    """Reads the files of a finished run; returns their content by the stem of their names."""
     run = {}
     for path in (Path(folder) / name for name in FILES):
         if not path.is_file():
@@ -138,59 +150,40 @@ def read_run(folder) -> dict:
     return run
 
 
-def grouped(runs) -> dict[tuple, list]:
-    """Runs with the same settings, under the settings in which the groups differ, in words."""
+def grouped(runs) -> dict[str, list]:
+    """Groups runs with the same settings; each label names the settings in which groups differ."""
     groups = {}
     for run in runs:
         config, settings = run["config"], {}
-        beside = str(Path(config["output_dir"]).parent)
+        beside = Path(config["output_dir"]).parent
         for name, value in config.items():
-            # a policy or a reward model beside the run was made for its seed
-            made = name in ("policy", "reward_model") and str(Path(value or "").parent) == beside
+            # A policy or a reward model beside the run was made for its seed.
+            of_seed = name in ("policy", "reward_model") and Path(value or "").parent == beside
             off = value is None or value is False
-            if name not in NO_SETTING and not off and not made:
+            if name not in NO_SETTING and not off and not of_seed:
                 settings[name] = value
-        members = groups.setdefault(json.dumps(settings, sort_keys=True), [])
-        if config["seed"] in [other["config"]["seed"] for other in members]:
-            fail(f"two of the runs have the same settings and the seed {config['seed']}")
-        members.append(run)
-    settings = [json.loads(key) for key in groups]
-    names = sorted(set().union(*settings), key=lambda name: (name != "reward", name))
-    names = [name for name in names if any(s.get(name) != settings[0].get(name) for s in settings)]
-    names = names or ["reward", "critic"]
-    labels = [tuple(in_words(name, s.get(name)) for name in names) for s in settings]
+        groups.setdefault(json.dumps(settings, sort_keys=True), []).append(run)
+    all_settings = [json.loads(key) for key in groups]
+    names = sorted({name for settings in all_settings for name in settings})
+    names = [n for n in names if any(s.get(n) != all_settings[0].get(n) for s in all_settings)]
+    names, labels = names or ["reward", "critic"], []
+    for settings in all_settings:
+        labels.append(", ".join(f"{name} {settings.get(name, 'off')}" for name in names))
     return dict(zip(labels, groups.values()))
 
 
-def in_words(name, value) -> str:
-    """A setting in words.
-
-    >>> in_words("reward", "span"), in_words("noise", ["flip", 0.3]), in_words("kl_target", None)
-    ('span rewards', 'noise flip:0.3', 'no kl target')
-    """
-    if name == "reward" and value in REWARDS:
-        return REWARDS[value]
-    words = name.replace("_", " ")
-    if value is None:
-        return f"no {words}"
-    if value is True:
-        return words
-    return f"{words} {':'.join(map(str, value)) if isinstance(value, list) else value}"
-
-
 def group_data(runs, names) -> dict:
-    """What the page shows of runs with the same settings.
+    """Returns what the page shows of runs with the same settings.
 
     A metric's curve has the steps at which all runs have it; a number is [mean, each seed's value].
     """
     curves, means, result, first = {}, {}, {}, runs[0]
-    steps = list(zip(*(run["metrics"] for run in runs)))
     for name in names:
-        shared = [rows for rows in steps if all(name in row for row in rows)]
-        shown = [shared[i - 1] for i in spread(POINTS_SHOWN, len(shared))]
-        points = [mean_and_seeds([row[name] for row in rows]) for rows in shown]
-        curves[name] = [[rows[0]["step"], *point] for rows, point in zip(shown, points)]
-    for name in (*SHIFTS, *AGAINST, "shift_rank"):
+        rows_of_steps = zip(*(run["metrics"] for run in runs))
+        shared = [rows for rows in rows_of_steps if all(name in row for row in rows)]
+        points = [mean_and_seeds([row[name] for row in rows]) for rows in shared]
+        curves[name] = [[rows[0]["step"], *point] for rows, point in zip(shared, points)]
+    for name in MEANS:
         logged = [[row[name] for row in run["metrics"] if name in row] for run in runs]
         if all(logged):
             means[name] = mean_and_seeds([sum(values) / len(values) for values in logged])
@@ -203,43 +196,22 @@ def group_data(runs, names) -> dict:
         "result": result,
         "curves": curves,
         "means": means,
-        "samples": [sample | quotes_with_tokens(sample) for sample in first["samples"]],
+        "samples": first["samples"],
         "heldout": [row | changed_words(row["before"], row["after"]) for row in heldout],
     }
 
 
 def mean_and_seeds(values) -> list[float]:
-    """[mean], or [mean, each value] of several runs; five digits are enough for a screen."""
+    """Returns [mean], or [mean, each value] of several runs, to five digits."""
     numbers = [sum(values) / len(values), *(values if len(values) > 1 else ())]
     return [float(f"{number:.5g}") for number in numbers]
 
 
-def quotes_with_tokens(sample) -> dict[str, list]:
-    """The good and poor quotes of a sample, each with the numbers of the tokens that it marks."""
-    words = [token["text"] for token in sample["tokens"]]
-    if words and not sample["tokens"][-1]["delta"]:
-        words[-1] = ""  # mostly EOS, whose name is no part of the text
-    text, ends = "".join(words), list(accumulate(map(len, words)))
-    linked = {"good": [], "poor": []}
-    for kind, quotes in linked.items():
-        given = [quoted(quote)[0] for quote in sample[kind]]
-        for quote, plain in zip(sample[kind], given):
-            # a quote that is given k times marks k places
-            spans, _ = resolve(text, Feedback("", **{kind: [plain] * given.count(plain)}))
-            marked = []
-            for i, (word, end) in enumerate(zip(words, ends)):
-                if any(span.start < end and end - len(word) < span.end for span in spans):
-                    marked.append(i)
-            entry = quote if isinstance(quote, dict) else {"text": quote}
-            quotes.append(entry | {"tokens": marked})
-    return linked
-
-
 def changed_words(before, after) -> dict[str, list]:
-    """Both texts in pieces [text, changed]; 1 for words that the other text does not have there.
+    """Splits both texts into pieces [text, changed]: words that the other text lacks are changed.
 
     >>> changed_words("Ana is 27, in Porto.", "Ana is 41, in Porto.")["after"]
-    [['Ana is', 0], [' 41', 1], [', in Porto.', 0]]
+    [['Ana is', False], [' 41', True], [', in Porto.', False]]
     """
     old, new = (re.findall(r"\s*(?:\w+|[^\w\s])", text) for text in (before, after))
     plain = ([word.strip() for word in words] for words in (old, new))
@@ -247,11 +219,11 @@ def changed_words(before, after) -> dict[str, list]:
     for change, a, b, c, d in SequenceMatcher(None, *plain, autojunk=False).get_opcodes():
         for when, words in (("before", old[a:b]), ("after", new[c:d])):
             if words:
-                pieces[when].append(["".join(words), int(change != "equal")])
+                pieces[when].append(["".join(words), change != "equal"])
     return pieces
 
 
 def spread(count, n) -> list[int]:
-    """Up to `count` of the numbers 1 to n, evenly spread, the first and the last among them."""
+    """Returns up to `count` of the numbers 1 to n, evenly spread, first and last among them."""
     count = min(count, n)
     return [1 + round(i * (n - 1) / max(count - 1, 1)) for i in range(count)]

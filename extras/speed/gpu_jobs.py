@@ -75,7 +75,7 @@ def human(args, report):
     flags += ["--model", model, "--annotations", folder / "notes.jsonl"]
     run("train_rm.py", *task, *flags, "--output_dir", folder / "rm")
     length = ["--critique_length", 8] if args.rehearse else []
-    flags = ["--annotations", folder / "truth.jsonl", "--out", folder / "card.html", *length]
+    flags = ["--annotations", folder / "truth.jsonl", *length]
     printed = run("eval.py rm", folder / "rm", folder / "rule.jsonl", *task, *flags)
     cards = json.loads(printed.splitlines()[-1])
     for path, card in cards.items():

@@ -1,4 +1,4 @@
-"""The page of runs: what is in the file, which runs form a group, and what a browser shows."""
+"""The page of runs: what the file contains, which runs form a group, and what a browser shows."""
 
 import base64
 import json
@@ -14,28 +14,19 @@ import torch
 import train_ppo
 from t2g.feedback import Feedback
 from t2g.log import read_jsonl, write_json
-from t2g.page import (
-    AGAINST,
-    CURVES,
-    HELDOUT_SHOWN,
-    SHIFTS,
-    Samples,
-    changed_words,
-    quotes_with_tokens,
-    write_page,
-)
+from t2g.page import CURVES, HELDOUT_SHOWN, MEANS, SHIFTS, Samples, quotes_with_tokens, write_page
 from t2g.score import Scores
 from t2g.tasks import toy
 
 EVIL = "<script>alert(1)</script>"
 STEPS, PER_STEP, WATCHED = (1, 2, 4), 2, (0, 4)
-METRICS = (*SHIFTS, *AGAINST, "shift_rank", *toy.METRICS, *CURVES)
+METRICS = (*MEANS, *toy.METRICS, *CURVES)
 TOKENS = {  # with their delta
     **{EVIL: -1.0, " &amp; 東京": 1.0, " is": 0.0, " 27": -1.0, " years": -1.0},
     **{"\u2028": 0.0, "<end>": 0.0},
 }
 DATA = re.compile(r'<script type="application/json" id="data">(.*?)</script>', re.DOTALL)
-# What a reader does, and what is seen then, as one line on the console.
+# What a reader does; what the page then shows is printed as one line on the console.
 USE = """{
 const seen = { colours: {} }, texts = nodes => [...nodes].map(node => node.textContent);
 const all = (kind, within = document) => [...within.querySelectorAll(kind)];
@@ -92,8 +83,11 @@ def make_run(folder, **settings):
     metrics = [{"step": n, **{name: rng.gauss(0, 1) for name in METRICS}} for n in range(1, 5)]
     del metrics[2]["clipfrac"], metrics[1]["shift_poor_above"]
     write("metrics.jsonl", metrics)
-    poor = ["27 years", {"text": EVIL, "severity": -0.25}, "severe " + EVIL, "end"]
-    marks = {"prompt": EVIL, "critique": EVIL, "good": ["&amp; 東京"], "poor": poor}
+    poor = [{"text": "27 years", "tokens": [4, 5]}]
+    poor += [{"text": EVIL, "severity": -0.25, "tokens": [1]}]
+    poor += [{"text": f"severe {EVIL}", "tokens": []}]
+    marks = {"prompt": EVIL, "critique": EVIL, "poor": poor}
+    marks |= {"good": [{"text": "&amp; 東京", "tokens": [2]}]}
 
     def sample(name, step, **more):
         tokens = []
@@ -135,12 +129,12 @@ def test_a_page_is_one_file_that_needs_no_network_and_holds_no_markup_of_models(
     assert len(text.encode()) < 2e6
 
 
-def test_runs_that_differ_in_seed_and_place_alone_form_a_group(runs, tmp_path):
+def test_runs_that_differ_only_in_seed_and_place_form_a_group(runs, tmp_path):
     data = data_of(runs[::-1], tmp_path / "page.html")
-    assert data["title"] == "toy: one scalar against span rewards"
-    assert [group["label"] for group in data["groups"]] == ["one scalar", "span rewards"]
+    assert data["title"] == "toy: reward scalar against reward span"
+    assert [group["label"] for group in data["groups"]] == ["reward scalar", "reward span"]
     for group in data["groups"]:
-        assert group["seeds"] == [2, 1, 0] and group["settings"] == ""
+        assert group["seeds"] == [2, 1, 0]
         assert [point[0] for point in group["curves"]["shift_poor"]] == [1, 2, 3, 4]
         steps = [point[0] for point in group["curves"]["clipfrac"]]
         assert steps == [1, 2, 4], "without a step at which the runs lack the metric"
@@ -153,51 +147,28 @@ def test_runs_that_differ_in_seed_and_place_alone_form_a_group(runs, tmp_path):
 def test_one_run_is_shown_under_its_main_settings(runs, tmp_path):
     data = data_of(runs[:1], tmp_path / "page.html")
     (group,) = data["groups"]
-    assert (group["label"], group["settings"]) == ("span rewards", "critic rule")
-    assert data["title"] == "toy: span rewards, critic rule" and not data["learned"]
+    assert data["title"] == "toy: reward span, critic rule" and not data["learned"]
     assert {len(point) for points in group["curves"].values() for point in points} == {2}
     result = json.loads((runs[0] / "result.json").read_text())
     for when, shown in zip(("before", "after"), group["result"]["perfect"]):
         assert shown == [pytest.approx(result[when]["perfect"], rel=1e-4)]
 
 
-def test_a_quote_knows_the_tokens_that_it_marks(runs, tmp_path):
-    sample = data_of(runs[:1], tmp_path / "page.html")["groups"][0]["samples"][0]
-    assert sample["good"] == [{"text": "&amp; 東京", "tokens": [2]}]
-    years, evil, severe, end = sample["poor"]
-    assert years == {"text": "27 years", "tokens": [4, 5]}
-    assert evil == {"text": EVIL, "severity": -0.25, "tokens": [1]}
-    assert severe["tokens"] == [], "it stands nowhere"
-    assert end["tokens"] == [], "it stands in the name of EOS alone"
-    tokens = [{"text": text, "delta": -1.0} for text in ("no", " and", " no", " and", " no")]
-    sample = {"tokens": tokens, "good": [], "poor": ["no", "no", "and"]}
-    poor = quotes_with_tokens(sample)["poor"]
-    assert [quote["tokens"] for quote in poor] == [[2, 4], [2, 4], [3]], "the last places"
-
-
-def test_words_that_changed_in_held_out_texts_are_marked():
-    pieces = changed_words("Leo is grown up, works.", "Leo is 26, works, misses Ana.\n")
-    assert pieces["before"] == [["Leo is", 0], [" grown up", 1], [", works", 0], [".", 0]]
-    assert pieces["after"][1:4] == [[" 26", 1], [", works", 0], [", misses Ana", 1]]
-    assert changed_words("", "Yes") == {"before": [], "after": [["Yes", 1]]}
-
-
 def test_labels_name_what_differs_and_a_setting_that_is_off_is_as_good_as_absent(tmp_path):
     beside = {name: str(tmp_path / name) for name in ("policy", "reward_model")}
     settings = [
-        dict(noise=["flip", 0.3], kl_coef=0.1),
+        dict(kl_target=6.0, kl_coef=0.1),
         dict(kl_coef=0.1, bf16=False, **beside),
-        dict(noise=None, kl_coef=0.1, seed=1),
-        dict(kl_coef=0.2, reward="prm", critic="rm"),
+        dict(kl_target=None, kl_coef=0.1, seed=1),
+        dict(kl_coef=0.0, reward="prm", critic="rm"),
     ]
     folders = [make_run(tmp_path / str(n), **more) for n, more in enumerate(settings)]
     data = data_of(folders, tmp_path / "page.html")
     assert data["learned"], "one of the critics is a model"
-    labels = [(group["label"], group["settings"], group["seeds"]) for group in data["groups"]]
-    assert labels == [
-        ("span rewards", "critic rule, kl coef 0.1, noise flip:0.3", [0]),
-        ("span rewards", "critic rule, kl coef 0.1, no noise", [0, 1]),
-        ("rewards by sentence", "critic rm, kl coef 0.2, no noise", [0]),
+    assert [(group["label"], group["seeds"]) for group in data["groups"]] == [
+        ("critic rule, kl_coef 0.1, kl_target 6.0, reward span", [0]),
+        ("critic rule, kl_coef 0.1, kl_target off, reward span", [0, 1]),
+        ("critic rm, kl_coef 0.0, kl_target off, reward prm", [0]),
     ]
 
 
@@ -207,7 +178,6 @@ def test_what_cannot_be_shown_is_one_clear_sentence(runs, tmp_path, refused):
 
     first, folder = runs[0], make_run(tmp_path / "run")
     assert "it has no config.json" in refusal(first, tmp_path / "absent")
-    assert "have the same settings and the seed 0" in refusal(folder, folder / ".." / "run")
     summarize = make_run(tmp_path / "summarize", task="summarize")
     assert "these are of summarize and toy" in refusal(first, summarize)
     assert "these are of none" in refusal()
@@ -223,11 +193,20 @@ def test_what_cannot_be_shown_is_one_clear_sentence(runs, tmp_path, refused):
 # ---- samples of a run --------------------------------------------------------------------------
 
 
+def test_a_quote_knows_the_tokens_that_it_marks():
+    text, offsets = "no and no and no", [(0, 2), (2, 6), (6, 9), (9, 13), (13, 16), (16, 16)]
+    quotes = ["no", {"text": "no", "severity": 0.5}, "and", "severe"]
+    poor = quotes_with_tokens(text, offsets, "poor", quotes)
+    assert [quote["tokens"] for quote in poor] == [[2, 4], [2, 4], [3], []], "the last places"
+    assert poor[1] == {"text": "no", "severity": 0.5, "tokens": [2, 4]}
+    assert quotes_with_tokens(text, offsets, "good", ["and no"])[0]["tokens"] == [1, 2]
+
+
 ARGS = dict(response_length=12, temperature=1.0, bf16=False, seed=3, span_weights="uniform")
 
 
 def watch(samples, model, tokenizer, step, critic=lambda *_: [None] * 3, **args):
-    """Shows three held-out prompts after a step; values and KL are numbers that tell the place."""
+    """Shows three held-out prompts after a step; values and KL number the tokens."""
     run = SimpleNamespace(args=SimpleNamespace(**ARGS | args), samples=samples, first=1)
     run.heldout = [SimpleNamespace(prompt=f"Post {i}.") for i in range(3)]
     run.tokenizer = tokenizer
@@ -257,7 +236,20 @@ def test_held_out_prompts_meet_the_same_random_numbers_at_each_step(model, token
     assert cold[0]["tokens"] != tokens[0][0], "sampled at the run's temperature"
 
 
-def test_a_run_that_goes_on_keeps_what_was_seen_before_its_first_update(model, tokenizer, tmp_path):
+def test_of_several_ranks_the_first_alone_asks_the_critic(model, tokenizer, tmp_path, monkeypatch):
+    asked, samples = [], Samples(tmp_path, 1)
+
+    def critic(examples, texts):
+        asked.append(texts)
+        return [None] * len(texts)
+
+    for rank in (0, 1):
+        monkeypatch.setattr(train_ppo.dist, "rank", lambda rank=rank: rank)
+        rows = watch(samples, model, tokenizer, 0, critic)
+    assert len(asked) == 1 and len(rows) == 3
+
+
+def test_a_resumed_run_keeps_what_was_seen_before_its_first_update(model, tokenizer, tmp_path):
     for step in (0, 1, 12):
         watch(Samples(tmp_path, 12, keep_until=step), model, tokenizer, step)
     Samples(tmp_path, 12, keep_until=11)
@@ -276,6 +268,8 @@ def test_held_out_responses_are_rewarded_as_those_of_the_run(model, tokenizer, t
     for rows, reward in ((plain, -1), (severe, -0.5)):
         text, number, unreadable = ([token["delta"] for token in row["tokens"]] for row in rows)
         assert set(text) == {reward, 0}, "special tokens are no part of the text"
+        marked = [t for t, delta in enumerate(text) if delta]
+        assert rows[0]["poor"][0]["tokens"] == marked
         assert number == [0] * (len(number) - 1) + [0.25] and set(unreadable) == {0}
     assert [row["critique"] for row in plain] == ["poor", "+0.25", None]
 
