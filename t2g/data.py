@@ -1,8 +1,8 @@
 """Reads data sets and turns their rows into examples of a task.
 
 A data set is a .jsonl, .json (both may be gzipped) or .parquet file, or a hub id with an optional
-split, such as HuggingFaceH4/ultrafeedback_binarized:train_prefs. Unusable rows are counted on the
-console.
+split, such as HuggingFaceH4/ultrafeedback_binarized:train_prefs. Rows that cannot be used are
+counted on the console.
 """
 
 import gzip
@@ -16,37 +16,31 @@ from t2g.cli import fail
 from t2g.log import read_jsonl
 
 HELDOUT_SHARE = 0.2
-FILES = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz")
-ENDINGS = ".jsonl, .json or .parquet"
+ENDINGS = (".jsonl", ".json", ".parquet")
+FILE = "a .jsonl, .json or .parquet file"
 
 
 def read_rows(data: str, split="train"):
-    """Returns the content of a file, or the rows of a data set of the hub."""
+    """Returns the content of a file, or the rows of a hub data set."""
     path = Path(data)
-    ending = next((ending for ending in FILES if path.name.endswith(ending)), None)
-    if not ending and not path.exists():
-        return read_hub(data, split)
-    if not ending:
-        fail(f"{data} is not a {ENDINGS} file")
-    if not path.is_file():
-        fail(f"there is no file {data}")
+    ending = Path(path.name.removesuffix(".gz")).suffix
+    if ending not in ENDINGS:
+        return fail(f"{data} is not {FILE}") if path.exists() else read_hub(data, split)
+    if ending == ".jsonl":
+        return read_jsonl(path)
     try:
-        if ending == ".jsonl":
-            return read_jsonl(path)
         if ending == ".parquet":
             return needed("pyarrow.parquet", "a .parquet file").read_table(path).to_pylist()
-        opened = gzip.open if ending.endswith(".gz") else open
+        opened = gzip.open if path.suffix == ".gz" else open
         with opened(path, "rt", encoding="utf-8") as file:
-            if ending == ".jsonl.gz":
-                return [json.loads(line) for line in file if line.strip()]
             return json.load(file)
     except (OSError, EOFError, ValueError) as error:
-        fail(f"{data} is not a {ending} file: {error}")
+        fail(f"{data} cannot be read: {error}")
 
 
 def read_hub(data: str, split: str) -> list[dict]:
     name, _, part = data.partition(":")
-    datasets = needed("datasets", f"{data} (not a {ENDINGS} file, so taken for a hub id)")
+    datasets = needed("datasets", f"{data} (not {FILE}, so taken for a hub id)")
     try:
         return list(datasets.load_dataset(name, split=part or split))
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: the hub id is a script
@@ -66,13 +60,13 @@ def needed(module: str, what: str):
 def load(args, reader):
     """Returns the examples for training and the held-out ones, each prompt once.
 
-    Held out are --heldout_data, or a fifth of --data after a shuffle that ignores the seed.
+    The held-out ones are --heldout_data, or a fifth of --data after a shuffle that ignores --seed.
 
     Args: reader(rows, name) returns a function from a row to an Example, to None if the row lacks a
         text, or to a string that says what else is wrong with it.
     """
     if not args.data:
-        fail(f"the task {args.task} needs --data: a {ENDINGS} file, or a hub id")
+        fail(f"the task {args.task} needs --data: {FILE}, or a hub id")
     train = examples(args.data, reader)
     if args.heldout_data:
         heldout = examples(args.heldout_data, reader)

@@ -1,9 +1,11 @@
-"""What a run writes: config.json, metrics.jsonl and, if asked for, TensorBoard files.
+"""Writes and reads the files of a run: config.json, metrics.jsonl and TensorBoard files.
 
 METRICS is the glossary: the logger refuses a metric that is not in it. Metrics of delta, KL,
 entropy, V and the losses are over responses with a readable critique, the others over all.
+`python -m t2g.log` prints the glossary as a Markdown table.
 """
 
+import gzip
 import json
 import os
 import resource
@@ -65,14 +67,14 @@ METRICS = {
 
 
 class Logger:
-    """log(step, metrics) appends a line to metrics.jsonl; more_metrics extends the glossary.
+    """logger(step, metrics) appends a line to metrics.jsonl; more_metrics extends the glossary.
 
     A resumed run keeps the lines up to keep_until, the step that it resumes from.
     """
 
     def __init__(self, folder, args, more_metrics=(), tensorboard=False, keep_until=0):
         self.folder, self.known = Path(folder), set(METRICS) | set(more_metrics)
-        # metrics.jsonl is written first, because a folder that has it is known as a run's.
+        # metrics.jsonl comes first, because it marks the folder as a run.
         truncate(self.folder / "metrics.jsonl", keep_until)
         write_json(self.folder / "config.json", {"argv": sys.argv, **vars(args)})
         self.file = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")
@@ -98,7 +100,7 @@ def write_json(path, value):
 
 
 def write_text(path, text):
-    """Writes a file whole or not at all, by renaming."""
+    """Writes a file completely or not at all."""
     unfinished = path.with_name(path.name + ".unfinished")
     unfinished.write_text(text, encoding="utf-8")
     sync(unfinished)
@@ -106,7 +108,7 @@ def write_text(path, text):
 
 
 def sync(path):
-    """Waits until a file, or a folder with all its files, is on the disk."""
+    """Flushes a file, or a folder and all its files, to the disk."""
     for place in [*path.rglob("*"), path] if path.is_dir() else [path]:
         handle = os.open(place, os.O_RDONLY)
         os.fsync(handle)
@@ -114,12 +116,12 @@ def sync(path):
 
 
 def truncate(path, step):
-    """Drops the rows of a .jsonl file after a step, all for 0, and a half-written last line."""
+    """Drops the rows after a step (all for step 0) and a truncated last line of a .jsonl file."""
     lines = path.read_bytes().split(b"\n")[:-1] if step and path.is_file() else []
     try:
         kept = [line.decode() + "\n" for line in lines if json.loads(line)["step"] <= step]
     except (ValueError, KeyError) as error:
-        fail(f"{path} is damaged ({error}); repair that line, or begin anew with --resume none")
+        fail(f"{path} is damaged ({error}); repair it, or start anew with --resume none")
     write_text(path, "".join(kept))
 
 
@@ -127,27 +129,26 @@ def read_json(path) -> dict:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        fail(f"{path} is damaged ({error}); move it away, or begin anew with --resume none")
+        fail(f"{path} is damaged ({error}); move it away, or start anew with --resume none")
 
 
 def read_jsonl(path) -> list[dict]:
-    """The objects of a .jsonl file; fails with the number of a line that is not one."""
+    """Returns the objects of a .jsonl or .jsonl.gz file. Fails at a line that is not one."""
     if not Path(path).is_file():
         fail(f"there is no file {path}")
+    rows, number = [], 0
+    opened = gzip.open if Path(path).suffix == ".gz" else open
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        with opened(path, "rt", encoding="utf-8", newline="\n") as file:
+            for number, line in enumerate(file, 1):  # noqa: B007 (the error below names it)
+                if line.strip():
+                    rows.append(json.loads(line))
+                    if not isinstance(rows[-1], dict):
+                        raise ValueError("it is another value")
+    except (OSError, EOFError, UnicodeDecodeError) as error:
         fail(f"{path} cannot be read as UTF-8 text: {error}")
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            fail(f"line {number} of {path} is not a JSON object: {error}")
-        if not isinstance(rows[-1], dict):
-            fail(f"line {number} of {path} is not a JSON object")
+    except ValueError as error:
+        fail(f"line {number} of {path} is not a JSON object: {error}")
     return rows
 
 
@@ -157,7 +158,7 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
 
 
-if __name__ == "__main__":  # python -m t2g.log prints the metrics as a Markdown table
+if __name__ == "__main__":
     print("| metric | meaning |\n|---|---|")
     for metric, meaning in METRICS.items():
         print(f"| `{metric}` | {meaning} |")

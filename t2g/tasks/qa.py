@@ -1,8 +1,9 @@
 """Answer any request: UltraFeedback-binarized, or other rows with a prompt and a chosen answer.
 
---data is a file or a hub id such as HuggingFaceH4/ultrafeedback_binarized:train_prefs. The field
-"chosen" is a string or a list of messages; so is "prompt", which may also be the first message of
-"chosen". Only the first turn of a conversation is used.
+--data is a file or a hub id such as HuggingFaceH4/ultrafeedback_binarized:train_prefs. The fields
+"prompt" and "chosen" are strings or lists of messages; "chosen" may also be the whole conversation.
+The reference is the last answer. A conversation of several turns, or with a system message, becomes
+one prompt in which each message follows the name of its role.
 
 No program can judge such answers, so this task has no rule: annotations come from models or people.
 """
@@ -31,6 +32,7 @@ DEFAULTS = {
     "train_ppo": dict(learning_rate=1e-5, **LENGTHS),
     "eval": LENGTHS,
 }
+ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
 
 
 def check(args, script):
@@ -47,19 +49,37 @@ def load(args):
     return data.load(args, reader)
 
 
-def example_of(row) -> Example:
-    prompt = row.get("prompt") or row.get("chosen")
-    return Example(turn(prompt, "user"), turn(row.get("chosen"), "assistant"), {})
+def example_of(row) -> Example | None:
+    before = conversation(row.get("prompt") or [], "user")
+    messages = conversation(row.get("chosen"), "assistant")
+    if messages and messages[0][0] != "assistant":  # "chosen" repeats the prompt
+        before = [turn for turn in before if turn not in messages]
+    messages = before + messages
+    while messages and messages[-1][0] != "assistant":
+        messages.pop()
+    if len(messages) < 2 or not all(role and text for role, text in messages):
+        return None
+    *context, (_, answer) = messages
+    if [role for role, _ in context] == ["user"]:
+        return Example(context[0][1], answer, {})
+    turns = [f"{role.capitalize()}: {text}" for role, text in context]
+    return Example("\n\n".join(turns), answer, {})
 
 
-def turn(messages, role) -> str:
-    """Returns the first message of a role, or the string itself."""
+def conversation(messages, role) -> list[tuple[str, str]]:
+    """Returns the role and the text of each message; a string is one message of the given role."""
     if not isinstance(messages, list):
-        return data.text(messages)
+        return [(role, data.text(messages))]
+    turns = []
     for message in messages:
-        if isinstance(message, dict) and message.get("role") == role:
-            return data.text(message.get("content"))
-    return ""
+        message = message if isinstance(message, dict) else {}
+        role = message.get("role") or message.get("from")
+        content = message.get("content") or message.get("value")
+        if isinstance(content, list):  # parts such as {"type": "text", "text": "Why?"}, or images
+            parts = [data.text(p.get("text") if isinstance(p, dict) else p) for p in content]
+            content = "\n".join(parts) if all(parts) else ""
+        turns.append((ROLES.get(role, role), data.text(content)))
+    return turns
 
 
 def score(example, response: str) -> dict[str, float]:

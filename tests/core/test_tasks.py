@@ -23,17 +23,14 @@ SLF5K = {
     "generated_summary_for_comparison_A": "A dog.", "comparison_preference": "Summary A",
     "generated_summary_for_feedback": "A dog of 8 left.", "feedback": "The dog is 7.",
 }  # fmt: skip
+SYSTEM, AGAIN = {"role": "system", "content": "Be brief."}, {"role": "assistant", "content": "5."}
 TURNS = [
     {"content": "What is 2 + 2?", "role": "user"},
     {"content": "It is 4.", "role": "assistant"},
     {"content": "And 3?", "role": "user"},
 ]
-ULTRAFEEDBACK = {
-    "H4": {"prompt": "What is 2 + 2?", "chosen": TURNS[:2], "rejected": TURNS[:1]},
-    "trl": {"chosen": TURNS, "rejected": TURNS[:2], "score_chosen": 8.5, "score_rejected": 6.0},
-    "texts": {"prompt": "What is 2 + 2?", "chosen": "It is 4.", "rejected": "5", "metadata": {}},
-    "messages": {"prompt": TURNS[:1], "chosen": TURNS[1:2]},
-}
+SHAREGPT = [{"from": "human", "value": "What is 2 + 2?"}, {"from": "gpt", "value": "It is 4."}]
+PARTS = [{"role": "user", "content": [{"type": "text", "text": "What is 2 + 2?"}]}]
 
 
 def flags(task, path, *more):
@@ -59,22 +56,25 @@ def write(path, rows):
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet", "a.jsonl.gz", "a.json.gz"])
 def test_every_kind_of_file_gives_the_same_rows(tmp_path, name):
-    rows = [SLF5K, ULTRAFEEDBACK["H4"] | SLF5K] if "parquet" not in name else [SLF5K, SLF5K]
+    rows = [SLF5K, {"chosen": TURNS} if "parquet" not in name else SLF5K]
     assert data.read_rows(str(write(tmp_path / name, rows))) == rows
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("a.json", b"[{"),
-        ("a.json.gz", gzip.compress(b"[1]")[:-9]),
-        ("a.jsonl.gz", gzip.compress(b"{}\n{")),
-        ("a.csv", b"a,b"),
-    ],
-)
-def test_a_damaged_or_unknown_file_is_refused(tmp_path, refused, name, content):
+DAMAGED = [  # name, content, what the sentence says
+    ("a.json", b"[{", "a.json cannot be read"),
+    ("a.json.gz", gzip.compress(b"[1]")[:-9], "a.json.gz cannot be read"),
+    ("a.jsonl.gz", gzip.compress(b"{}\n{"), "a.jsonl.gz is not a JSON object"),
+    ("a.jsonl", b'{}\n"x"', "a.jsonl is not a JSON object"),
+    ("a.jsonl", b"{}\n\xff", "a.jsonl cannot be read"),
+    ("a.csv", b"a,b", "a.csv is not a .jsonl"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "problem"), DAMAGED)
+def test_a_damaged_or_unknown_file_is_refused(tmp_path, refused, name, content, problem):
     (tmp_path / name).write_bytes(content)
-    assert f"{name} is not a .json" in refused(data.read_rows, str(tmp_path / name))
+    sentence = refused(data.read_rows, str(tmp_path / name))
+    assert problem in sentence and ("line 2" in sentence) == ("object" in problem)
 
 
 def test_a_hub_id_is_loaded_by_datasets_with_its_split_or_refused(monkeypatch, refused):
@@ -132,11 +132,39 @@ def test_heldout_data_is_not_trained_on(tmp_path, refused):
     assert "held out" in refused(qa.load, flags("qa", held, "--heldout_data", path))
 
 
-@pytest.mark.parametrize("form", ULTRAFEEDBACK)
-def test_ultrafeedback_is_read_in_each_form(tmp_path, form):
-    rows = [ULTRAFEEDBACK[form], {"prompt": "Why?", "chosen": "So."}]
-    train, heldout = qa.load(flags("qa", write(tmp_path / "a.json", rows)))
-    assert ("What is 2 + 2?", "It is 4.", {}) in train + heldout
+ONE_TURN = [
+    {"prompt": "What is 2 + 2?", "chosen": TURNS[:2], "rejected": TURNS[:1]},
+    {"chosen": TURNS, "rejected": TURNS[:2], "score_chosen": 8.5, "score_rejected": 6.0},
+    {"prompt": "What is 2 + 2?", "chosen": "It is 4.", "rejected": "5", "metadata": {}},
+    {"prompt": TURNS[:1], "chosen": TURNS[1:2]},
+    {"chosen": SHAREGPT},
+    {"prompt": PARTS, "chosen": TURNS[1:2]},
+]
+SEVERAL_TURNS = [
+    {"prompt": [SYSTEM, *TURNS], "chosen": [AGAIN]},
+    {"prompt": [SYSTEM, *TURNS], "chosen": "5."},
+    {"prompt": "And 3?", "chosen": [SYSTEM, *TURNS, AGAIN]},
+    {"prompt": [SYSTEM], "chosen": [*TURNS, AGAIN]},
+    {"prompt": [SYSTEM, *TURNS[:1]], "chosen": [*TURNS, AGAIN]},
+]
+NO_EXAMPLE = [
+    {"prompt": [{"role": "user", "content": [{"type": "image"}]}], "chosen": "Porto."},
+    {"prompt": [*TURNS[:1], {"role": "assistant", "content": None}], "chosen": "5."},
+    {"prompt": "Why?", "chosen": TURNS[2:]},
+    {"prompt": "Why?"},
+    {"chosen": "So."},
+    {"prompt": ["Why?"], "chosen": "So."},
+]
+
+
+def test_a_request_a_conversation_and_rows_without_a_text():
+    for row in ONE_TURN:
+        assert qa.example_of(row) == ("What is 2 + 2?", "It is 4.", {})
+    turns = "User: What is 2 + 2?\n\nAssistant: It is 4.\n\nUser: And 3?"
+    for row in SEVERAL_TURNS:
+        assert qa.example_of(row) == (f"System: Be brief.\n\n{turns}", "5.", {})
+    for row in NO_EXAMPLE:
+        assert qa.example_of(row) is None
 
 
 def test_qa_has_scores_and_no_rule(tmp_path, refused):
