@@ -70,6 +70,7 @@ def parse_args():
     return task, args
 
 
+@cli.friendly_errors()
 def main():
     task, args = parse_args()
     out = Path(args.out or f"runs/{task.NAME}/annotations.jsonl")

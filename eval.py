@@ -22,6 +22,7 @@ from t2g.rollout import respond
 EXAMPLES_SHOWN = 3
 
 
+@cli.friendly_errors()
 def main():
     parser = cli.parser(__doc__)
     parser.add_argument("what", nargs="?", choices=WHAT, default="policy", help="what to measure")

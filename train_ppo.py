@@ -26,7 +26,7 @@ from t2g.page import SAMPLES_PER_STEP
 from t2g.policy import Policy, autocast
 from t2g.ppo import AdaptiveKL, gae, policy_loss, value_loss, whiten
 from t2g.rewards import place_rewards, token_rewards
-from t2g.rollout import sample
+from t2g.rollout import check_context, sample
 from t2g.run import Run, add_step_flags
 from t2g.score import Scores, response_logprobs, score
 
@@ -55,19 +55,14 @@ def parse_args():
 
 def add_algorithm_flags(add):
     at_least_0, share = cli.between(0, 1e6), cli.between(0, 1)
-    where = "where rewards are placed: on the spans' tokens, or summed per sentence or response"
+    where = "rewards go to the spans' tokens, or as sums to the end of sentences or responses"
     add("--reward", "span", where, ("span", "prm", "scalar"))
     add("--span_weights", "uniform", "how a span's score is distributed", tuple(SPAN_WEIGHTS))
     add_step_flags(add, num_ppo_epochs=4)
     add("--missing_eos_penalty", 1.0, "penalises responses that hit the length limit", at_least_0)
     add("--kl_coef", 0.05, "initial coefficient of the KL penalty", at_least_0)
     add("--kl_estimator", "full", "estimator of the KL penalty; full is exact", KL_KINDS)
-    add(
-        "--kl_target",
-        None,
-        "KL per response that kl_coef adapts to hold; else it is fixed",
-        cli.positive(float),
-    )
+    add("--kl_target", None, "KL per response that kl_coef is steered to", cli.positive(float))
     add("--kl_horizon", 10000.0, "number of responses over which kl_coef adapts")
     add("--cliprange", 0.2, "clip range of the ratio")
     add("--cliprange_value", 0.2, "clip range of the value's change")
@@ -77,25 +72,29 @@ def add_algorithm_flags(add):
     add("--lam", 0.95, "lambda of GAE", share)
 
 
+@cli.friendly_errors()
 def main():
     task, args = parse_args()
     root = Path(args.output_dir).parent
+    start_model = args.policy or root / "sft"
     needed = ["sft", *critics.stages_before(args)]
     earlier = partial(stages.ensure, needed, args, root, args.policy)
-    with dist.session(args.cpu_offload, first=earlier) as seconds, cli.friendly_errors():
+    with dist.session(args.cpu_offload, first=earlier) as seconds:
         start = time.perf_counter()
-        tokenizer, model = policy.load(args.policy or root / "sft")
+        tokenizer, model = policy.load(start_model)
         pool, heldout = (
             tasks.short_enough(part, tokenizer, args.max_prompt_length) for part in task.load(args)
         )
+        measured = heldout[: args.eval_samples]
+        longest = max(tasks.prompt_lengths([*pool, *measured], tokenizer))
+        check_context(model, longest, args.response_length)  # now, and not after hours
         critic = critics.load_critic(task, args, root, policy.device())
-        actor, reference = make_models(model, args, args.policy or root / "sft")
-        with run_folder(args, args.resume) as folder, checkpoint.sigterm() as sigterm:
-            asked = heldout[: args.eval_samples]
-            measure = partial(evaluate, task, actor.model, tokenizer, asked, args.response_length)
-            measure = partial(measure, bf16=args.bf16, seed=args.seed)
+        actor, reference = make_models(model, args, start_model)
+        measure = partial(evaluate, task, actor.model, tokenizer, measured, args.response_length)
+        measure = partial(measure, bf16=args.bf16, seed=args.seed)
+        with run_folder(args) as folder:
             before = measure(desc="before")
-            run = Run(args, task, tokenizer, actor, pool, heldout, folder, sigterm)
+            run = Run(args, task, tokenizer, actor, pool, heldout, folder)
             train(task, args, actor, reference, critic, tokenizer, run)
             after = measure(desc="after")
             if dist.rank() == 0:
@@ -161,7 +160,7 @@ def train(task, args, actor, reference, critic, tokenizer, run):
         run.log(step, stats | dist.means(mean_scores(task, examples, rollout.texts)))
         run.keep_samples(step, examples, rollout, feedback, delta, old, whitened, change)
         show_heldout(step, actor, reference, critic, run)
-        kl_controller.update(stats["kl"], len(mask) if mask.any() else 0)
+        kl_controller.update(stats["kl"], int(mask.any(1).sum()))
         run.save_or_stop(step, kl_controller.value)
 
 
@@ -193,58 +192,61 @@ def global_batch(rollout, feedback, delta, placed, old):
 
 def check_reference(step, kl):
     if step == 1 and not kl.abs().max() <= 1e-3:
-        raise RuntimeError(
-            f"policy and reference differ before the first update: KL {kl.abs().max():.2g}"
-        )
+        worst = kl.abs().max()
+        raise RuntimeError(f"policy and reference differ before the first update: KL {worst:.2g}")
 
 
 def update(actor, optimizer, rollout, batch, args) -> dict[str, float]:
     """The PPO epochs over one rollout; `batch` holds (B, T) tensors of the global batch.
 
-    A loss is a sum over tokens divided by the token count of the global minibatch, so no split into
-    microbatches or ranks changes the step. A gradient that is not finite is skipped and counted.
+    A gradient that is not finite is skipped and counted. Returns means over the steps taken.
     """
     batch = {name: dist.own(x)[:, : rollout.mask.shape[1]] for name, x in batch.items()}
-    device, taken = rollout.mask.device, []  # one row of statistics for each optimiser step taken
-    first_ratio_error = torch.zeros((), device=device)
-    for epoch in range(args.num_ppo_epochs):
-        for number, minibatch in enumerate(
-            torch.randperm(len(rollout)).chunk(args.num_mini_batches)
-        ):
-            token_count = dist.total(batch["mask"][minibatch].sum()).clamp(min=1)
-            stats, error = defaultdict(float), torch.zeros((), device=device)
-            # Rows are sorted, so that a microbatch has prompts of similar length.
-            for rows in minibatch.sort().values.split(args.per_device_train_batch_size):
-                b = {name: x[rows] for name, x in batch.items()}
-                loss, part, logprobs = microbatch_loss(
-                    actor, rollout.rows(rows), b, token_count, args
-                )
-                error += ((logprobs.detach() - b["old_logprobs"]).abs() * b["mask"]).sum()
-                loss.backward()
-                for name, value in part.items():
-                    stats[name] += value.detach()
-            if epoch == number == 0:
-                first_ratio_error = dist.total(error) / token_count
-                check_first_ratio(first_ratio_error.item(), args.bf16)
-            # The norm before clipping.
-            norm = torch.nn.utils.clip_grad_norm_(actor.parameters(), args.max_grad_norm)
-            norm = dist.plain(norm)
-            if norm.isfinite():
-                optimizer.step()
-                taken.append(stats | {"grad_norm": norm / dist.size()})
-            optimizer.zero_grad(set_to_none=True)
-    names = taken[0] if taken else ()
-    means = {
-        name: torch.stack([row[name] for row in taken]).double().mean().item() for name in names
-    }
+    taken = []  # the statistics of each optimiser step
+    for number, minibatch in enumerate(minibatches(len(rollout), args)):
+        stats = accumulate_gradient(actor, rollout, batch, minibatch, args)
+        ratio_error = stats.pop("ratio_error")
+        if number == 0:
+            first_ratio_error = dist.total(ratio_error).item()
+            check_first_ratio(first_ratio_error, args.bf16)
+        norm = torch.nn.utils.clip_grad_norm_(actor.parameters(), args.max_grad_norm)
+        norm = dist.plain(norm)  # the norm before clipping
+        if norm.isfinite():
+            optimizer.step()
+            taken.append(stats | {"grad_norm": norm / dist.size()})
+        optimizer.zero_grad(set_to_none=True)
     tokens = args.num_ppo_epochs * int(rollout.prompt_mask.sum() + rollout.mask.sum())
-    skipped = args.num_ppo_epochs * args.num_mini_batches - len(taken)
-    ours = {"first_ratio_error": first_ratio_error.item(), "skipped_updates": skipped}
-    return dist.totals(means | {"update_tokens": tokens}) | ours
+    totals = dist.totals(means(taken) | {"update_tokens": tokens})
+    skipped = number + 1 - len(taken)
+    return totals | {"first_ratio_error": first_ratio_error, "skipped_updates": skipped}
+
+
+def minibatches(count, args):
+    """Yields random minibatches of the rows; an epoch has each row once."""
+    for _ in range(args.num_ppo_epochs):
+        yield from torch.randperm(count).chunk(args.num_mini_batches)
+
+
+def accumulate_gradient(actor, rollout, batch, minibatch, args) -> dict:
+    """Adds up a minibatch's gradient over its microbatches, and returns its statistics.
+
+    Each loss is a sum over tokens divided by the token count of the global minibatch, so no split
+    into microbatches or ranks changes the step.
+    """
+    token_count = dist.total(batch["mask"][minibatch].sum()).clamp(min=1)
+    sums = defaultdict(float)
+    # Sorted rows have prompts of similar length.
+    for rows in minibatch.sort().values.split(args.per_device_train_batch_size):
+        part = {name: x[rows] for name, x in batch.items()}
+        loss, stats = microbatch_loss(actor, rollout.rows(rows), part, token_count, args)
+        loss.backward()
+        for name, value in stats.items():
+            sums[name] += value.detach()
+    return sums
 
 
 def microbatch_loss(actor, rollout, b, token_count, args):
-    """A microbatch's part of the minibatch's loss, its statistics, and its log pi (B, T)."""
+    """A microbatch's part of its minibatch's loss, and of the statistics; b holds its tensors."""
     with autocast(args.bf16):
         new = actor(rollout, args.temperature, args.entropy_coef > 0)
     mask, old_logprobs, old_values = b["mask"], b["old_logprobs"], b["old_values"]
@@ -256,7 +258,14 @@ def microbatch_loss(actor, rollout, b, token_count, args):
     )
     entropy = (new.entropy * mask).sum() / token_count
     stats = {"policy_loss": pg_loss, "value_loss": vf_loss, **pg_stats, **vf_stats}
-    return pg_loss + args.vf_coef * vf_loss - args.entropy_coef * entropy, stats, new.logprobs
+    stats["ratio_error"] = ((new.logprobs - old_logprobs).abs() * mask).sum() / token_count
+    return pg_loss + args.vf_coef * vf_loss - args.entropy_coef * entropy, stats
+
+
+def means(rows: list[dict]) -> dict[str, float]:
+    """The mean of each statistic over the rows."""
+    columns = {name: [row[name] for row in rows] for name in (rows[0] if rows else ())}
+    return {name: torch.stack(x).double().mean().item() for name, x in columns.items()}
 
 
 def check_first_ratio(error, bf16):
@@ -266,10 +275,8 @@ def check_first_ratio(error, bf16):
     there a large error is a warning, given once.
     """
     if not bf16 and not error <= 1e-4:
-        raise RuntimeError(
-            f"the first ratio of a step must be 1, but the mean |log ratio| is {error:.2g}: "
-            "is there dropout, or is padding not masked?"
-        )
+        fault = f"the first ratio of a step must be 1, but the mean |log ratio| is {error:.2g}"
+        raise RuntimeError(f"{fault}: is there dropout, or is padding not masked?")
     if not error <= 0.05 and dist.rank() == 0:  # Python shows a warning of the same text once
         text = "first ratios are far from 1: see first_ratio_error in metrics.jsonl"
         warnings.warn(text, stacklevel=2)

@@ -32,6 +32,7 @@ def read_targets(path, no_critique=False) -> list[tuple[str, str, str]]:
     return targets
 
 
+@cli.friendly_errors()
 def main():
     parser = cli.parser(__doc__)
     add = cli.flags(parser)

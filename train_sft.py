@@ -11,6 +11,7 @@ import torch
 from t2g import cli, cpu, policy, supervised, tasks
 
 
+@cli.friendly_errors()
 def main():
     parser = cli.parser(__doc__)
     add = cli.flags(parser)

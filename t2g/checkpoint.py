@@ -141,29 +141,32 @@ def resume(actor, optimizer, args, examples) -> dict:
 
     Collective. Any number of ranks may resume what any other number has written.
     """
-    data_hash, start = hash_of(examples), size_of(actor)
+    start = {"step": 0, "data_hash": hash_of(examples), "start": size_of(actor)}
+    start["kl_coef"] = args.kl_coef
     steps = [policy.step_of(path) for path in policy.checkpoints(args.output_dir)]
     latest = max(steps, default=0) if dist.rank() == 0 else 0
     step = int(dist.totals({"step": latest})["step"])  # all ranks resume what rank 0 sees
     if not step:
-        return {"step": 0, "data_hash": data_hash, "start": start, "kl_coef": args.kl_coef}
+        return start
     folder = Path(args.output_dir) / f"checkpoint-{step}"
     meta = read_json(folder / "state" / "meta.json")
-    if meta.get("data_hash") != data_hash:
-        fail(f"{folder} was made from other data; restore them, or begin anew with --resume none")
-    if abs(meta["start"] - start) > 1e-6 * start:  # the reference is made from it
-        fail(
-            f"{folder} started from another --policy; restore it, or begin anew with --resume none"
-        )
+    if meta.get("data_hash") != start["data_hash"]:
+        if args.resume in ("auto", "none"):
+            remedy = f"restore them, go on with --resume {folder}, or begin anew with --resume none"
+            fail(f"{folder} was made from other data; {remedy}")
+        print(f"the data are not those of {folder}; the run goes on with the new ones", flush=True)
+    if abs(meta["start"] - start["start"]) > 1e-6 * meta["start"]:  # the reference is made from it
+        remedy = "restore it, or begin anew with --resume none"
+        fail(f"{folder} started from another --policy; {remedy}")
     ranks = range(meta["processes"])
     files = [folder / "state" / state_file(rank, meta["processes"]) for rank in ranks]
     same_ranks = len(files) == dist.size()
     tensors = read(files[dist.rank()])[0] if same_ranks else own_rows(files)
     restore(tensors, folder, actor, [optimizer])
-    if meta["config"]["kl_coef"] != args.kl_coef:  # the user asks for another one
-        meta["kl_coef"] = args.kl_coef
     print(f"resuming after step {step} of {args.output_dir}", flush=True)
-    return meta
+    if meta["config"]["kl_coef"] == args.kl_coef:  # otherwise the user asks for another one
+        start["kl_coef"] = meta["kl_coef"]
+    return start | {"step": step}
 
 
 def size_of(module) -> float:

@@ -2,17 +2,22 @@
 
 import argparse
 import errno
+import fcntl
 import functools
 import importlib.util
 import itertools
+import re
 import sys
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import transformers
+from safetensors import SafetensorError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)
 
 
 def fail(sentence: str):
@@ -136,17 +141,39 @@ def fresh_folder(path) -> Path:
     return path
 
 
+def try_lock(file) -> bool:
+    """Locks an open file or folder until it is closed; False if another process has it locked."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        warn_unsupported("locks: let no second process write there", error)
+    return True
+
+
+def warn_unsupported(what, error):
+    """Warns, once, of what the file system lacks, as some of clusters do; raises other errors."""
+    if error.errno not in UNSUPPORTED:
+        raise error
+    warnings.warn(f"this file system has no {what} ({error.strerror})", stacklevel=2)
+
+
 @contextmanager
 def friendly_errors():
-    """Ends the program with one clear line for out of memory, a full disk and Ctrl-C."""
+    """Ends a script with one clear line for out of memory, a full disk and Ctrl-C.
+
+    It is also a decorator: @friendly_errors() stands above the main() of each script.
+    """
     try:
         yield
     except KeyboardInterrupt:
         resume = "the same command resumes from the last checkpoint, if there is one"
         print(f"\ninterrupted; {resume}", file=sys.stderr, flush=True)
         raise SystemExit(130) from None
-    except OSError as error:
-        if error.errno not in DISK_FULL:
+    except (OSError, SafetensorError) as error:  # the latter has its number only in its text
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if (int(number[1]) if number else getattr(error, "errno", None)) not in DISK_FULL:
             raise
         fail(f"cannot write to the disk ({error}); free some space and run the same command again")
     except RuntimeError as error:

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from t2g.cli import fail
+from t2g.cli import fail, friendly_errors
 
 
 @contextmanager
@@ -46,8 +46,9 @@ def session(cpu_offload=False, first=None):
     watcher = threading.Thread(target=end_with_others, args=(store.clone(), finished), daemon=True)
     watcher.start()
     try:
-        yield join(store, number, count, first)
-        barrier()  # until here another rank may fail
+        with friendly_errors():
+            yield join(store, number, count, first)
+            barrier()  # until here another rank may fail
     except BaseException as error:
         finished.set()
         end_all(store, error)

@@ -1,10 +1,8 @@
-"""The folder of a run: taken by one process at a time, and resumed where the same command stopped.
+"""The folder of a run: one process at a time trains in it, and the same command resumes its run.
 
-A run of the same flags that did not finish is resumed. A finished run, or one of other flags, is
-moved aside to FOLDER.1, FOLDER.2, ... and nothing of it is lost.
+A finished run, or one of other flags, is moved aside to FOLDER.1, FOLDER.2, ... and kept.
 """
 
-import fcntl
 import itertools
 import json
 import os
@@ -13,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from t2g import dist
-from t2g.cli import fail, first_unused, fresh_folder
+from t2g.cli import fail, first_unused, fresh_folder, make_folder, try_lock
 from t2g.log import read_json
 from t2g.policy import checkpoints, latest_checkpoint, step_of
 
@@ -26,47 +24,46 @@ BATCH_FACTORS = {"per_device_train_batch_size", "gradient_accumulation_steps"}
 
 
 @contextmanager
-def run_folder(args, resume="auto"):
-    """Yields the run's folder, new or as a stopped run of the same flags left it, and locks it.
+def run_folder(args):
+    """Yields the run's folder, locked: new, or as an unfinished run of the same flags left it.
 
-    resume: "auto"; "none" to begin anew; or a checkpoint of this run, after which to go on.
-    Collective.
+    args.resume, if there is one: "auto"; "none" to begin anew; or a checkpoint of the run in the
+    folder, to go back to once: the same command again resumes what came of it. Collective.
     """
     folder = Path(args.output_dir).resolve()
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    resume = "auto" if restarted else resume  # the flag was obeyed at the first start
+    resume = "auto" if restarted else getattr(args, "resume", "auto")
     with ExitStack() as stack:
         if dist.rank() == 0:
-            locked = folder.is_dir() and folder.stat().st_ino
-            if locked:
-                stack.enter_context(lock(folder))
+            make_folder(folder, "--output_dir")
+            stack.callback(os.close, lock(folder))
             if restarted and is_finished(folder):
                 raise SystemExit(0)
-            if resume not in ("auto", "none"):
-                rewind(folder, Path(resume).resolve())
-            elif resume == "none" or not resumable(folder, args):
-                fresh = fresh_folder(folder).stat().st_ino
-                if fresh != locked:
-                    stack.enter_context(lock(folder))
+            if resume == "none" or not resumable(folder, args, resume):
+                if resume not in ("auto", "none"):
+                    rewind(folder, Path(resume).resolve(), args.max_steps)
+                elif any(folder.iterdir()):
+                    stack.callback(os.close, lock(fresh_folder(folder)))
         dist.barrier()
         yield folder
 
 
-def resumable(folder, args) -> bool:
-    """Whether the folder holds a run of the same flags that did not finish."""
+def resumable(folder, args, resume) -> bool:
+    """Whether the folder holds an unfinished run of the same flags, and of the same --resume."""
     latest, config = latest_checkpoint(folder), folder / "config.json"
     stopped = latest and (latest / "state").is_dir() and not is_finished(folder)
     if not (((folder / STATE).is_file() or stopped) and config.is_file()):
         return False
     before, flags = read_json(config), json.loads(json.dumps(vars(args), default=str))
     ignored = RESUME_IGNORES | (BATCH_FACTORS if "batch_size" in flags else set())
+    if resume != "auto":
+        ignored = ignored - {"resume"}
     compared = (flags.keys() | before.keys()) - ignored
     changed = {name for name in compared if spelling(flags.get(name)) != spelling(before.get(name))}
-    if changed:
+    if changed and resume == "auto":
         names = ", ".join(sorted(changed))
-        print(
-            f"the unfinished run in {folder} had another {names}; --resume CHECKPOINT continues it"
-        )
+        hint = "--resume CHECKPOINT continues it"
+        print(f"the unfinished run in {folder} had another {names}; {hint}")
     return not changed
 
 
@@ -81,32 +78,27 @@ def is_finished(folder) -> bool:
     return (folder / "result.json").is_file() and (folder / "page.html").is_file()
 
 
-def rewind(folder, checkpoint):
+def rewind(folder, checkpoint, max_steps):
     """Makes a checkpoint the last of its run; moves later ones and records to left-N."""
     if checkpoint not in checkpoints(folder):
-        fail(
-            f"--resume {checkpoint} is no checkpoint of --output_dir {folder}: name checkpoint-STEP"
-        )
-    later = [path for path in checkpoints(folder) if step_of(path) > step_of(checkpoint)]
+        wanted = "name one of its folders checkpoint-STEP"
+        fail(f"--resume {checkpoint} is no checkpoint of --output_dir {folder}: {wanted}")
+    if step_of(checkpoint) > max_steps:
+        fail(f"{checkpoint} has more steps than --max_steps {max_steps}: raise it")
     left = first_unused(folder / f"left-{n}" for n in itertools.count(1))
     left.mkdir()
     for path in [*folder.glob("*.json*"), folder / "page.html"]:
         if path.is_file():
             shutil.copy(path, left)
     (folder / "result.json").unlink(missing_ok=True)
-    for path in later:
-        path.rename(left / path.name)
+    for path in checkpoints(folder):
+        if step_of(path) > step_of(checkpoint):
+            path.rename(left / path.name)
 
 
-@contextmanager
-def lock(folder):
-    """Holds a lock on a folder, at the latest until the process ends."""
+def lock(folder) -> int:
+    """Locks a folder until the returned handle is closed or the process ends."""
     handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            fail(f"another process trains in {folder}; wait for it or choose another --output_dir")
-        yield
-    finally:
-        os.close(handle)
+    if not try_lock(handle):
+        fail(f"another process trains in {folder}; wait for it or choose another --output_dir")
+    return handle

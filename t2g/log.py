@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from t2g.cli import fail
+from t2g.cli import fail, warn_unsupported
 
 METRICS = {
     # PPO
@@ -111,7 +111,10 @@ def sync(path):
     """Flushes a file, or a folder and all its files, to the disk."""
     for place in [*path.rglob("*"), path] if path.is_dir() else [path]:
         handle = os.open(place, os.O_RDONLY)
-        os.fsync(handle)
+        try:
+            os.fsync(handle)
+        except OSError as error:
+            warn_unsupported("fsync: a power failure may damage what was just written", error)
         os.close(handle)
 
 

@@ -4,16 +4,15 @@ Notes adds record after record to such a file and loses none of them when the pr
 annotate.py describes the fields of a record.
 """
 
-import fcntl
 import json
 import os
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from t2g.cli import fail
+from t2g.cli import fail, try_lock
 from t2g.feedback import Feedback, FeedbackError
-from t2g.log import read_jsonl, write_text
+from t2g.log import read_jsonl, sync, write_text
 
 FIELDS = {"prompt": str, "response": str, "critique": str, "good_spans": list, "poor_spans": list}
 WRITTEN = ("reasoning", "critique", "good_spans", "poor_spans", "kinds")  # by an annotator
@@ -97,11 +96,9 @@ class Notes:
 
     def __init__(self, path: Path):
         self.path, self.file, self.synced = path, open(path, "ab"), 0.0
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.path.samestat(os.fstat(self.file.fileno()), os.stat(path)):
-                raise BlockingIOError  # another process has just replaced the file
-        except BlockingIOError:
+        locked = try_lock(self.file)
+        replaced = not os.path.samestat(os.fstat(self.file.fileno()), os.stat(path))
+        if replaced or not locked:
             fail(f"another process writes {path}; wait for it or choose another --out")
         repair_last_line(path)
         rows = read_jsonl(path)
@@ -140,7 +137,7 @@ class Notes:
         self.file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
         self.file.flush()
         if time.monotonic() - self.synced > 1:
-            os.fsync(self.file.fileno())
+            sync(self.path)
             self.synced = time.monotonic()
 
 

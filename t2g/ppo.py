@@ -68,8 +68,8 @@ class AdaptiveKL:
 
         e = clip(kl / target - 1, -0.2, 0.2)        value <- value (1 + e n / horizon)
 
-    kl is in nats per response, n the number of responses of the step. Without a target the
-    coefficient is fixed. Source: Ziegler et al. 2019, sec. 2.2.
+    kl is in nats per response, n the number of readable responses of the step. Without a target
+    the coefficient is fixed. Source: Ziegler et al. 2019, sec. 2.2.
     """
 
     def __init__(self, init, target=None, horizon=10000):
@@ -103,7 +103,7 @@ def gae(rewards, values, mask, gamma, lam):
         raise ValueError("the mask must be a prefix of each row: True up to EOS, False after it")
     rewards, values = rewards.masked_fill(~mask, 0), values.masked_fill(~mask, 0)
     advantages = torch.zeros_like(rewards)
-    next_value = next_advantage = torch.zeros_like(rewards[:, 0]) if rewards.shape[1] else None
+    next_value = next_advantage = rewards.new_zeros(len(rewards))
     for t in reversed(range(rewards.shape[1])):
         td = rewards[:, t] + gamma * next_value - values[:, t]
         advantages[:, t] = next_advantage = td + gamma * lam * next_advantage

@@ -36,7 +36,13 @@ def place_rewards(delta, tokenizer, rollout, task, args):
             offsets = token_offsets(tokenizer, rollout.ids(row))
             segment[row, : len(offsets)] = torch.tensor(steps(offsets, text, step_end))
     sums = torch.zeros_like(delta).scatter_add(1, segment, delta).gather(1, segment)
-    following = torch.cat([segment[:, 1:], torch.full_like(last, -1)], dim=1).scatter(1, last, -1)
-    rewards = sums.where(rollout.mask & (segment != following), 0.0)
+    rewards = sums.where(segment_ends(segment, rollout.mask), 0.0)
     penalty = args.missing_eos_penalty * (~rollout.finished).float()
     return rewards.scatter_add(1, last, -penalty[:, None])
+
+
+def segment_ends(segment, mask):
+    """Whether a token (B, T) is the last of its segment: the next one is of another, or padding."""
+    ends = mask.clone()
+    ends[:, :-1] &= (segment[:, 1:] != segment[:, :-1]) | ~mask[:, 1:]
+    return ends

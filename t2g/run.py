@@ -1,7 +1,7 @@
 """The record of a run of train_ppo.py: where it stands, what it draws and writes. No algorithm.
 
-A run resumes where a killed one stopped. Every draw of a step depends on the seed, the step and the
-rank alone.
+A run resumes where a killed one stopped, because every draw of a step depends on the seed, the step
+and the rank alone.
 """
 
 import signal
@@ -23,7 +23,7 @@ STATUS = (
     "reward {reward:+.2f} kl {kl:.2f} | log pi: good {shift_good:+.3f} rest {shift_rest:+.3f} "
     "poor {shift_poor:+.3f}"
 )
-BAD_STEPS = 5  # in a row, without one finite gradient, after which a run ends
+BAD_STEPS = 5  # steps in a row without a finite gradient, after which a run ends
 
 
 def add_step_flags(add, num_ppo_epochs):
@@ -42,16 +42,13 @@ def add_step_flags(add, num_ppo_epochs):
 class Run:
     """Resumes the run in a folder, and keeps its metrics, samples and checkpoints."""
 
-    def __init__(self, args, task, tokenizer, actor, pool, heldout, folder, sigterm):
+    def __init__(self, args, task, tokenizer, actor, pool, heldout, folder):
         self.args, self.tokenizer, self.actor = args, tokenizer, actor
-        self.pool, self.heldout, self.sigterm, self.bad_steps = pool, heldout, sigterm, 0
+        self.pool, self.heldout, self.bad_steps = pool, heldout, 0
         weights, rate = checkpoint.trainable(actor).values(), args.learning_rate
         self.optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=0.0, fused=True)
         self.meta = checkpoint.resume(actor, self.optimizer, args, pool)
-        self.first = self.meta["step"] + 1
-        if self.meta["step"] > args.max_steps:
-            fail(f"the run has done {self.meta['step']} steps: raise --max_steps {args.max_steps}")
-        self.kl_coef = self.meta["kl_coef"]
+        self.first, self.kl_coef = self.meta["step"] + 1, self.meta["kl_coef"]
         self.samples = Samples(folder, args.max_steps, keep_until=self.meta["step"])
         if dist.rank() == 0:
             options = (args.tensorboard, self.meta["step"])
@@ -61,11 +58,13 @@ class Run:
         """Yields each step that is left, with its learning rate set, and draws the progress bar."""
         steps = range(self.first, self.args.max_steps + 1)
         self.bar = tqdm(steps, desc="PPO", unit="step", disable=dist.rank() > 0)
-        for step in self.bar:
-            self.learning_rate = self.args.learning_rate * (1 - (step - 1) / self.args.max_steps)
-            self.optimizer.param_groups[0]["lr"] = self.learning_rate
-            self.clock = [now()]
-            yield step
+        with checkpoint.sigterm() as self.signals:
+            for step in self.bar:
+                done = (step - 1) / self.args.max_steps
+                self.learning_rate = self.args.learning_rate * (1 - done)
+                self.optimizer.param_groups[0]["lr"] = self.learning_rate
+                self.clock = [now()]
+                yield step
 
     def draw(self, step) -> list:
         """This rank's examples of a step, short prompts first. Seeds torch for the step."""
@@ -88,13 +87,11 @@ class Run:
         is_bad = metrics.get("skipped_updates") == updates
         self.bad_steps = self.bad_steps + 1 if is_bad else 0
         if self.bad_steps == BAD_STEPS:
-            fail(
-                f"no finite gradient in {BAD_STEPS} steps in a row, up to {step}: lower "
-                "--learning_rate and go on with --resume CHECKPOINT"
-            )
+            remedy = "lower --learning_rate and go on with --resume CHECKPOINT"
+            fail(f"no finite gradient in {BAD_STEPS} steps in a row, up to {step}: {remedy}")
 
     def keep_samples(self, step, examples, rollout, feedback, delta, old, advantages, change):
-        """Keeps a few of the responses with what stands at their tokens, for the page."""
+        """Keeps a few of the responses, and the numbers at their tokens, for the page."""
         if dist.rank() == 0:
             numbers = dict(delta=delta, kl=old.kl, value=old.values, advantage=advantages)
             shown = (step, self.tokenizer, examples, rollout, feedback)
@@ -102,18 +99,19 @@ class Run:
 
     def save_or_stop(self, step, kl_coef):
         """Saves every --save_steps steps and at the end; on SIGTERM saves and exits. Collective."""
-        args = self.args
-        stopping = dist.totals({"signals": len(self.sigterm)})["signals"]
-        if stopping or step % args.save_steps == 0 or step == args.max_steps:
-            made_from = {name: self.meta[name] for name in ("data_hash", "start")}
-            meta = {"step": step, "kl_coef": kl_coef} | made_from
+        args, is_last = self.args, step == self.args.max_steps
+        if self.stopping() or is_last or step % args.save_steps == 0:
+            meta = self.meta | {"step": step, "kl_coef": kl_coef}
             checkpoint.save_checkpoint(self.actor, self.tokenizer, self.optimizer, args, meta)
-        if stopping:
-            print(
-                f"\nSIGTERM: stopped after step {step}; run the same command to resume", flush=True
-            )
-            dist.barrier()
-            raise SystemExit(128 + signal.SIGTERM)
+            if self.stopping():  # also if the signal came while saving
+                resume = "run the same command to resume"
+                print(f"\nSIGTERM: stopped after step {step}; {resume}", flush=True)
+                dist.barrier()
+                raise SystemExit(128 + signal.SIGTERM)
+
+    def stopping(self) -> bool:
+        """Whether a rank has received SIGTERM. Collective."""
+        return dist.totals({"signals": len(self.signals)})["signals"] > 0
 
 
 def seconds_of(clock) -> dict[str, float]:

@@ -1,6 +1,5 @@
 """What policy, value head and reference say of a rollout, one microbatch at a time."""
 
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -28,8 +27,7 @@ def score(actor, reference, rollout, args) -> Scores:
 def score_microbatch(actor, reference, rollout, args) -> Scores:
     with autocast(args.bf16):
         logits, states = response_logits(actor.model, rollout)
-        with nullcontext() if reference else actor.model.disable_adapter():
-            ref_logits, _ = response_logits(reference or actor.model, rollout)
+        ref_logits = reference_logits(actor, reference, rollout)
         values = actor.values(states, rollout.mask)
     logprobs, entropy = token_stats(logits, rollout, args.temperature)
     if args.kl_estimator == "full":  # a response at a time: a third tensor (B, T, V) would be large
@@ -39,6 +37,14 @@ def score_microbatch(actor, reference, rollout, args) -> Scores:
         ref_logprobs, _ = token_stats(ref_logits, rollout, args.temperature)
         kl = kl_penalty(logprobs, ref_logprobs, args.kl_estimator)
     return Scores(logprobs, entropy, values, kl)
+
+
+def reference_logits(actor, reference, rollout):
+    """Logits (B, T, V) of the reference, which with LoRA is the policy without its adapters."""
+    if reference:
+        return response_logits(reference, rollout)[0]
+    with actor.model.disable_adapter():
+        return response_logits(actor.model, rollout)[0]
 
 
 def full_kl(logits, ref_logits, temperature):

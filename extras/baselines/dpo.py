@@ -178,6 +178,7 @@ def add_flags(add):
     supervised.add_flags(add)
 
 
+@cli.friendly_errors()
 def main():
     task, args = common.parse(__doc__, "dpo", add_flags, TOY)
     if args.samples_per_prompt < 2:

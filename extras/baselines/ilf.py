@@ -30,6 +30,7 @@ def add_flags(add):
     supervised.add_flags(add)
 
 
+@cli.friendly_errors()
 def main():
     task, args = common.parse(__doc__, "ilf", add_flags, TOY)
     root, tokenizer, model = common.start(args)

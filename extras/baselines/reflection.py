@@ -45,6 +45,7 @@ def reflect(model, tokenizer, prompts, response_length, examples, critic, **samp
     return texts, finished
 
 
+@cli.friendly_errors()
 def main():
     parser = cli.parser(__doc__)
     parser.add_argument("runs", nargs="+", help="the policies: runs, folders or hub ids")

@@ -114,6 +114,7 @@ def parse_args():
     return args
 
 
+@cli.friendly_errors()
 def main():
     args = parse_args()
     root = Path(args.output_dir).parent

@@ -56,17 +56,17 @@ def add_flags(add):
     add_step_flags(add, num_ppo_epochs=1)
 
 
+@cli.friendly_errors()
 def main():
     task, args = common.parse(__doc__, "sdpo", add_flags, TOY)
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
     args.batch_size = rows * args.num_mini_batches
     root, tokenizer, model = common.start(args)
-    with cli.friendly_errors():
-        critic = critics.load_critic(task, args, root, policy.device())
-        pool = tasks.short_enough(task.load(args)[0], tokenizer, args.max_prompt_length)
-        train(task, args, tokenizer, model, critic, pool)
-        saved = policy.save(model, tokenizer, args.output_dir, args.max_steps)
-        print(f"policy: {saved}")
+    critic = critics.load_critic(task, args, root, policy.device())
+    pool = tasks.short_enough(task.load(args)[0], tokenizer, args.max_prompt_length)
+    train(task, args, tokenizer, model, critic, pool)
+    saved = policy.save(model, tokenizer, args.output_dir, args.max_steps)
+    print(f"policy: {saved}")
 
 
 def train(task, args, tokenizer, model, critic, pool):

@@ -35,6 +35,7 @@ TEMPERATURES |= dict.fromkeys(("extraction", "math", "coding", "reasoning"), 0.0
 LENGTH = 1024  # tokens of an answer to --prompts, if --response_length is not given
 
 
+@cli.friendly_errors()
 def main():
     parser, add = benchmarks.parser(__doc__, task=True)
     parser.add_argument("model", help="a run, a model's folder, a .gguf file or a hub id")

@@ -22,6 +22,7 @@ from t2g import cli, policy
 from t2g.data import needed
 
 
+@cli.friendly_errors()
 def main():
     parser, add = benchmarks.parser(__doc__)
     parser.add_argument("model", help="a run, a model's folder, a .gguf file or a hub id")

@@ -75,6 +75,7 @@ class Problem(NamedTuple):
     checks: tuple = ()  # of the + sets: problem.txt of the base inputs, and of the added ones
 
 
+@cli.friendly_errors()
 def main():
     parser, add = benchmarks.parser(__doc__)
     parser.add_argument("model", help="a model, or a .jsonl file of programs")

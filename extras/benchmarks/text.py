@@ -25,6 +25,7 @@ from t2g.metrics import DRAWS, rouge
 ROUGE = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}
 
 
+@cli.friendly_errors()
 def main():
     parser, add = benchmarks.parser(__doc__, task=True)
     parser.add_argument("models", nargs="+", metavar="MODEL", help="a model or a .jsonl file")

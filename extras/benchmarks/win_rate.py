@@ -49,6 +49,7 @@ MAX_RETRIES, TIMEOUT_S = 5, 120
 MAX_FAILURES = 10  # requests in succession without an answer: then the server is at fault
 
 
+@cli.friendly_errors()
 def main():
     parser = cli.parser(__doc__)
     parser.add_argument("a", metavar="A", help="answers of model A")
@@ -154,5 +155,4 @@ def rates(a_first, b_first) -> dict:
 
 
 if __name__ == "__main__":
-    with cli.friendly_errors():
-        main()
+    main()

@@ -86,14 +86,19 @@ def short_enough(examples, tokenizer, max_prompt_length) -> list[Example]:
     """Drops the examples with longer prompts, and prints how many remain."""
     if not max_prompt_length:
         return examples
-    chats = [chat_text(tokenizer, example.prompt) for example in examples]
-    lengths = [len(ids) for ids in tokenizer(chats, add_special_tokens=False)["input_ids"]]
+    lengths = prompt_lengths(examples, tokenizer)
     kept = [example for example, length in zip(examples, lengths) if length <= max_prompt_length]
     limit = f"at most {max_prompt_length} prompt tokens"
     if not kept:
         fail(f"none of {len(examples)} examples has {limit}; raise --max_prompt_length")
     print(f"{len(kept)} of {len(examples)} examples have {limit}; the others are dropped")
     return kept
+
+
+def prompt_lengths(examples, tokenizer) -> list[int]:
+    """The number of tokens of each prompt in the chat template."""
+    chats = [chat_text(tokenizer, example.prompt) for example in examples]
+    return [len(ids) for ids in tokenizer(chats, add_special_tokens=False)["input_ids"]]
 
 
 def parse(parser, script: str, **defaults):
