@@ -1,12 +1,11 @@
-"""Plans a run of train_ppo.py before there is a GPU: memory, seconds, and what makes it fit.
+"""Plans a run of train_ppo.py before there is a GPU: memory, FLOP, seconds, and what makes it fit.
 
     python -m extras.scale.plan 8xH100-80 --policy meta-llama/Llama-3.1-8B-Instruct --critic rule
 
-First comes the number of processes and what each has, then flags of train_ppo.py. No weight is
-loaded: the passes of a microbatch run on fake tensors, and all that is alive at once is counted.
-Weights, optimiser, key-value cache and FSDP's gathers are arithmetic. Responses and critiques
-count at their longest. Seconds, for GPUs alone, are a lower bound: they leave out communication,
-the launching of kernels, and critics that are programs or servers.
+No weights are loaded: a microbatch runs on fake tensors, which have shapes and no values, and the
+bytes that are alive at once are counted. Weights, optimiser, cache and FSDP's gathers are
+arithmetic. Responses and critiques count with their maximum length. Seconds, for GPUs alone, are a
+lower bound without communication, kernel launches, and critics that are programs or servers.
 """
 
 import copy
@@ -23,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import train_ppo
 from t2g import adapters, dist, policy
@@ -32,39 +31,42 @@ from t2g.rollout import Rollout
 from t2g.score import score_microbatch
 
 GIB = 2**30
-GPUS = {  # GiB, TFLOP/s in bf16 and in fp32 (without TF32 or sparsity), GB/s, by their data sheets
+GPUS = {  # from data sheets: GiB, TFLOP/s in bf16 and in fp32 (no TF32, no sparsity), GB/s
     "A100-40": (40, 312, 19.5, 1555), "A100-80": (80, 312, 19.5, 2039),
     "H100-80": (80, 989, 67, 3350), "H200-141": (141, 989, 67, 4800),
     "L4-24": (24, 121, 30, 300), "RTX4090-24": (24, 165, 83, 1008),
 }  # fmt: skip
 OF_PEAK, OF_BANDWIDTH = 0.4, 0.6  # shares that matrix products and decoding are assumed to reach
-USABLE = 0.92  # share of the memory; the rest goes to fragmentation and NCCL
+USABLE = 0.92  # share of the memory; the rest is lost to fragmentation and NCCL
+SAVERS = {"bf16": True, "gradient_checkpointing": True, "per_device_train_batch_size": 1}
+SAVERS |= {"lora_r": 16}  # flags that save memory, the cheapest first; then --cpu_offload
 
 
 def main():
-    where = sys.argv.pop(1) if len(sys.argv) > 1 else "nothing"
-    count, machine = machine_of(where)
+    name = sys.argv.pop(1) if len(sys.argv) > 1 else "nothing"
+    count, machine = parse_machine(name)
     _, args = train_ppo.parse_args()
     args.max_prompt_length = args.max_prompt_length or 512
     print("this takes up to a minute", flush=True)
     plan = estimate(args, count, machine)
-    print(f"{where}, prompts of {args.max_prompt_length} tokens; of each process:\n")
-    for name, unit in (("memory", "GiB"), ("peak", "GiB"), ("seconds", "s")):
-        rows = [f"  {key:34}{value:10.2f} {unit}" for key, value in plan[name].items()]
-        print("\n".join(rows) + "\n")
-    plan["fits_with"] = [] if plan["fits"] else what_makes_it_fit(args, count, machine)
+    print(f"{name}, prompts of {args.max_prompt_length} tokens; for each process:\n")
+    for part, unit in (("memory", "GiB"), ("peak", "GiB"), ("seconds", "s")):
+        rows = [f"  {key:34}{value:10.2f} {unit}\n" for key, value in plan[part].items()]
+        print("".join(rows))
+    print(f"a step costs {plan['flops']:.2g} FLOP: rollout, critique, scores and update")
+    plan["fits_with"] = [] if plan["fits"] else flags_that_fit(args, count, machine)
     remedy = " ".join(plan["fits_with"]) or "more or larger machines"
     verdict = "it fits" if plan["fits"] else f"it does not fit; it does with {remedy}"
     print(f"{plan['gib']:.1f} GiB of {machine[0]:.0f} GiB ({USABLE:.0%} usable): {verdict}")
     print(json.dumps(plan))
 
 
-def machine_of(where) -> tuple[int, tuple]:
-    """The number of processes and what each has, from a text such as 8xH100-80 or 1xcpu."""
-    match = re.fullmatch(r"([1-9][0-9]*)x(.+)", where)
+def parse_machine(name) -> tuple[int, tuple]:
+    """The number of processes and a row of GPUS, from a text such as 8xH100-80 or 1xcpu."""
+    match = re.fullmatch(r"([1-9][0-9]*)x(.+)", name)
     if not match or match[2] not in (*GPUS, "cpu"):
         known = ", ".join((*GPUS, "cpu"))
-        fail(f"{where}: give processes and a machine, such as 8xH100-80; known: {known}")
+        fail(f"{name}: give processes and a machine, such as 8xH100-80; known: {known}")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
     return int(match[1]), GPUS.get(match[2], (memory / int(match[1]), 0, 0, 0))
 
@@ -73,18 +75,18 @@ def estimate(args, processes, machine) -> dict:
     """The plan of one process.
 
     Returns: {"memory": GiB that stay, "peak": GiB that each phase adds, "gib": their highest sum,
-    "fits", "seconds" of a step (none on a CPU), "parameters", "flops" of a step}.
+    "fits", "seconds" of a step ({} on a CPU), "parameters", "flops" of a step}.
     """
     (gib, _, _, bandwidth), sharded = machine, processes > 1 or args.cpu_offload
-    config = config_of(args.policy, "--policy")
+    config = load_config(args.policy, "--policy")
     keep_gradients = not sharded and args.gradient_accumulation_steps == 1
     step, critic = fake_step(args, config, sharded, keep_gradients), None
     if args.critic == "rm":
-        config = config_of(args.reward_model or args.policy, "--reward_model")
+        config = load_config(args.reward_model or args.policy, "--reward_model")
         critic = fake_step(args, config, sharded)
     share = 0 if args.cpu_offload else 1 / processes
     frozen = (2 if args.bf16 else 4) if sharded and args.replicate_frozen else 4 * share
-    stays = {  # CUDA's context, or Python and its libraries, come first
+    memory = {  # the process: CUDA's context, or Python and its libraries
         "process": (0.5 if bandwidth else 0.55) * GIB,
         "weights": 4 * step.parameters * share,
         "gradients": 0 if keep_gradients else 4 * step.trainable * share,
@@ -92,22 +94,26 @@ def estimate(args, processes, machine) -> dict:
         "reference": 0 if args.lora_r else frozen * step.parameters,
         "reward model": frozen * critic.parameters if critic else 0,
     }
-    adds = memory_of_phases(args, sharded, step, critic)
-    seconds = seconds_of_phases(args, machine, step, critic) if bandwidth else {}
-    highest = (sum(stays.values()) + max(adds.values())) / GIB
-    flops = 3 * step.forward_flops + args.num_ppo_epochs * step.update_flops
+    peak = phase_memory(args, sharded, step, critic)
+    highest = (sum(memory.values()) + max(peak.values())) / GIB
+    # Of N weights, about 2N a token in a forward pass (rollout, policy and reference, change of
+    # log pi) and 6N in an epoch.
+    flops = 4 * step.forward_flops + args.num_ppo_epochs * step.update_flops
+    if critic:
+        length = args.max_prompt_length + args.response_length
+        flops += critic.forward_flops * (1 + args.critique_length / length)
     return {
-        "memory": {name: value / GIB for name, value in stays.items()},
-        "peak": {name: value / GIB for name, value in adds.items()},
+        "memory": {name: size / GIB for name, size in memory.items()},
+        "peak": {name: size / GIB for name, size in peak.items()},
         "gib": highest,
         "fits": highest <= gib * USABLE,
-        "seconds": seconds | {"a step": sum(seconds.values())},
+        "seconds": phase_seconds(args, machine, step, critic) if bandwidth else {},
         "parameters": step.parameters,
         "flops": args.batch_size * flops,
     }
 
 
-def memory_of_phases(args, sharded, step, critic) -> dict:
+def phase_memory(args, sharded, step, critic) -> dict:
     """Bytes that each phase of a step adds at its highest."""
     length, size = args.max_prompt_length + args.response_length, 2 if args.bf16 else 4
     rows = max(args.batch_size, min(args.eval_samples, 64))  # evaluation samples 64 at a time
@@ -126,8 +132,8 @@ def memory_of_phases(args, sharded, step, critic) -> dict:
     return {"rollout": rollout, "critique": critique, "score": score, "update": update}
 
 
-def seconds_of_phases(args, machine, step, critic) -> dict:
-    """Seconds at a share of the peak of products, or of the bandwidth at which weights are read."""
+def phase_seconds(args, machine, step, critic) -> dict:
+    """Seconds at the assumed shares of peak FLOP/s, and of the bandwidth that reads the weights."""
     _, bf16, fp32, bandwidth = machine
     peak = (bf16 if args.bf16 else fp32) * 1e12 * OF_PEAK
     read = bandwidth * 1e9 * OF_BANDWIDTH / (2 if args.bf16 else 4)  # weights a second
@@ -138,28 +144,29 @@ def seconds_of_phases(args, machine, step, critic) -> dict:
         one = batch * model.forward_flops / length / peak  # a token of each response
         return prompt * one + new * max(model.parameters / read, one)
 
-    return {
+    seconds = {
         "rollout": decode(step, prompt, args.response_length),
         "critique": decode(critic, length, args.critique_length) if critic else 0.0,
         "score, and the change of log pi": batch * step.forward_flops * 3 / peak,
         "update": args.num_ppo_epochs * batch * step.update_flops / peak,
     }
+    return seconds | {"a step": sum(seconds.values())}
 
 
 def fake_step(args, config, sharded, keep_gradients=False):
-    """Bytes beyond the weights that the passes of a microbatch need, and FLOPs of a sequence."""
+    """A model's sizes, the bytes that a microbatch adds, and the FLOP of one response."""
     rows = args.per_device_train_batch_size
     dtype = torch.bfloat16 if sharded and args.bf16 else torch.float32  # the copies that FSDP makes
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        parameters = sum(weights.numel() for weights in model.parameters())
+        model, reference = (AutoModelForCausalLM.from_config(config, dtype=dtype) for _ in range(2))
         if not dist.blocks(model):
             fail(f"there is no plan for {type(model).__name__}: it does not name its blocks")
-        block = sum(weights.numel() for weights in dist.blocks(model)[0].parameters())
-        reference = None if args.lora_r else copy.deepcopy(model)
+        parameters, block = count(model.parameters()), count(dist.blocks(model)[0].parameters())
         actor = policy.Policy(adapters.added(model, args)).eval()
-    with FakeTensorMode():
-        make_fake(nn.ModuleList(filter(None, (actor, reference))))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        nn.ModuleList([actor, reference]).to_empty(device="cpu")
+        model.tie_weights()
+        reference.tie_weights()
         if args.gradient_checkpointing:
             dist.recompute_blocks(actor.model)
         trainable = [weights for weights in actor.parameters() if weights.requires_grad]
@@ -168,27 +175,30 @@ def fake_step(args, config, sharded, keep_gradients=False):
         prompt = torch.zeros(rows, args.max_prompt_length, dtype=torch.long)
         response = torch.zeros(rows, args.response_length, dtype=torch.long)
         rollout = Rollout(prompt, prompt == 0, response, response == 0, None, [""] * rows)
-        measured = run_passes(args, actor, reference, rollout)
+        passes = measure_passes(args, actor, None if args.lora_r else reference, rollout)
     text = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    measured["trainable"] = sum(weights.numel() for weights in trainable)
-    measured["rest"] = parameters - text.num_hidden_layers * block
-    measured["cache"] = 2 * text.num_hidden_layers * heads * head  # numbers of a token
-    return SimpleNamespace(**measured, parameters=parameters, block=block)
+    sizes = dict(parameters=parameters, block=block, trainable=count(trainable))
+    sizes["rest"] = parameters - text.num_hidden_layers * block
+    sizes["cache"] = 2 * text.num_hidden_layers * heads * head  # numbers of a token
+    return SimpleNamespace(**sizes, **passes)
 
 
-def run_passes(args, actor, reference, rollout) -> dict:
-    """Highest bytes alive and FLOPs of prefill, scoring and update, on fake tensors."""
+def count(weights) -> int:
+    return sum(tensor.numel() for tensor in weights)
+
+
+def measure_passes(args, actor, reference, rollout) -> dict:
+    """The highest bytes alive in prefill, scoring and update, and the FLOP of a response."""
     rows = len(rollout)
     names = ("old_logprobs", "advantages", "old_values", "returns")
     batch = {name: torch.zeros(rollout.response.shape) for name in names} | {"mask": rollout.mask}
 
     def prefill():
-        where = dict(position_ids=policy.positions(rollout.prompt_mask))
-        where |= dict(attention_mask=rollout.prompt_mask.long(), logits_to_keep=1)
-        past = DynamicCache(config=actor.model.config)
-        actor.model(rollout.prompt, past_key_values=past, use_cache=True, **where)
+        mask = rollout.prompt_mask
+        inputs = dict(attention_mask=mask.long(), position_ids=policy.positions(mask))
+        actor.model(rollout.prompt, use_cache=True, logits_to_keep=1, **inputs)
 
     def score():
         score_microbatch(actor, reference, rollout, args)
@@ -197,76 +207,59 @@ def run_passes(args, actor, reference, rollout) -> dict:
         train_ppo.microbatch_loss(actor, rollout, batch, torch.tensor(1), args)[0].backward()
         actor.zero_grad()
 
-    def peak(work, grad=False):
-        with Alive() as alive, torch.set_grad_enabled(grad):
-            work()
-        return alive.peak
+    def measure(work, grad=False):
+        with torch.set_grad_enabled(grad):
+            with Alive() as alive:
+                work()
+            # A second pass, because the counter would keep what checkpointing frees.
+            with FlopCounterMode(display=False) as counter:
+                work()
+        return alive.peak, counter.get_total_flops() / rows
 
-    def flops(work, grad=False):
-        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(grad):
-            work()
-        return counter.get_total_flops() / rows
-
-    return {  # apart, for the counter would keep what checkpointing frees
-        "prefill_peak": peak(prefill) / rows,
-        "score_peak": peak(score),
-        "update_peak": peak(update, grad=True),
-        "forward_flops": flops(score) / 2,
-        "update_flops": flops(update, grad=True),
-    }
+    measured = {"prefill_peak": measure(prefill)[0] / rows}
+    measured["score_peak"], score_flops = measure(score)
+    measured["update_peak"], measured["update_flops"] = measure(update, grad=True)
+    return measured | {"forward_flops": score_flops / 2}  # of the policy and of the reference
 
 
 class Alive(TorchDispatchMode):
-    """Counts the bytes of all tensors that are made within it: now, and at the highest."""
+    """Counts the bytes of all tensors that are created within it: those alive, and their peak."""
 
     def __init__(self):
         super().__init__()
         self.now, self.peak, self.known = 0, 0, weakref.WeakSet()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.known.update(self.unknown((args, kwargs)))  # made before, such as weights
+        self.known.update(storages_of((args, kwargs)))  # created before, such as weights
         out = function(*args, **(kwargs or {}))
-        for storage in self.unknown(out):
-            self.known.add(storage)
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self.freed, storage.nbytes())
+        for storage in storages_of(out):
+            if storage not in self.known:
+                self.known.add(storage)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.free, storage.nbytes())
         return out
 
-    def unknown(self, tensors) -> set:
-        tensors = [leaf for leaf in tree_leaves(tensors) if isinstance(leaf, torch.Tensor)]
-        storages = {tensor.untyped_storage() for tensor in tensors}
-        return {storage for storage in storages if storage not in self.known}
-
-    def freed(self, count):
-        self.now -= count
+    def free(self, size):
+        self.now -= size
 
 
-def make_fake(model):
-    """Puts fake tensors in the place of weights and buffers; tied ones stay one."""
-    made = {}
-    for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if tensor is not None and id(tensor) not in made:
-                    fake = torch.empty(tensor.shape, dtype=tensor.dtype)
-                    weight = isinstance(tensor, nn.Parameter)
-                    made[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if weight else fake
-                tensors[name] = made.get(id(tensor))
+def storages_of(tree) -> set:
+    tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+    return {tensor.untyped_storage() for tensor in tensors}
 
 
-def what_makes_it_fit(args, processes, machine) -> list[str]:
-    """The first flags that suffice, in the order of what they cost; [] if all together do not."""
+def flags_that_fit(args, processes, machine) -> list[str]:
+    """The first of SAVERS that make the run fit, all together; [] if they do not."""
     flags, args = [], copy.copy(args)
     responses = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    savers = {"bf16": True, "gradient_checkpointing": True, "per_device_train_batch_size": 1}
-    savers |= {"lora_r": 16} | ({"cpu_offload": True} if machine[-1] else {})
+    savers = SAVERS | ({"cpu_offload": True} if machine[-1] else {})
     for name, value in savers.items():
         if getattr(args, name) == value:
             continue
         setattr(args, name, value)
         flags += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-        if name == "per_device_train_batch_size":
+        if name == "per_device_train_batch_size":  # the batch stays the same
             args.gradient_accumulation_steps = responses
             flags += ["--gradient_accumulation_steps", str(responses)]
         if estimate(args, processes, machine)["fits"]:
@@ -274,8 +267,8 @@ def what_makes_it_fit(args, processes, machine) -> list[str]:
     return []
 
 
-def config_of(path, flag):
-    """The configuration of a model; nothing else of it is read."""
+def load_config(path, flag: str):
+    """The configuration of a model, without its weights."""
     if not path:
         fail(f"a plan needs {flag}: a hub id or a folder, of which only config.json is read")
     path = str(policy.latest_checkpoint(path) or path)
