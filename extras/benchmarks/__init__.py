@@ -20,21 +20,17 @@ from t2g.rollout import respond
 
 
 def parser(doc, task=False):
-    """Returns a parser and its add() of cli.flags, with the flags that the benchmarks share.
+    """Returns a parser with the flags of all benchmarks, and its add() of cli.flags.
 
-    task adds the flags that choose held-out prompts of a task and the responses to them.
+    task adds the flags that choose held-out prompts of a task.
     """
     parser = cli.parser(doc)
     add = cli.flags(parser)
     if task:
         tasks.add_flags(add)
         add("--eval_samples", 500, "number of held-out prompts")
-        add(
-            "--response_length",
-            None,
-            "maximum tokens; the task's own if not given",
-            cli.positive(int),
-        )
+        length = "maximum tokens of a response; the task's own if not given"
+        add("--response_length", None, length, cli.positive(int))
     else:
         add("--seed", 0, "random seed", int)
         add("--bf16", False, "matrix products in bf16, weights in fp32")
@@ -63,7 +59,7 @@ def respond_to_heldout(name, args) -> tuple[list, list[str]]:
 
 
 def read_texts(path, *fields) -> list[dict]:
-    """Reads the rows of a file, in which each of these fields must be a text."""
+    """Returns the rows of a file, in which each of these fields must be a text."""
     rows = data.read_rows(path)
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         cli.fail(f"{path} must hold a list of objects")
@@ -85,10 +81,15 @@ def interval(values, seed=0) -> dict:
     return metrics.bootstrapped(metrics.resamples(len(values), seed) @ values / len(values))
 
 
-def report(result):
-    """Prints the figures of result["scores"], and the whole result as JSON."""
-    for name, figures in result["scores"].items():
+def normal_interval(value, half_width) -> dict:
+    """Returns an interval for a share, whose half width another library has computed."""
+    return {"value": value, "low": max(value - half_width, 0), "high": min(value + half_width, 1)}
+
+
+def report(scores, **more):
+    """Prints {model: {metric: figure}} as a table, and everything as one line of JSON."""
+    for name, figures in scores.items():
         print(f"\n{name}")
         for metric, figure in figures.items():
             print(f"  {metric:14}" + "{value:8.4f}  [{low:.4f}, {high:.4f}]".format(**figure))
-    print(json.dumps(result))
+    print(json.dumps({"scores": scores, **more}))

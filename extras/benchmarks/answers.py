@@ -42,41 +42,41 @@ def main():
     parser.add_argument("out", help="file of the answers; tables show its name as the model's")
     add("--prompts", None, "alpaca_eval's prompts or FastChat's question.jsonl")
     _, args = tasks.parse(parser, "benchmark")
-    cli.make_folder(Path(args.out).resolve().parent, "file of answers")
+    path = Path(args.out)
+    cli.make_folder(path.resolve().parent, "file of answers")
     questions = benchmarks.read_texts(args.prompts) if args.prompts else []
     if questions and all({"question_id", "turns"} <= row.keys() for row in questions):
-        rows = answer_turns(questions, args)
+        rows = answer_turns(questions, path.stem, args)
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     else:
-        rows = answer_prompts(questions, args)
+        rows = [row | {"generator": path.stem} for row in answer_prompts(args)]
         text = json.dumps(rows, indent=1, ensure_ascii=False)
-    write_text(Path(args.out), text)
-    print(f"{len(rows)} answers: {args.out}")
+    write_text(path, text)
+    print(f"{len(rows)} answers: {path}")
 
 
-def answer_prompts(questions, args) -> list[dict]:
-    """Answers alpaca_eval's questions, or the held-out prompts of the task."""
+def answer_prompts(args) -> list[dict]:
+    """Answers alpaca_eval's prompts, or the held-out prompts of the task."""
     if not args.prompts:
         examples, texts = benchmarks.respond_to_heldout(args.model, args)
-        questions = [{"instruction": example.prompt} for example in examples]
-    else:
-        questions = benchmarks.read_texts(args.prompts, "instruction")
-        prompts = [question["instruction"] for question in questions]
-        texts = benchmarks.respond_to(prompts, args.model, args, args.response_length or LENGTH)
-    name = Path(args.out).stem
-    return [row | {"output": text, "generator": name} for row, text in zip(questions, texts)]
+        pairs = zip(examples, texts)
+        return [{"instruction": example.prompt, "output": text} for example, text in pairs]
+    rows = benchmarks.read_texts(args.prompts, "instruction")
+    prompts = [row["instruction"] for row in rows]
+    texts = benchmarks.respond_to(prompts, args.model, args, args.response_length or LENGTH)
+    return [row | {"output": text} for row, text in zip(rows, texts)]
 
 
-def answer_turns(questions, args) -> list[dict]:
+def answer_turns(questions, name, args) -> list[dict]:
     """Answers MT-Bench's questions one by one, as FastChat does."""
     tokenizer, model = policy.load(args.model, policy.device())
     torch.manual_seed(args.seed)
-    rows, name = [], Path(args.out).stem
+    rows = []
     for question in tqdm(questions, desc=args.model, unit="question"):
-        turns = converse(model, tokenizer, question, args)
-        row = {"question_id": question["question_id"], "model_id": name, "tstamp": time.time()}
+        choice = {"index": 0, "turns": converse(model, tokenizer, question, args)}
+        row = {"question_id": question["question_id"], "model_id": name, "choices": [choice]}
         row["answer_id"] = f"{name}-{question['question_id']}"
-        rows.append(row | {"choices": [{"index": 0, "turns": turns}]})
+        rows.append(row | {"tstamp": time.time()})
     return rows
 
 

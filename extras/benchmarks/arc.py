@@ -1,4 +1,4 @@
-"""Measures multiple choice on ARC-Challenge with lm-evaluation-harness: pip install "lm-eval[hf]".
+"""Measures multiple choice on ARC-Challenge by lm-evaluation-harness: pip install "lm-eval[hf]".
 
     python -m extras.benchmarks.arc MODEL --data arc_challenge.jsonl
     python -m extras.benchmarks.arc MODEL --data arc_challenge.jsonl --letters
@@ -6,11 +6,7 @@
     acc         share of questions whose right option has the highest log-likelihood
     acc_norm    the same, the log-likelihood divided by the option's length
 
-The task is arc_local.yaml, 0-shot and without a chat template, or arc_letters.yaml. A plain
-checkpoint can be measured without this script, with the questions in arc.jsonl:
-
-    lm_eval run --model hf --model_args pretrained=DIR,dtype=float32 \\
-        --include_path extras/benchmarks --tasks arc_local
+The task is arc_local.yaml, 0-shot and without a chat template, or arc_letters.yaml.
 """
 
 from pathlib import Path
@@ -31,7 +27,7 @@ def main():
     args = parser.parse_args()
     if not Path(args.data).is_file():
         cli.fail(f"there is no file {args.data}; --data names the questions")
-    benchmarks.report({"scores": {args.model: evaluate(args)}})
+    benchmarks.report({args.model: evaluate(args)})
 
 
 def evaluate(args) -> dict:
@@ -46,15 +42,11 @@ def evaluate(args) -> dict:
     task.pop("include", None)
     task["dataset_path"] = "parquet" if args.data.endswith(".parquet") else "json"
     task["dataset_kwargs"] = {"data_files": {"test": str(Path(args.data).resolve())}}
-    [found] = lm_eval.simple_evaluate(wrapped, tasks=[task])["results"].values()
+    [result] = lm_eval.simple_evaluate(wrapped, tasks=[task])["results"].values()
     figures = {}
     for metric in ("acc", "acc_norm"):
-        value, half = found[f"{metric},none"], 1.96 * found[f"{metric}_stderr,none"]
-        figures[metric] = {
-            "value": value,
-            "low": max(value - half, 0),
-            "high": min(value + half, 1),
-        }
+        error = result[f"{metric}_stderr,none"]
+        figures[metric] = benchmarks.normal_interval(result[f"{metric},none"], 1.96 * error)
     return figures
 
 

