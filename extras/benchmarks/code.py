@@ -32,7 +32,7 @@ from typing import NamedTuple
 from tqdm.contrib.concurrent import thread_map
 
 from extras import benchmarks
-from extras.code import sandbox, task, unit_tests
+from extras.code import problems, sandbox, task, unit_tests
 from t2g import cli, data
 from t2g.log import write_text
 
@@ -159,7 +159,7 @@ def read_problems(args) -> dict[str, Problem]:
 def humaneval(row) -> Problem:
     name, stub = row["entry_point"], row["prompt"]
     tests = f"from solution import {name}\n{row['test']}\ncheck({name})"
-    prompt = task.INSTRUCTION.format(f"Complete this program.\n\n{stub}")
+    prompt = problems.INSTRUCTION.format(f"Complete this program.\n\n{stub}")
     return Problem(row["task_id"], prompt, stub, name, tests)
 
 
@@ -171,8 +171,8 @@ def humaneval_plus(row) -> Problem:
 def mbpp(row) -> Problem | None:
     if row["task_id"] not in MBPP_TEST:
         return None
-    example = task.mbpp(row)
-    if not isinstance(example, task.Example):
+    example = problems.mbpp(row)
+    if not isinstance(example, problems.Example):
         cli.fail(f"problem {row['task_id']} cannot be used: {example or 'it lacks a text'}")
     return Problem(str(row["task_id"]), example.prompt, tests=example.facts["tests"])
 
@@ -180,7 +180,7 @@ def mbpp(row) -> Problem | None:
 def mbpp_plus(row) -> Problem:
     """Turns the prompt, a docstring of a question and an assert, into one like MBPP's."""
     question, _, first = row["prompt"].strip().strip('"').strip().partition("\nassert ")
-    prompt = task.INSTRUCTION.format(f"{question}\n\nIt must pass `assert {first}`.")
+    prompt = problems.INSTRUCTION.format(f"{question}\n\nIt must pass `assert {first}`.")
     # JSON has no tuples, sets and complex numbers.
     restore = data.needed("evalplus.data.mbpp", "--set mbpp+").mbpp_deserialize_inputs
     groups = [restore(row["task_id"], row[name] or []) for name in ("base_input", "plus_input")]

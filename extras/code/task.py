@@ -1,37 +1,36 @@
-"""Write a program that passes unit tests: KodCode, MBPP, or ILF's human feedback on MBPP.
+"""Write a program that passes unit tests: KodCode, MBPP, or records with tests of their own.
 
 python annotate.py --task extras/code/task.py --data KodCode/KodCode-Light-RL-10K \\
     --policy HUB_ID --allow_code_execution
 torchrun train_ppo.py --critic rule --task extras/code/task.py --data mbpp.jsonl \\
     --policy HUB_ID --allow_code_execution
 
---data is a file or a hub id; FORMS lists the fields of its rows. The critic is the run of the unit
-tests. What the policy writes runs in a sandbox (sandbox.py), with --allow_code_execution only.
+--data is a file or a hub id; problems.py reads its rows. The critic is the run of the unit tests.
+What the policy writes runs in a sandbox (sandbox.py), and only with --allow_code_execution.
 
-The program is the last ``` block of a response that defines something, else its last block, else
+The program is the last fenced block of a response that defines something, else its last block, else
 the whole response. A block that is not closed goes to the end.
 
-Poor are one or two lines: the line that raised an exception, the line that is no Python, or the
+One or two lines are poor: the line that raised an exception, the line that is not Python, or the
 loop in which time ran out; for a wrong answer, what the called function returns (its return
 statements if there are at most MAX_SPANS of them, else its first line). If the tests pass, the same
 rule makes the return statements good.
 """
 
 import ast
-import builtins
 import re
 import textwrap
+from functools import lru_cache
 from typing import NamedTuple
 
 from extras.code import sandbox, unit_tests
-from t2g import data
+from extras.code.problems import example_of_record, load, tests_of  # noqa: F401  parts of a task
+from extras.code.witness import DEFINITIONS, FUNCTIONS, parsed
 from t2g.align import without_space
 from t2g.cli import fail
 from t2g.critics import quote_of
 from t2g.feedback import Feedback
-from t2g.tasks import Example
 
-INSTRUCTION = "Solve this problem with a program in Python, in one ```python block.\n\n{}"
 MAX_SPANS = 2
 STEP_END = r"\n"  # the steps of a program are its lines
 LOG_LENGTH = 2000  # characters kept of a test log, the last ones
@@ -80,153 +79,81 @@ def check(args, script):
             print("warning: this machine cannot guarantee", ", ".join(missing), advice)
 
 
-# ---- data ----------------------------------------------------------------------------------------
-
-
-def kodcode(row):
-    """A question, a solution, and tests in pytest's form; test_info has the functions to write."""
-    question, infos = data.text(row.get("question")), row.get("test_info") or []
-    infos = [info for info in infos if isinstance(info, dict)]
-    names = [data.text(info.get("function_declaration")) for info in infos]
-    names = [f"`{name.removesuffix(':')}`" for name in names if name]
-    if names:
-        question += f"\n\nWrite {', '.join(names)}."
-    return example_of(question, row.get("solution"), row.get("test") or row.get("test_code"))
-
-
-def mbpp(row):
-    """A text, code, and asserts, of which the first one shows the name to use."""
-    question = data.text(row.get("text") or row.get("prompt"))
-    asserts = row.get("test_list") or [""]
-    tests = [*(row.get("test_imports") or []), row.get("test_setup_code") or "", *asserts]
-    if question:
-        question += f"\n\nIt must pass `{asserts[0]}`."
-    return example_of(question, row.get("code"), "\n".join(tests))
-
-
-def ilf(row):
-    """A prompt that ends with the head of a function, a test, and a program that people mended."""
-    prompt, test = row.get("prompt") or "", row.get("test") or ""
-    names = re.findall(r"^def (\w+)", prompt, re.MULTILINE)
-    if not names:
-        return None
-    name, solution = names[-1], row.get("unedited_annotator_completion")
-    test = test and re.sub(r"\bcandidate\b", name, test) + f"\n\ncheck({name})"
-    test = test and f"from solution import {name}\n{test}"
-    facts = {"candidate": row.get("original_model_completion"), "feedback": row.get("Feedback")}
-    return example_of(f"Complete this program.\n\n{prompt}", solution, test, **facts)
-
-
-FORMS = (  # the fields that identify a data set, and its reader
-    (("question", "solution", "test"), kodcode),
-    (("question", "solution", "test_code"), kodcode),
-    (("text", "code", "test_list"), mbpp),
-    (("prompt", "code", "test_list"), mbpp),
-    (("prompt", "test", "unedited_annotator_completion"), ilf),
-)
-
-
-def example_of(question, solution, tests, **facts):
-    """Returns an Example, why its tests cannot be used, or None if a part is missing."""
-    solution, tests = data.text(solution).replace("\r\n", "\n"), data.text(tests)
-    if not (question and solution and tests):
-        return None
-    for name in reversed(re.findall(r"^def (\w+)", solution, re.MULTILINE)):
-        if hasattr(builtins, name) and name in tests:  # sum(), say, means the solution's
-            tests = f"from solution import {name}\n{tests}"
-    obstacle = unit_tests.obstacle(tests)
-    if not obstacle and not unit_tests.uses(tests, solution):
-        obstacle = "their tests use nothing of the solution, so that every program passes"
-    reference, facts = f"```python\n{solution}\n```", {"tests": tests, **facts}
-    return obstacle or Example(INSTRUCTION.format(question), reference, facts)
-
-
-def example_of_record(record) -> Example | None:
-    """Returns the example of a record that brings unit tests of its own."""
-    if "tests" not in record:
-        return None
-    example = Example(record["prompt"], "", record)
-    obstacle = unit_tests.obstacle(tests_of(example))
-    if obstacle:
-        fail(f"the unit tests of record {record['id']} cannot run: {obstacle}")
-    return example
-
-
-def load(args):
-    def reader(rows, name):
-        for fields, form in FORMS:
-            if data.has(rows, *fields):
-                return form
-        forms = "; ".join(", ".join(fields) for fields, _ in FORMS)
-        fail(f"{name} has the fields {', '.join(rows[0])}; it needs those of one form: {forms}")
-
-    return data.load(args, reader)
-
-
 # ---- the program of a response -------------------------------------------------------------------
 
-FUNCTIONS = unit_tests.FUNCTIONS
-DEFINITIONS = FUNCTIONS | ast.ClassDef
-BLOCK = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
+FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})[^\n`]*\n", re.MULTILINE)
 DEFINES = re.compile(r"^\s*(async def|def|class) ", re.MULTILINE)
 
 
 class Program(NamedTuple):
     text: str
-    tree: ast.Module  # empty if the text is no Python
+    tree: ast.Module  # empty if the text is not Python
     lines: list[tuple[int, int]]  # character range of each line in the response, without margins
 
 
+@lru_cache(maxsize=512)  # critique, kinds, score and log of a response need the same program
 def extract(response: str) -> Program:
     """Returns the program of a response, by the rule at the head of this file."""
-    blocks = list(BLOCK.finditer(response))
-    blocks = [block for block in blocks if DEFINES.search(block[1])] or blocks
-    start, end = blocks[-1].span(1) if blocks else (0, len(response))
+    blocks = fenced_blocks(response)
+    blocks = [block for block in blocks if DEFINES.search(response[slice(*block)])] or blocks
+    start, end = blocks[-1] if blocks else (0, len(response))
     text, lines = textwrap.dedent(response[start:end]), []
     for line in response[start:end].split("\n"):
         lines.append(without_space(response, start, start + len(line)))
         start += len(line) + 1
-    return Program(text, unit_tests.parsed(text), lines)
+    return Program(text, parsed(text), lines)
 
 
 def extract_code(response: str) -> str:
     return extract(response).text
 
 
+def fenced_blocks(response: str) -> list[tuple[int, int]]:
+    """Returns the character range inside each pair of fences, which are ``` or ~~~ or longer.
+
+    Docstrings may hold fences, too. A block therefore ends at the first closing fence that makes it
+    valid Python; if none does, at the first one.
+
+    >>> response = "~~~python\\nx = '''\\n~~~\\n'''\\n~~~"
+    >>> [response[start:end] for start, end in fenced_blocks(response)]
+    ["x = '''\\n~~~\\n'''\\n"]
+    """
+    blocks, position = [], 0
+    while opening := FENCE.search(response, position):
+        start = opening.end()
+        closing = re.compile(rf"^[ \t]*{opening[1]}", re.MULTILINE)
+        ends = [match.span() for match in closing.finditer(response, start)]
+        ends.append((len(response), len(response)))
+        valid = [end for end in ends if is_python(response[start : end[0]])]
+        end, position = (valid or ends)[0]
+        blocks.append((start, end))
+    return blocks
+
+
+def is_python(text: str) -> bool:
+    return bool(parsed(textwrap.dedent(text)).body or not text.strip())
+
+
 def outcome(example, response) -> sandbox.Result:
     return unit_tests.run(tests_of(example), extract_code(response))
 
 
-def tests_of(example) -> str:
-    tests = example.facts["tests"]
-    texts = [tests] if isinstance(tests, str) else tests
-    if not (isinstance(texts, list) and all(isinstance(text, str) for text in texts)):
-        fail(f"unit tests are a text or a list of texts, not {unit_tests.cut(repr(tests), 60)}")
-    return "\n".join(texts)
-
-
 # ---- the test run as a critic --------------------------------------------------------------------
 
-FAULTS = {  # kind: the sandbox's reason, whose group the critique mentions; the first match counts
-    "wrong answer": r"(?:AssertionError|Failed):? ?(.*)",
-    "syntax error": r"(?:Syntax|Indentation|Tab)Error: (.*?)(?: \(solution.py, line \d+\))?",
-    "missing name": r"ImportError: cannot import name '(\w+)' from 'solution'.*",
-    "timeout": r"timeout after (.*)",
-    "early exit": r"(it ended before its last line|SystemExit.*)",
-    "tampering": r"(?:forbidden: |RuntimeError: )?(sys\.\w+|gc\.\w+|it changed .*)",
-    "crash": r"(killed by signal .*)",
-    "error": r"(.*)",
-}
-CRITIQUES = {
-    "wrong answer": "It gives a wrong answer: {}.",
-    "syntax error": "It is no Python: {}.",
-    "missing name": "It does not define {}.",
-    "timeout": "It does not end within {}.",
-    "early exit": "It ends the process before the tests are over: {}.",
-    "tampering": "It reaches into what judges it: {}.",
-    "crash": "It crashes: {}.",
-    "error": "It fails with {}.",
-}
+FAULTS = (  # kind, critique, the sandbox's reason, whose group it quotes; the first match counts
+    ("wrong answer", "It gives a wrong answer: {}.", r"(?:AssertionError|Failed):? ?(.*)"),
+    ("syntax error", "It is not valid Python: {}.",
+     r"(?:Syntax|Indentation|Tab)Error: (.*?)(?: \(solution.py, line \d+\))?"),
+    ("missing name", "It does not define {}.",
+     r"ImportError: cannot import name '(\w+)' from 'solution'.*"),
+    ("timeout", "It does not end within {}.", r"timeout after (.*)"),
+    ("early exit", "It ends the process before the tests are over: {}.",
+     r"(it ended before its last line|SystemExit.*)"),
+    ("tampering", "It tampers with what judges it: {}.",
+     r"(?:forbidden: |RuntimeError: )?(sys\.\w+|gc\.\w+|it changed .*)"),
+    ("crash", "It crashes: {}.", r"(killed by signal .*)"),
+    ("error", "It fails with {}.", r"(.*)"),
+)  # fmt: skip
 FRAME = re.compile(r'File "(?:[^"]*/)?(solution|program)\.py", line (\d+)')
 
 
@@ -235,7 +162,7 @@ def critique(example, response: str) -> Feedback:
 
 
 def kinds(example, response: str) -> list[str]:
-    """The kind of each poor quote: one of those in FAULTS, or the type of the exception."""
+    """Returns the kind of each poor quote: one of FAULTS, or the type of the exception."""
     return judge(example, response)[1]
 
 
@@ -258,12 +185,11 @@ def explain(reason: str) -> tuple[str, str]:
     >>> explain("ZeroDivisionError: division by zero")
     ('ZeroDivisionError', 'It fails with ZeroDivisionError: division by zero.')
     """
-    matches = {kind: re.fullmatch(text, reason, re.DOTALL) for kind, text in FAULTS.items()}
-    kind = next(kind for kind, match in matches.items() if match)
-    detail = unit_tests.cut(" ".join(matches[kind][1].split())) or "a test fails"
-    if kind == "error":
-        kind = re.match(r"\w*", reason)[0] or "error"
-    return kind, CRITIQUES.get(kind, CRITIQUES["error"]).format(detail)
+    for kind, sentence, pattern in FAULTS:
+        if match := re.fullmatch(pattern, reason, re.DOTALL):
+            detail = unit_tests.cut(" ".join(match[1].split())) or "an error without a message"
+            exception = re.match(r"\w*", reason)[0] if kind == "error" else ""
+            return exception or kind, sentence.format(detail)
 
 
 def lines_at_fault(example, program, result, kind) -> list[tuple[int, int]]:
@@ -302,10 +228,8 @@ def answers(definition) -> list[tuple[int, int]]:
     """Returns the lines of a function's return statements if they are few, else of its head."""
     if not isinstance(definition, FUNCTIONS):
         return [head(definition)]
-    nodes = list(ast.walk(definition))
-    inner = [node for node in nodes[1:] if isinstance(node, DEFINITIONS)]
-    nested = {node for function in inner for node in ast.walk(function)}
-    returns = [node for node in nodes if isinstance(node, ast.Return) and node not in nested]
+    nodes = list(unit_tests.reached(definition.body))  # without the functions inside it
+    returns = [node for node in nodes if isinstance(node, ast.Return)]
     few = 0 < len(returns) <= MAX_SPANS
     return sorted((node.lineno, node.end_lineno) for node in returns) if few else [head(definition)]
 

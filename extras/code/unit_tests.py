@@ -1,9 +1,9 @@
 """Turns the unit tests of a data set into one program for the sandbox.
 
-The tests are plain asserts, or functions and classes as pytest and unittest know them. The program
-imports from solution.py what the tests do not define, shows the values that a failing assert saw,
-and calls each test. It needs no pytest unless the tests import it. Left out: tests with fixtures or
-parameters, and async ones.
+The tests are plain asserts, test functions as pytest knows them, or classes of test methods. The
+program imports from solution.py what the tests do not define, shows the values that a failing
+assert saw, and calls each test. It needs no pytest unless the tests import it. Left out: tests with
+fixtures or parameters, test classes that inherit from one another, and async tests.
 """
 
 import ast
@@ -13,9 +13,11 @@ import sys
 from functools import lru_cache
 
 from extras.code import sandbox
-from extras.code.witness import aliases, defined, imported
+from extras.code.witness import DEFINITIONS, FUNCTIONS, aliases, defined, imported, parsed
 
 TIMEOUT_S, MEMORY_MB = 10, 1024
+SCOPES = DEFINITIONS | ast.Lambda
+YIELDS = ast.Yield | ast.YieldFrom
 HEAD = """
 __name__ = "test_solution"  # not "__main__", because tests would then start pytest
 
@@ -32,11 +34,10 @@ for _test, _code in [{functions}]:
         raise RuntimeError("it changed " + _code.co_name)
     _test()
 """  # no program can reach the list
-SETUPS = ("setup_class", "setup_module", "setup_function", "setUpClass", "setUpModule")
-IMPORTS = ast.Import | ast.ImportFrom
-FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
-SCOPES = FUNCTIONS | ast.ClassDef | ast.Lambda
-YIELDS = ast.Yield | ast.YieldFrom
+FIXTURES = (  # called by pytest or unittest only
+    "setup_class", "setup_method", "setup_module", "setup_function", "setUpClass", "setUpModule",
+)  # fmt: skip
+TEST_CASE = {"TestCase", "unittest.TestCase"}
 
 
 @lru_cache(maxsize=512)  # critique, kinds, score and log of a response need the same run
@@ -45,18 +46,22 @@ def run(tests: str, code: str) -> sandbox.Result:
     return sandbox.run(as_program(tests), TIMEOUT_S, MEMORY_MB, {"solution.py": code})
 
 
-def obstacle(tests: str) -> str:
-    """Returns why these tests cannot run here, "" if they can."""
+def obstacle(tests: str, solution=None) -> str:
+    """Returns why these tests cannot judge programs here, "" if they can."""
     try:
         tree = ast.parse(tests)
     except (SyntaxError, ValueError):
-        return "their tests are no Python"
+        return "their tests are not Python"
     nodes = list(ast.walk(tree))
     for node in nodes:
-        if isinstance(node, FUNCTIONS) and node.name.startswith(("test", *SETUPS)):
+        if isinstance(node, ast.ClassDef):
+            bases = set(map(ast.unparse, node.bases)) - TEST_CASE
+            if bases and "test" in ast.unparse(node).lower():
+                return "their test classes inherit from other classes than TestCase"
+        elif isinstance(node, FUNCTIONS) and node.name.startswith(("test", *FIXTURES)):
             needed = [arg.arg for arg in node.args.args if arg.arg != "self"]
             given = len(node.args.defaults)
-            if len(needed) > given or node.decorator_list or node.name in SETUPS:
+            if len(needed) > given or node.decorator_list or node.name in FIXTURES:
                 return "their tests need fixtures or parameters of pytest"
             yields = [part for part in reached(node.body) if isinstance(part, YIELDS)]
             if isinstance(node, ast.AsyncFunctionDef) or yields:
@@ -64,32 +69,28 @@ def obstacle(tests: str) -> str:
     for name in sorted(module.partition(".")[0] for module in imported(nodes)):
         if name not in ("solution", "__main__") and not importlib.util.find_spec(name):
             return f"their tests need the package {name}"
-    return "" if calls(tree) or checks(tree) else "they hold no test"
+    if not (calls(tree) or checks(tree)):
+        return "they hold no test"
+    return "" if uses_solution(tests, solution) else "they test nothing of the solution"
 
 
-def uses(tests: str, solution: str) -> bool:
-    """Says whether tests use a name of the solution that they do not define again.
+def uses_solution(tests: str, solution=None) -> bool:
+    """Returns True if tests read a name of the solution that they do not define again.
 
-    Otherwise every program passes them.
-
-    >>> uses("def f(x): return x\\nassert f(2) == 2", "def f(x): return x")
+    >>> uses_solution("def f(x): return x\\nassert f(2) == 2")
     False
     """
-    tree = parsed(tests)
+    tree = ast.parse(as_program(tests))
     nodes = list(ast.walk(tree))
     if "solution" in {a.name for a in aliases(n for n in nodes if isinstance(n, ast.Import))}:
         return True
     imports = [node for node in nodes if isinstance(node, ast.ImportFrom)]
-    theirs = aliases(node for node in imports if node.module == "solution")
-    theirs = {alias.asname or alias.name for alias in theirs} | names(parsed(solution))
-    variables = [node for node in nodes if isinstance(node, ast.Name)]
-    read = {node.id for node in variables if isinstance(node.ctx, ast.Load)}
-    return bool(theirs & read - names(tree))
-
-
-def names(tree: ast.Module) -> set[str]:
-    """Returns the functions, classes and variables that importing a file defines."""
-    return defined(list(reached(tree.body)))
+    names = aliases(node for node in imports if node.module == "solution")
+    names = {alias.asname or alias.name: alias.name for alias in names}
+    own, theirs = (defined(list(reached(code.body))) for code in (tree, parsed(solution or "")))
+    read = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+    used = [names[name] for name in read & names.keys() - own]
+    return bool(used if solution is None else theirs.intersection(used))
 
 
 def reached(nodes):
@@ -122,40 +123,19 @@ def called_name(call: ast.Call) -> str:
 
 def calls(tree) -> str:
     """Returns the lines that call each test function and each test method, "" without any."""
-    nodes = [n for n in reached(tree.body) if isinstance(n, ast.FunctionDef | ast.ClassDef)]
-    found = {node.name: node for node in nodes}
-    imports = {alias.asname: alias.name for alias in aliases(ast.walk(tree)) if alias.asname}
+    definitions = [node for node in reached(tree.body) if isinstance(node, DEFINITIONS)]
     functions, lines = [], []
-    for name, node in found.items():
-        if isinstance(node, ast.FunctionDef):
+    for name, node in {node.name: node for node in definitions}.items():
+        if isinstance(node, FUNCTIONS):
             functions += [f"({name}, {name}.__code__)"] if name.startswith("test") else []
             continue
-        bases, methods = lineage(name, dict(found))
-        tests = [method for method in methods if method.startswith("test")]
-        if any(imports.get(base, base).endswith("TestCase") for base in bases):
-            lines += [f"{name}({test!r}).debug()" for test in tests]
-        elif name.startswith("Test"):
-            setup = methods.get("setup_method")
-            for test in tests:
-                lines.append(f"_case = {name}()")
-                if setup:
-                    argument = repr(test) if len(setup.args.args) > 1 else ""
-                    lines.append(f"_case.setup_method({argument})")
-                lines.append(f"_case.{test}()")
+        is_case = TEST_CASE & set(map(ast.unparse, node.bases))
+        call = "{}({!r}).debug()" if is_case else "{}().{}()"
+        if is_case or name.startswith("Test"):
+            methods = [part.name for part in node.body if isinstance(part, FUNCTIONS)]
+            lines += [call.format(name, test) for test in methods if test.startswith("test")]
     first = [CALLS.format(functions=", ".join(functions))] if functions else []
     return "\n".join(first + lines)
-
-
-def lineage(name, found) -> tuple[set[str], dict]:
-    """Returns the foreign bases of a class, as written, and its methods with inherited ones."""
-    bases, methods = {name} - set(found), {}
-    node = found.pop(name, None)
-    if isinstance(node, ast.ClassDef):
-        for base in map(ast.unparse, node.bases):
-            more_bases, more_methods = lineage(base, dict(found))
-            bases, methods = bases | more_bases, more_methods | methods
-        methods |= {part.name: part for part in node.body if isinstance(part, ast.FunctionDef)}
-    return bases, methods
 
 
 @lru_cache(maxsize=512)
@@ -208,11 +188,3 @@ class ShowValues(ast.NodeTransformer):
 def cut(text: str, length=200) -> str:
     """Shortens a long text in its middle."""
     return text if len(text) <= length else f"{text[: length // 2]} ... {text[-length // 2 :]}"
-
-
-def parsed(text: str) -> ast.Module:
-    """Returns the syntax tree of a text, an empty one if it is no Python."""
-    try:
-        return ast.parse(text)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return ast.Module([], [])

@@ -2,9 +2,9 @@
 
 A program shares its interpreter with whatever watches it. The token that proves its end is
 therefore held where no Python code can reach: in C iterators on the stack of the program's thread.
-Below the program there is a single frame, body(), which does not know the token. What could find
-the iterators or jump over lines (the garbage collector's lists, frames of other threads, tracing)
-ends the process. What ctypes can read is not covered.
+The frames below the program do not know the token. What could find the iterators or jump over
+lines (the garbage collector's lists, frames of other threads, tracing) ends the process. What
+ctypes can read is not covered.
 """
 
 import _thread
@@ -34,25 +34,21 @@ def start(program, files):
     module = types.ModuleType("__main__")
     module.__file__ = "program.py"
     sys.modules["__main__"] = module
-    check_unchanged = snapshot(program, files, module.__dict__)
 
-    def body(_):
+    def attempt(action):
         try:
-            exec(compile(program, module.__file__, "exec"), module.__dict__)
+            action()
         except BaseException as error:
             fail(error, program)
             raise  # the program may have changed fail()
 
-    def check(_):
-        try:
-            check_unchanged()
-        except RuntimeError as error:
-            fail(error, program)
-            raise
+    def run():
+        exec(compile(program, module.__file__, "exec"), module.__dict__)
 
+    actions = run, snapshot(program, files, module.__dict__)
     forbid()
     send = map(os.write, (3,), (token,))
-    steps = chain(map(body, (0,)), map(check, (0,)), send, map(os._exit, (0,)))
+    steps = chain(map(attempt, actions), send, map(os._exit, (0,)))
     _thread.start_new_thread(list, (steps,))
 
 
@@ -63,7 +59,8 @@ def fail(error, program):
         text = f"{type(error).__name__}: {text}".removesuffix(": ")
         os.write(3, text[:2000].encode(errors="replace"))
         linecache.cache["program.py"] = (len(program), None, program.splitlines(True), "program.py")
-        traceback.print_exception(type(error), error, error.__traceback__.tb_next)
+        frames = error.__traceback__.tb_next.tb_next  # without attempt() and run()
+        traceback.print_exception(type(error), error, frames)
     finally:
         os._exit(1)
 
@@ -86,10 +83,7 @@ def snapshot(program, files, namespace):
     classes: it finds a patched pytest.raises or TestCase.assertEqual, and a builtin that another
     file hides behind a name of its own. sys is left out, because programs rightly change it.
     """
-    try:
-        nodes = list(ast.walk(ast.parse(program)))
-    except (SyntaxError, ValueError, RecursionError, MemoryError):  # the program fails by itself
-        nodes = []
+    nodes = list(ast.walk(parsed(program)))
     namespace["__builtins__"] = builtins
     own = defined(nodes) | {alias.asname or alias.name for alias in aliases(nodes)}
     known = [("builtins", namespace, "__builtins__", builtins)]  # label, dict, key, value
@@ -120,22 +114,31 @@ def members(name) -> list:
     for key, value in list(vars(module).items()):
         if key in CHANGEABLE or (key.startswith("_") and module is not builtins):
             continue
-        known.append((f"{name}.{key}", vars(module), key, value))
+        label = f"{name}.{key}"
+        known.append((label, vars(module), key, value))
         if isinstance(value, type) and value.__flags__ & HEAP_TYPE:
             fields = value.__dict__
-            known += [
-                (f"{name}.{key}.{field}", fields, field, was) for field, was in fields.items()
-            ]
+            known += [(f"{label}.{field}", fields, field, was) for field, was in fields.items()]
     return known
 
 
 # ---- names in code, also for unit_tests.py -------------------------------------------------------
 
+FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
+DEFINITIONS = FUNCTIONS | ast.ClassDef
+
+
+def parsed(text: str) -> ast.Module:
+    """Returns the syntax tree of a text, an empty one if it is not Python."""
+    try:
+        return ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return ast.Module([], [])
+
 
 def defined(nodes) -> set[str]:
     """Returns the functions, classes and variables that nodes define."""
-    kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
-    names = {node.name for node in nodes if isinstance(node, kinds)}
+    names = {node.name for node in nodes if isinstance(node, DEFINITIONS)}
     variables = [node for node in nodes if isinstance(node, ast.Name)]
     return names | {node.id for node in variables if isinstance(node.ctx, ast.Store)}
 

@@ -14,7 +14,7 @@ import json
 import re
 from pathlib import Path
 
-from extras.code import task as code
+from extras.code import problems
 from t2g import cli
 from t2g.align import find
 from t2g.critics import quote_of
@@ -112,7 +112,7 @@ def ilf(row) -> dict:
             lines.add(line.span())
             poor += [] if one_line(line[0]) in mended else [line.span()]
     good = sorted(lines - set(poor), key=lambda place: place[0] - place[1])[:MAX_GOOD]
-    prompt = code.INSTRUCTION.format(f"Complete this program.\n\n{row['prompt'].strip()}")
+    prompt = problems.INSTRUCTION.format(f"Complete this program.\n\n{row['prompt'].strip()}")
     return record_of(prompt, text, row["Feedback"], sorted(good), poor)
 
 

@@ -170,7 +170,7 @@ FAKES = {
     "exit": "def f(x): exit()",
     "a thread that exits": THREAD,
     "a printed OK": "print('OK\\n1 passed')\nimport os; os._exit(0)",
-    "an exit handler": "import atexit, os\natexit.register(os._exit, 0)\ndef f(x): raise SystemExit",
+    "an exit handler": "import atexit, os\natexit.register(os._exit, 0)\ndef f(x): exit(0)",
     "hooks": HOOKS,
     "a killed process": "import os\nos.kill(os.getpid(), 9)",
     "a guessed token": "import os\nfor fd in 1, 2, 3: os.write(fd, b'x' * 16)\nos._exit(0)",
