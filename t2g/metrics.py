@@ -1,6 +1,6 @@
 """Measurements: a policy's scores, whether the criticised tokens moved, intervals, and ROUGE.
 
-Left out: the card of a critic (t2g/card.py) and the measurements of the update (t2g/ppo.py).
+Leaves out the card of a critic (t2g/card.py) and the statistics of the losses (t2g/ppo.py).
 """
 
 import numpy as np
@@ -17,12 +17,12 @@ from t2g.rollout import respond
 def evaluate(
     task, model, tokenizer, examples, length, bf16=False, desc=None, seed=0, respond=respond
 ) -> tuple[dict, list[str]]:
-    """The task's scores of a response per example, sampled at temperature 1, and greedy (_greedy).
+    """Scores a response to each example, sampled at temperature 1, and again greedy (_greedy).
 
-    Sampling has a generator of its own, so measuring does not change the run. respond may be any
-    function with the arguments of rollout.respond().
+    Sampling has a generator of its own, so that measuring does not change the run. respond may be
+    any function with the arguments of rollout.respond().
 
-    Returns: the means over examples, with eos_rate; and the sampled texts.
+    Returns: the task's scores and eos_rate, means over examples; and the sampled texts.
     """
     generator = torch.Generator(dist.device()).manual_seed(seed)
     prompts, means, texts = [example.prompt for example in examples], {}, {}
@@ -36,15 +36,15 @@ def evaluate(
 
 
 def mean_scores(task, examples, texts) -> dict[str, float]:
-    """The task's scores, averaged over responses."""
+    """Returns the task's scores, averaged over responses."""
     scores = [task.score(example, text) for example, text in zip(examples, texts)]
     return {name: float(np.mean([score[name] for score in scores])) for name in task.METRICS}
 
 
 def token_counts(tokenizer, rollout, feedback) -> dict[str, float]:
-    """Mean tokens of prompts, responses and critiques by the policy's tokenizer, and eos_rate.
+    """Counts the policy's tokens in prompts, responses and readable critiques; adds eos_rate.
 
-    Collective: the means are over all ranks. Unreadable critiques do not count.
+    Returns: means over the responses, and the readable critiques, of all ranks. Collective.
     """
     critiques = [one.render() for one in feedback if isinstance(one, Feedback)]
     tokens = tokenizer(critiques, add_special_tokens=False)["input_ids"] if critiques else []
@@ -60,9 +60,10 @@ def token_counts(tokenizer, rollout, feedback) -> dict[str, float]:
 
 
 def summary(mask, delta, quotes, kl, entropy) -> dict[str, float]:
-    """Statistics of a rollout from (B, T) tensors; t2g/log.py has the formulas. Collective.
+    """Returns statistics of a rollout; t2g/log.py has the formulas. Collective.
 
-    quotes: this rank's number of quotes that were found in each way.
+    Args: mask, delta, kl and entropy, (B, T) of all ranks; quotes, this rank's number of quotes by
+        how they were found.
     """
     quotes = dist.totals(quotes)
     quote_count = max(sum(quotes[kind] for kind in MATCH_KINDS), 1)
@@ -80,24 +81,23 @@ def summary(mask, delta, quotes, kl, entropy) -> dict[str, float]:
 
 
 def value_explained(values, returns, mask) -> float:
-    """1 - Var(returns - V) / Var(returns) over the tokens of the mask."""
+    """Returns 1 - Var(returns - V) / Var(returns) over the tokens of the mask."""
     unexplained = masked_variance(returns - values, mask)
     return 1 - (unexplained / masked_variance(returns, mask).clamp(min=1e-8)).item()
 
 
 def shift(change, delta, mask) -> dict[str, float]:
-    """Did the criticised tokens move? The change of log pi over an update, by the sign of delta.
+    """Measures whether the criticised tokens moved in an update.
 
         shift_poor, shift_rest, shift_good    mean of log pi_new(y_t) - log pi_old(y_t)
                                               where delta_t < 0, = 0, > 0
         shift_poor_above, shift_good_below    the same for poor tokens of responses whose sum of
-                                              delta is above the batch's mean, and good tokens of
-                                              the others: one number per response would move
-                                              these the other way
+                                              delta is above the mean, and good tokens of the
+                                              others: a scalar reward moves these the other way
         shift_rank                            Spearman's rank correlation of delta_t and change
 
-    Args: change (B, T) in nats; delta (B, T); mask (B, T) bool.
-    Returns: these six, without means over no tokens and correlations with a constant.
+    Args: change, (B, T) in nats; delta, (B, T); mask, (B, T) bool.
+    Returns: those of the six that are defined: no mean of no tokens, no correlation of constants.
     """
     reward, read = (delta * mask).sum(1), mask.any(1)
     above = (reward > masked_mean(reward, read))[:, None]
@@ -116,7 +116,7 @@ def shift(change, delta, mask) -> dict[str, float]:
 
 
 def interval(values) -> dict:
-    """The mean of independent runs and its 95% interval by Student's t; no interval of one run."""
+    """Returns the mean of independent runs and its 95% interval by Student's t; None for one run."""
     from scipy.stats import t
 
     values = [float(value) for value in values]
@@ -127,23 +127,23 @@ def interval(values) -> dict:
     return {"mean": mean, "low": low, "high": high, "seeds": len(values), "values": values}
 
 
-DRAWS = 1000  # of the bootstrap
+DRAWS = 1000
 
 
 def resamples(number, seed=0) -> np.ndarray:
-    """How often each example counts, (1 + DRAWS, number): once, then in each bootstrap draw.
+    """Returns how often each example counts: once each, and then in every draw of the bootstrap.
 
-    A figure that is made of sums over examples is computed for all draws by resamples(n) @ table.
-    Two systems that answered the same examples are compared on the same draws.
+    resamples(n) @ table gives sums over n examples in all draws at once. Systems that answered the
+    same examples are compared on the same draws. Returns: (1 + DRAWS, number).
     """
     draws = np.random.default_rng(seed).multinomial(number, np.full(number, 1 / number), DRAWS)
     return np.vstack([np.ones(number), draws])
 
 
 def bootstrapped(values) -> dict:
-    """{"value", "low", "high"}: a figure and its 95% interval, from its values on resamples().
+    """Returns a figure and its 95% interval, from its values on resamples(), as value, low, high.
 
-    Draws that are nan are left out; a figure that is nan itself is None.
+    Draws in which it is nan are left out. All three are None if the figure itself is nan.
     """
     if np.isnan(values[0]):
         return dict.fromkeys(("value", "low", "high"))
@@ -152,7 +152,7 @@ def bootstrapped(values) -> dict:
 
 
 def rouge(reference: str, text: str, *kinds) -> dict[str, float]:
-    """F1 of kinds of ROUGE, such as rouge1 or rougeL, of stemmed words, by rouge-score."""
+    """Returns F1 of each kind of ROUGE, such as rouge1 or rougeL, over stemmed words."""
     from rouge_score.rouge_scorer import RougeScorer
 
     scores = RougeScorer(kinds, use_stemmer=True).score(reference, text)

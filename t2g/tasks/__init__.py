@@ -1,4 +1,4 @@
-"""Tasks: what the policy is asked, how its responses are scored, and what a program says of them.
+"""Tasks: what the policy is asked, how its responses are scored, and perhaps a rule as a critic.
 
 A task is a .py file, built in or the user's own (--task PATH.py), that defines
 
@@ -8,7 +8,7 @@ A task is a .py file, built in or the user's own (--task PATH.py), that defines
 
 and, where the task needs them,
 
-    critique(example, response) -> Feedback    a program as a critic: --critic rule
+    critique(example, response) -> Feedback    the rule, a program as a critic: --critic rule
     kinds(example, response) -> list           the kind of each poor quote of that critique
     test_log(example, response) -> str         the unit tests' output, which annotators are shown
     example_of_record(record)                  an Example from annotate.py's record, or None
@@ -40,9 +40,9 @@ class Example(NamedTuple):
 
 
 def load_task(name: str):
-    """Imports a task by its built-in name or its path, and sets the NAME of its folder runs/NAME.
+    """Imports a task by its built-in name or its path, and sets task.NAME for the folder runs/NAME.
 
-    NAME is the name of the file; for a file task.py, the name of its folder.
+    NAME is the file's name without .py; for a file task.py, the name of its folder.
     """
     if name in BUILT_IN:
         module = importlib.import_module(f"t2g.tasks.{name}")
@@ -66,7 +66,7 @@ def add_flags(add):
 
 
 def data_flags(args) -> list[str]:
-    """Returns the flags with which an earlier stage works on the same data in the same way."""
+    """Returns the flags that make an earlier stage use the same data in the same way."""
     names = ["task", "seed", "max_prompt_length", "heldout_data"]
     names += ["data", "source_field", "reference_field"] if args.data else []
     names.append("bf16")
@@ -105,7 +105,7 @@ def parse(parser, script: str, **defaults):
     """Parses the command line of a script, and returns its task and its arguments.
 
     The task and the critic are imported first, because they may add flags and change defaults.
-    A script that no task knows brings its own defaults, TASK={flag: default}.
+    defaults, TASK={flag: default}, are for a script that DEFAULTS of the task does not name.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--task", default=parser.get_default("task"))
@@ -125,6 +125,8 @@ def parse(parser, script: str, **defaults):
     args = parser.parse_intermixed_args()  # positional arguments may stand between flags
     if dist.processes() > 1 and script != "train_ppo":
         fail(f"{script}.py runs in one process; start it without --nproc_per_node")
+    if getattr(args, "critic", None) == "rule" and not hasattr(task, "critique"):
+        fail(f"the task {args.task} has no rule; choose another --critic")
     if hasattr(task, "check"):
         task.check(args, script)
     return task, args

@@ -35,11 +35,6 @@ DEFAULTS = {
 ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
 
 
-def check(args, script):
-    if getattr(args, "critic", None) in ("rule", "tests"):
-        fail(f"the task qa has no program for --critic {args.critic}; use rm or openai")
-
-
 def load(args):
     def reader(rows, name):
         if not data.has(rows, "chosen"):

@@ -3,9 +3,9 @@
 --data is SLF5K (JeremyAlain/SLF5K: download its train.jsonl and validation.jsonl), recognised by
 its fields, or any rows with a text and a summary under --source_field and --reference_field.
 
-The rule of this task is a program for any English text. Poor are names, numbers and quotations that
-the source does not contain, repetitions, an unfinished end, and all words after MAX_WORDS. Good are
-content words of the human summary, but at most MAX_GOOD, so that listing words does not pay.
+The rule of this task works for any English text. It marks as poor the names, numbers and quotations
+that the source does not contain, repetitions, an unfinished end, and all words after MAX_WORDS. Good
+are content words of the human summary, at most MAX_GOOD, so that listing words does not pay.
 """
 
 import re
@@ -33,8 +33,8 @@ poor."""
 METRICS = {
     "invented": "share of the names and numbers of the summary that the source does not contain",
     "names": "names and numbers in the summary",
-    "poor": "spans that the program marks as poor",
-    "good": "spans that the program marks as good",
+    "poor": "spans that the rule marks as poor",
+    "good": "spans that the rule marks as good",
     "words": "words of the summary",
     "rouge_l": "F1 of ROUGE-L against the human summary",
 }
@@ -68,14 +68,14 @@ def example_of(source, reference, **facts) -> Example | None:
 
 
 def from_slf5k(row) -> Example | None:
-    """Reads a post under its title, and the human feedback on a model's summary if there is any."""
+    """Reads a post with its title, and the human feedback on a model's summary if there is any."""
     names = (*SLF5K, "generated_summary_for_feedback", "feedback")
     title, post, reference, candidate, feedback = (data.text(row.get(name)) for name in names)
     facts = dict(candidate=candidate, feedback=feedback) if candidate and feedback else {}
     return example_of(f"{title}\n\n{post}" if post else "", reference, **facts)
 
 
-# ---- the program as a critic -------------------------------------------------------------------
+# ---- the rule -----------------------------------------------------------------------------------
 
 WORD = re.compile(r"\d[\d,.:]*\d|\d|[^\W\d_]+(?:['’-][^\W\d_]+)*")
 QUOTED = re.compile(r"[\"“]([^\"“”]{3,})[\"”]")
@@ -90,7 +90,7 @@ COMMON = set(COMMON_WORDS.split())
 
 
 def critique(example, response: str) -> Feedback:
-    """Writes a sentence on each fault, kind by kind, and one on what is good, with the quotes."""
+    """Writes a sentence about each fault and one about what is good, and quotes both."""
     source = example.facts["source"]
     known, reference = words_of(source), words_of(example.reference) - COMMON
     words = list(WORD.finditer(response))
@@ -138,35 +138,35 @@ def words_of(text: str) -> frozenset:
 def names_and_numbers(text: str) -> list[tuple[int, int]]:
     """Returns the ranges of numbers and of capitalised words, adjacent ones joined.
 
-    A single capitalised word at the start of a sentence may not be a name and is left out.
+    A single capitalised word at the start of a sentence is left out: it may not be a name.
     """
-    found = []
+    ranges = []
     for word in WORD.finditer(text):
         before = text[: word.start()]
         if word[0][0].isdigit():
-            found.append(word.span())
+            ranges.append(word.span())
         elif word[0][0].isupper() and word[0].casefold() not in COMMON:
             opens_sentence = not before.strip() or re.search(r"[.!?:\"“]\s*$", before)
-            follows = found and before[found[-1][1] :] == " "
-            if follows and not text[found[-1][0]].isdigit():
-                found[-1] = (found[-1][0], word.end())
+            follows = ranges and before[ranges[-1][1] :] == " "
+            if follows and not text[ranges[-1][0]].isdigit():
+                ranges[-1] = (ranges[-1][0], word.end())
             elif not opens_sentence:
-                found.append(word.span())
-    return found
+                ranges.append(word.span())
+    return ranges
 
 
 def repetitions(text: str, words) -> list[tuple[int, int]]:
-    """Returns the ranges of three words that occurred before, overlapping ones joined."""
-    seen, found = set(), []
+    """Returns the ranges of three words in a row that occurred before, overlapping ones joined."""
+    seen, ranges = set(), []
     for triple in zip(words, words[1:], words[2:]):
         key = tuple(word[0].casefold() for word in triple)
         start, end = triple[0].start(), triple[-1].end()
-        if key in seen and found and start < found[-1][1]:
-            found[-1] = (found[-1][0], end)
+        if key in seen and ranges and start < ranges[-1][1]:
+            ranges[-1] = (ranges[-1][0], end)
         elif key in seen:
-            found.append((start, end))
+            ranges.append((start, end))
         seen.add(key)
-    return found
+    return ranges
 
 
 def score(example, response: str) -> dict[str, float]:

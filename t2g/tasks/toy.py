@@ -1,8 +1,8 @@
 """The toy task: summarise a post by the six facts of its writer, not those of the writer's friend.
 
-The task makes everything itself: posts, noisy summaries, a rule that criticises them, and a small
-Llama with its tokenizer. The noise (the friend's facts, vague words, filler, repetition) gives a
-policy that makes local mistakes: a critique can point at them, a single number cannot.
+The task needs no data: it makes the posts, noisy summaries, a rule that criticises them, and a small
+Llama with its tokenizer. The noise (the friend's facts, vague words, filler, repetition) teaches the
+policy local mistakes: a critique can point at them, a single number cannot.
 """
 
 import random
@@ -69,7 +69,7 @@ REVISIONS = 0.2  # share of the starting policy's training pairs that ask for a 
 
 def check(args, script):
     if args.data:
-        fail("the toy makes its own posts: for --data name another --task, such as summarize")
+        fail("the toy makes its own posts; use --data with another --task, such as summarize")
 
 
 def load(args):
@@ -99,7 +99,7 @@ def make_example(rng) -> Example:
 
 
 def noisy_summary(example, rng) -> str:
-    """Writes a summary with local mistakes; about half of its facts are right."""
+    """Writes a summary with local mistakes: about half of its facts are right."""
     me, other = example.facts["me"], example.facts["other"]
     parts = []
     for fact in FACTS:
@@ -136,7 +136,7 @@ def sft_pairs(args, examples):
 
 
 def revision_pair(example, rng):
-    """A noisy summary with a critique that may miss faults, and the summary revised by it."""
+    """Returns a prompt to revise a noisy summary by a critique that may miss faults, and the result."""
     response, remarks = noisy_summary(example, rng), []
     for remark in judge(example, response):
         if remark.kind == "good" or rng.random() < 0.8:
@@ -146,14 +146,14 @@ def revision_pair(example, rng):
 
 
 def revise(response, remarks) -> str:
-    """Corrects the faults that the remarks name."""
+    """Corrects the faults that the remarks name and no others."""
     for start, end, kind, _, instead in reversed(remarks):
         if kind != "good":
             response = response[:start] + instead + response[end:]
     return response
 
 
-# ---- the rule: a critic that knows the facts ---------------------------------------------------
+# ---- the rule ----------------------------------------------------------------------------------
 
 CLAUSES = {  # the form of a clause that states a fact; the group is the value
     "age": r"\S* is (.+)",
@@ -166,15 +166,15 @@ SEVERITY = {"wrong": 1, "vague": 0.5, "repeated": 0.6, "filler": 0.3, "unclear":
 
 
 class Remark(NamedTuple):
-    start: int  # of the characters that it is about
+    start: int  # the range of characters that it is about
     end: int
     kind: str  # "good", "missing", or a key of SEVERITY
     text: str
-    instead: str  # what should be there
+    instead: str  # the correction
 
 
 def critique(example, response: str) -> Feedback:
-    """Writes a sentence on each clause, in the order of the text, and one on what is missing."""
+    """Writes a sentence about each clause, in the order of the text, and one about what is missing."""
     good, poor, remarks = [], [], judge(example, response)
     for start, end, kind, _, _ in remarks:
         quote, severity = quote_of(response, start, end), SEVERITY.get(kind)
@@ -191,7 +191,7 @@ def kinds(example, response: str) -> list[str]:
 
 
 def judge(example, response: str) -> list[Remark]:
-    """Returns a remark on each clause and each missing fact, in the order of the text."""
+    """Returns a remark on each clause, in the order of the text, and one on missing facts."""
     me, stated, remarks = example.facts["me"], set(), []
     body = response.rstrip().removesuffix(".")
     for number, match in enumerate(re.finditer(r"(?:^|,)[^,]+", body)):
@@ -228,6 +228,7 @@ def stated_fact(clause, first) -> tuple[str | None, str]:
 
 
 def judge_fact(fact, me, response, start, end) -> Remark:
+    """Returns a remark on the value of a fact that stands at response[start:end]."""
     value, truth = response[start:end].strip(), me[fact]
     if value == truth:
         kind, text = "good", f"The {fact} {value} is right."

@@ -1,6 +1,5 @@
-"""The scripts as a user runs them: all stages in short, what they write, and bad input."""
+"""The scripts as a user runs them: every stage in short, what they write, and bad input."""
 
-import argparse
 import contextlib
 import importlib
 import io
@@ -15,12 +14,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import train_ppo
 import train_rm
 from t2g.feedback import Feedback, quoted
 from t2g.log import METRICS, read_jsonl
 from t2g.policy import latest_checkpoint
-from t2g.rollout import Rollout
 from t2g.tasks import toy
 
 pytestmark = pytest.mark.usefixtures("posts")
@@ -93,11 +90,9 @@ def test_a_run_writes_its_config_and_a_line_of_known_metrics_per_step(rule_run):
     assert config["kl_coef"] == toy.DEFAULTS["train_ppo"]["kl_coef"]
     lines = read_jsonl(rule_run / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2]
-    for line in lines:
-        assert set(line) <= set(METRICS) | set(toy.METRICS)
     supervised = {"loss", "tokens", "validation_loss"}
-    if_any = {name for name in METRICS if name.startswith("shift_")} - {"shift_rest"}
-    unlogged = set(METRICS) - supervised - if_any - set(lines[0])
+    optional = {name for name in METRICS if name.startswith("shift_")} - {"shift_rest"}
+    unlogged = set(METRICS) - supervised - optional - set(lines[0])
     assert not unlogged, "metrics that nothing logs"
     assert lines[0]["kl"] == 0 and lines[0]["first_ratio_error"] < 1e-4
 
@@ -112,33 +107,6 @@ def test_checkpoints_load_as_plain_models(toy_run):
         assert torch.isfinite(model(batch["input_ids"]).logits).all()
 
 
-def test_annotations_have_the_agreed_fields(toy_run):
-    records = read_jsonl(toy_run / "annotations.jsonl")
-    assert len(records) == len({record["id"] for record in records}) == 24
-    fields = "id prompt response critique good_spans poor_spans status reason"
-    assert set(records[0]) == set(fields.split())
-
-
-def test_an_earlier_run_is_moved_aside_and_not_overwritten(toy_run):
-    for steps in (1, 2):
-        flags = f"--max_steps {steps} --per_device_train_batch_size 8"
-        run(f"train_sft {flags}", output_dir=toy_run / "sft_again")
-    assert len(read_jsonl(toy_run / "sft_again.1" / "metrics.jsonl")) == 1
-    assert len(read_jsonl(toy_run / "sft_again" / "metrics.jsonl")) == 2
-
-
-def test_the_same_seed_gives_the_same_metrics(toy_run):
-    """Two runs with one seed agree in everything but seconds and memory."""
-    flags = "--critic rule --max_steps 2 --per_device_train_batch_size 4 --eval_samples 4 --seed 3"
-    runs = []
-    for name in ("a", "b"):
-        paths = {"policy": toy_run / "sft", "output_dir": toy_run / name}
-        run(f"train_ppo {flags} --response_length 16", **paths)
-        last = read_jsonl(toy_run / name / "metrics.jsonl")[-1]
-        runs.append({n: x for n, x in last.items() if not n.startswith(("seconds", "peak"))})
-    assert runs[0] == runs[1]
-
-
 NOTE = {
     "prompt": "p",
     "response": "Ana is 27, lives in Porto, misses a son",
@@ -148,68 +116,44 @@ NOTE = {
 }
 
 
-def test_the_reward_model_learns_the_feedback_with_or_without_critique(tmp_path):
+@pytest.mark.parametrize("no_critique", [False, True])
+def test_the_reward_model_learns_the_feedback_with_or_without_critique(tmp_path, no_critique):
     (tmp_path / "notes.jsonl").write_text(json.dumps(NOTE))
-    for no_critique, critique in ((False, NOTE["critique"]), (True, "")):
-        [target] = train_rm.read_targets(tmp_path / "notes.jsonl", no_critique)
-        prompt, response, z = target
-        assert (prompt, response) == (NOTE["prompt"], NOTE["response"])
-        assert Feedback.parse(z) == Feedback(critique, NOTE["good_spans"], NOTE["poor_spans"])
+    [(prompt, response, z)] = train_rm.read_targets(tmp_path / "notes.jsonl", no_critique)
+    assert (prompt, response) == (NOTE["prompt"], NOTE["response"])
+    critique = "" if no_critique else NOTE["critique"]
+    assert Feedback.parse(z) == Feedback(critique, NOTE["good_spans"], NOTE["poor_spans"])
 
 
-def test_span_weights_reach_the_rewards(tokenizers):
-    tokenizer = tokenizers["byte_level"]
-    response = torch.tensor([tokenizer.encode(NOTE["response"], add_special_tokens=False)])
-    mask, texts = torch.ones_like(response, dtype=torch.bool), [NOTE["response"]]
-    rollout = Rollout(response[:, :0], mask[:, :0], response, mask, mask.any(1), texts)
-    feedback = [Feedback(NOTE["critique"], NOTE["good_spans"], NOTE["poor_spans"])]
-
-    def delta(weights):
-        args = argparse.Namespace(span_weights=weights)
-        rewards, quotes = train_ppo.token_rewards(tokenizer, rollout, feedback, args)
-        assert quotes["exact"] == 2
-        return rewards
-
-    plain = delta("uniform")
-    assert set(plain.unique().tolist()) == {-1, 0, 1}
-    assert torch.equal(delta("severity"), plain.where(plain > 0, plain / 2))
-    assert (delta("first") == 1).sum() == 1 < (plain == 1).sum()
-
-
-def test_the_toy_s_rule_gives_severities_and_annotations_leave_them_out_unless_asked(toy_run):
-    example = toy.make_example(random.Random(0))
-    feedback = toy.critique(example, "Someone is 99, you know.")
+def test_annotations_have_the_agreed_fields_and_the_severities_of_the_rule_if_asked(toy_run):
+    feedback = toy.critique(toy.make_example(random.Random(0)), "Someone is 99, you know.")
     severities = {quoted(quote) for quote in feedback.poor}
     assert severities == {("Someone", 0.5), (" 99", 1.0), (", you know", 0.3)}
     paths = {"policy": toy_run / "sft", "out": toy_run / "severe.jsonl"}
     run("annotate --num_samples 24 --severity", **paths)
     severe, plain = (read_jsonl(toy_run / f"{name}.jsonl") for name in ("severe", "annotations"))
+    assert len({record["id"] for record in plain}) == 24
+    fields = "id prompt response critique good_spans poor_spans status reason"
     for a, b in zip(severe, plain, strict=True):
+        assert set(b) == set(fields.split())
         assert Feedback("", a["good_spans"], a["poor_spans"]).plain().poor == b["poor_spans"]
 
 
-def test_one_page_compares_runs(toy_run, rule_run, tmp_path):
-    page = tmp_path / "both.html"
-    printed = run(f"eval page {toy_run / 'ppo'} {rule_run}", out=page)
-    assert last_json(printed) == {"page": str(page)} and "critic rm" in page.read_text()
-
-
-def test_policies_and_reward_models_are_evaluated(toy_run):
+def test_everything_is_evaluated(toy_run, rule_run, tmp_path):
     runs = [str(toy_run / "sft"), str(toy_run / "ppo")]
     assert list(last_json(run(f"eval policy {' '.join(runs)} --eval_samples 8"))) == runs
     flags = f"{toy_run / 'rm'} --eval_samples 8 --critique_length 20"
     card = last_json(run(f"eval rm {flags}", policy=toy_run / "sft"))
     assert set(card) >= {"good", "poor", "json_valid", "verbatim"}
-
-
-def test_an_interval_needs_two_runs(refuse, toy_run):
-    ppo = toy_run / "ppo"
-    assert "two runs" in refuse(f"eval seeds {ppo}")
-    assert last_json(run(f"eval seeds {ppo} {ppo}"))["coverage"]["after"]["seeds"] == 2
+    table = last_json(run(f"eval seeds {rule_run} {rule_run}"))
+    assert table["coverage"]["after"]["seeds"] == 2
+    page = tmp_path / "both.html"
+    printed = run(f"eval page {toy_run / 'ppo'} {rule_run}", out=page)
+    assert last_json(printed) == {"page": str(page)} and "critic rm" in page.read_text()
 
 
 def test_the_summarize_task_runs_on_a_file(toy_run, tmp_path):
-    """The same scripts on another task, with the program as the critic."""
+    """The same scripts on another task, with its rule as the critic."""
     rows = []
     for age in range(20, 32):
         text = f"Ana, {age}, lives in Porto and plans to learn chess."
@@ -247,62 +191,58 @@ def refuse(capsys):
     return run_and_fail
 
 
-def test_bad_flags(refuse):
-    assert "--max_steps" in refuse("train_ppo --max_steps 0")
-    assert "--learning_rat" in refuse("train_ppo --learning_rat 1")
-    assert "between 0 and 1" in refuse("train_ppo --lam 2")
-    assert "toi" in refuse("train_ppo --task toi")
-    assert "--max_length" in refuse("train_sft --max_length -1")
+BAD_FLAGS = {  # command: what the sentence names
+    "train_ppo --max_steps 0": "--max_steps",
+    "train_ppo --learning_rat 1": "--learning_rat",
+    "train_ppo --lam 2": "between 0 and 1",
+    "train_ppo --task toi": "toi",
+    "train_ppo --data a.jsonl": "--task",
+    "train_ppo --task qa --critic rule": "no rule",
+    "train_ppo --critic rule --policy none.gguf": "none.gguf",
+    "train_sft --max_length -1": "--max_length",
+    "eval seeds": "two runs",
+}
 
 
-def test_missing_or_unusable_data(refuse, toy_run, tmp_path):
-    paths = {"policy": toy_run / "sft", "output_dir": tmp_path / "out"}
-    (tmp_path / "empty.jsonl").write_text("")
-    command = "train_ppo --task summarize --critic rule"
-    assert "--data" in refuse(command, **paths)
-    assert "there is no file" in refuse(command, data=tmp_path / "nowhere.jsonl", **paths)
-    assert "no examples" in refuse(command, data=tmp_path / "empty.jsonl", **paths)
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize("command", BAD_FLAGS)
+def test_bad_flags(refuse, command):
+    assert BAD_FLAGS[command] in refuse(command)
 
 
-def test_a_policy_without_chat_template_or_eos(refuse, toy_run, tmp_path):
-    folder = latest_checkpoint(toy_run / "sft")
+def test_unusable_data_folders_and_policies(refuse, toy_run, tmp_path):
+    command, sft, ppo = "train_ppo --critic rule", toy_run / "sft", tmp_path / "ppo"
+    (tmp_path / "a.jsonl").write_text("")
+    summarize, paths = f"{command} --task summarize", {"policy": sft, "output_dir": ppo}
+    assert "--data" in refuse(summarize, **paths)
+    assert "no examples" in refuse(summarize, data=tmp_path / "a.jsonl", **paths)
+    assert "there is no file" in refuse(summarize, data=tmp_path / "b.jsonl", **paths)
+    assert not ppo.exists()
+    assert "is not a run" in refuse(command, policy=sft, output_dir=tmp_path)
+    assert (tmp_path / "a.jsonl").is_file()
+    assert "context of 512" in refuse(f"{command} --response_length 500", **paths)
+    folder = latest_checkpoint(sft)
     AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "model")
-    paths = {"policy": tmp_path / "model", "output_dir": tmp_path / "out"}
-    for attribute, name in (("chat_template", "chat template"), ("eos_token", "EOS token")):
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        setattr(tokenizer, attribute, None)
-        tokenizer.save_pretrained(tmp_path / "model")
-        assert f"no {name}" in refuse("train_ppo --critic rule", **paths)
-        (tmp_path / "model" / "chat_template.jinja").unlink(missing_ok=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path / "model")
+    assert "no EOS token" in refuse(command, policy=tmp_path / "model", output_dir=ppo)
 
 
-def test_annotations_of_no_use(refuse, toy_run, tmp_path):
-    notes = tmp_path / "notes.jsonl"
-    paths = {"model": toy_run / "sft", "output_dir": tmp_path / "rm", "annotations": notes}
-    for line, named in (
+@pytest.mark.parametrize(
+    ("record", "problem"),
+    [
         ([1], "line 1 of"),
         (NOTE | {"good_spans": "d"}, "good_spans"),
         ({"status": "failed"}, "no training pairs"),
-    ):
-        notes.write_text(json.dumps(line))
-        assert named in refuse("train_rm", **paths)
-    assert "notes.jsonl" in refuse("annotate", out=notes) and notes.read_text() == json.dumps(line)
-
-
-def test_a_folder_that_is_not_a_run_is_left_alone(refuse, toy_run, tmp_path):
-    (tmp_path / "thesis.txt").write_text("years of work")
-    paths = {"policy": toy_run / "sft", "output_dir": tmp_path}
-    assert "is not a run" in refuse("train_ppo --critic rule", **paths)
-    assert (tmp_path / "thesis.txt").read_text() == "years of work"
-
-
-def test_a_policy_that_does_not_exist_or_has_too_little_context(refuse, toy_run, tmp_path):
-    command = "train_ppo --critic rule"
-    assert str(tmp_path) in refuse(command, policy=tmp_path)
-    assert "none.gguf" in refuse(command, policy=tmp_path / "none.gguf")
-    paths = {"policy": toy_run / "sft", "output_dir": tmp_path / "out"}
-    assert "context of 512" in refuse(f"{command} --response_length 500", **paths)
+    ],
+)
+def test_useless_annotations(refuse, toy_run, tmp_path, record, problem):
+    notes = tmp_path / "notes.jsonl"
+    notes.write_text(json.dumps(record))
+    paths = {"model": toy_run / "sft", "output_dir": tmp_path / "rm", "annotations": notes}
+    assert problem in refuse("train_rm", **paths)
+    assert "notes.jsonl" in refuse("annotate", out=notes)
+    assert notes.read_text() == json.dumps(record)
 
 
 def test_several_processes_are_refused(refuse, monkeypatch):

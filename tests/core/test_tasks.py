@@ -173,8 +173,6 @@ def test_qa_has_scores_and_no_rule(tmp_path, refused):
     assert qa.score(example, "a b c a b c")["repeated"] == 0.25
     assert qa.score(example, "")["words"] == 0
     assert set(qa.METRICS) == set(qa.score(example, "x")) and not hasattr(qa, "critique")
-    assert "--critic rule" in refused(qa.check, argparse.Namespace(critic="rule"), "train_ppo")
-    qa.check(argparse.Namespace(critic="rm"), "train_ppo")
     path = write(tmp_path / "a.jsonl", [{"text": "a"}])
     assert "'chosen'; it has text" in refused(qa.load, flags("qa", path))
 
@@ -237,7 +235,3 @@ def test_a_revision_fixes_the_faults_that_the_critique_names_and_nothing_else():
         after = toy.judge(example, toy.revise(response, kept))
         assert sum(remark.kind != "good" for remark in after) <= len(remarks) - len(kept)
         assert toy.revise(response, []) == response
-
-
-def test_the_toy_refuses_data_that_it_would_not_read(refused):
-    assert "--task" in refused(toy.check, flags("toy", "a.jsonl"), "train_ppo")
