@@ -150,7 +150,8 @@ def run_program(job, outputs, sender):
     prctl(NO_NEW_PRIVS, 1)
     landlock = restrict_files(job["box"])
     refuse_calls(signals=landlock < 6)
-    give_up_rights(job["user"], CAP_DAC_READ_SEARCH if landlock else 0)
+    # Python may lie in root's home, so its files must stay readable where Landlock lists them.
+    give_up_rights(job["user"], CAP_DAC_READ_SEARCH if landlock and os.getuid() == 0 else 0)
     prctl(PDEATHSIG, SIGKILL)  # a change of user would clear it
     limits = {
         resource.RLIMIT_CPU: int(job["timeout_s"] + GRACE) + 2,
@@ -223,18 +224,14 @@ def refuse_calls(signals: bool):
 
 
 def give_up_rights(user, kept):
-    """Becomes another user, if this is root, and drops all capabilities but those in kept.
-
-    Root's Python may lie in root's home, so the user may read all files if Landlock limits them.
-    """
-    capabilities = kept if os.getuid() == 0 else 0
+    """Becomes another user, if this is root, and drops all capabilities but kept."""
     if os.getuid() == 0:
         prctl(KEEPCAPS, 1)
         with contextlib.suppress(OSError):  # some containers have no other user
             os.setgroups([])
             os.setresgid(user, user, user)
             os.setresuid(user, user, user)
-    call(libc.capset, pack("Ii", 0x20080522, 0), pack("6I", capabilities, capabilities, 0, 0, 0, 0))
+    call(libc.capset, pack("Ii", 0x20080522, 0), pack("6I", kept, kept, 0, 0, 0, 0))
 
 
 if __name__ == "__main__":

@@ -14,20 +14,19 @@ runs in a process of its own (jail.py), on Linux only, in about 0.07 s:
 - It reads no file but Python's and those under /usr and /lib, opens no network connection, reaches
   no other process, and is not root (PROTECTIONS).
 
-The last line needs Landlock (Linux 5.13) and seccomp, which containers allow, too; protections()
-tries what this machine has. Before Linux 6.12 a program sends no signals at all, not even to its
-own children. If root starts programs, they run as another user, who must be able to read the
-folder of Python's packages.
+The last line needs Landlock (Linux 5.13) and seccomp, which containers allow; protections() tries
+what this machine has. Before Linux 6.12 a program sends no signals at all, not even to its own
+children. If root starts programs, they run as another user, who must be able to read the folder of
+Python's packages.
 
 Left out:
 
 - The code under test and the test share an interpreter. These passes are faked: answers that equal
   everything, expected values read from the caller's frame, libraries patched behind their public
   names or restored before the end, test classes rebound while a test runs, memory read by ctypes.
-- The memory and the files of all processes together are not limited, a program can ask whether a
-  file exists, its daemons outlive us if we are killed, and kernel bugs are not contained: this is
-  no virtual machine. Tracing, profiling, signal handlers and the garbage collector's lists are
-  not available to programs.
+- The memory and the files of all processes together are not limited. A program can ask whether a
+  file exists. Its daemons outlive us if we are killed. Kernel bugs are not contained.
+- Programs cannot use tracing, profiling, signal handlers and the garbage collector's lists.
 """
 
 import json
@@ -59,13 +58,6 @@ def refused(action, *args):
 
 print(refused(open, {file!r}), refused(socket.socket), refused(os.kill, {pid}, 0), os.getuid() != 0)
 """  # tries each of the four protections
-ENVIRONMENT = {
-    "PATH": "/usr/bin:/bin",
-    "PYTHONHASHSEED": "0",
-    "MALLOC_ARENA_MAX": "1",
-    "OMP_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",
-}
 
 
 class Result(NamedTuple):
@@ -109,11 +101,12 @@ def launch(program, timeout_s, memory_mb, files) -> Result:
     """Starts jail.py on a program. Raises RuntimeError if the jail gives no verdict."""
     box = tempfile.mkdtemp(prefix="t2g-")
     job = dict(box=box, program=program, files=files, timeout_s=timeout_s, memory_mb=memory_mb)
+    env = dict(HOME=box, PATH="/usr/bin:/bin", PYTHONHASHSEED="0", MALLOC_ARENA_MAX="1")
+    env |= dict(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
     command = [sys.executable, "-s", "-B", "-u", str(JAIL)]
     options = dict(capture_output=True, start_new_session=True, timeout=timeout_s + START_S)
     try:
-        text, env = json.dumps(job).encode(), ENVIRONMENT | {"HOME": box}
-        done = subprocess.run(command, input=text, env=env, **options)
+        done = subprocess.run(command, input=json.dumps(job).encode(), env=env, **options)
         return Result(**json.loads(done.stdout))
     except subprocess.TimeoutExpired:
         raise RuntimeError("it did not end in time") from None

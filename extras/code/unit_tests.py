@@ -34,9 +34,7 @@ for _test, _code in [{functions}]:
         raise RuntimeError("it changed " + _code.co_name)
     _test()
 """  # no program can reach the list
-FIXTURES = (  # called by pytest or unittest only
-    "setup_class", "setup_method", "setup_module", "setup_function", "setUpClass", "setUpModule",
-)  # fmt: skip
+FIXTURES = "setup_class setup_method setup_module setup_function setUpClass setUpModule".split()
 TEST_CASE = {"TestCase", "unittest.TestCase"}
 
 
@@ -104,10 +102,7 @@ def reached(nodes):
 
 
 def checks(tree) -> bool:
-    """Says whether importing the tests checks something.
-
-    It does by an assert or a raise, by calling a function of the tests, or one named as an assert.
-    """
+    """Returns True if importing the tests asserts, raises or calls a function of theirs."""
     nodes = list(reached(tree.body))
     if any(isinstance(node, ast.Assert | ast.Raise) for node in nodes):
         return True
@@ -140,7 +135,7 @@ def calls(tree) -> str:
 
 @lru_cache(maxsize=512)
 def as_program(tests: str) -> str:
-    """Returns the program for the sandbox. Raises SyntaxError or ValueError for no Python.
+    """Returns the program for the sandbox. Raises SyntaxError or ValueError for other text.
 
     >>> "from solution import f" in as_program("assert f(2) == 4")
     True
@@ -165,7 +160,7 @@ def as_program(tests: str) -> str:
 
 
 class ShowValues(ast.NodeTransformer):
-    """Gives assert f(2) == 4 the message "f(2) is 5, not 4", and drops imports of *."""
+    """Gives assert f(2) == 4 the message "f(2) is 5, not 4"; drops imports of all of solution."""
 
     def visit_ImportFrom(self, node):
         return None if node.module == "solution" and node.names[0].name == "*" else node
