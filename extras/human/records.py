@@ -161,11 +161,7 @@ def opening(text) -> str:
 
 
 def joined(text, places) -> list[tuple[int, int]]:
-    """Returns ranges in order, and joins those that overlap or have only link words between them.
-
-    >>> joined("in the city of Leeds", [(15, 20), (7, 11)])
-    [(7, 20)]
-    """
+    """Returns ranges in order; joins those that overlap or have only link words between them."""
     whole = []
     for start, end in sorted(places):
         if whole and (start <= whole[-1][1] or LINK.fullmatch(text[whole[-1][1] : start])):

@@ -130,16 +130,18 @@ def find_misquotes(responses, seed=0) -> dict:
                 right = chosen & characters([place])
                 hits[kind].update(quotes=1, near=bool(right))
                 hits[kind].update(characters=len(chosen), right=len(right))
-    ways, found = {}, {}
-    for name, n in kinds.items():
-        shares = {kind: n[kind] / n.total() for kind in MATCH_KINDS}
-        ways[name] = {"quotes": n.total(), **shares}
+    found = {}
     for kind, n in hits.items():
         if n["characters"]:
-            shares = {"right place": n["near"] / n["quotes"]}
-            shares["right characters"] = n["right"] / n["characters"]
-            found[kind] = {"quotes": n["quotes"], **shares}
-    return {"ways": ways, "found": found}
+            found[kind] = {"quotes": n["quotes"], "right place": n["near"] / n["quotes"]}
+            found[kind]["right characters"] = n["right"] / n["characters"]
+    return {"ways": {name: shares(counts) for name, counts in kinds.items()}, "found": found}
+
+
+def shares(kinds: Counter) -> dict:
+    """Returns the number of quotes, and the share of each kind of match."""
+    total = kinds.total()
+    return {"quotes": total} | {kind: kinds[kind] / total for kind in MATCH_KINDS}
 
 
 def compare_tokens(responses, tokenizer) -> dict:
@@ -169,9 +171,8 @@ def compare_tokens(responses, tokenizer) -> dict:
             human = tokens_in(marked.text, own, ranges) & visible
             hits[name].update(marked=len(chosen), wrong=len(chosen - human))
             hits[name].update(human=len(human), missed=len(human - chosen))
-    shares = {kind: kinds[kind] / kinds.total() for kind in MATCH_KINDS}
-    counts = {name: dict(n) for name, n in hits.items()}
-    return {"vocabulary": len(tokenizer), "unlike": unlike / len(responses), **shares, **counts}
+    result = {"vocabulary": len(tokenizer), "unlike": unlike / len(responses)}
+    return result | shares(kinds) | {name: dict(counts) for name, counts in hits.items()}
 
 
 def tokens_in(text, offsets, ranges) -> set[int]:

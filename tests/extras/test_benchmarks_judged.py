@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,29 +18,12 @@ from t2g.tasks import toy
 SHOWN = re.compile(r"### Prompt\n(.*)\n\n### Response A\n(.*)\n\n### Response B\n(.*)\n")
 
 
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """run(module, *arguments) returns what a command prints."""
-
-    def run(module, *arguments):
-        monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
-        try:
-            module.main()
-        except SystemExit as stopped:
-            assert stopped.code == 2
-        return "".join(capsys.readouterr())
-
-    return run
-
-
-def result(output):
-    return json.loads(re.findall("^{.*}$", output, re.MULTILINE)[-1])
-
-
 # ---- a judge -----------------------------------------------------------------------------------
 @pytest.fixture
-def judge(monkeypatch, tmp_path, run):
-    """judge(decide, a, b) compares answers to the prompts 0, 1, ...; returns output and questions.
+def judge(monkeypatch, tmp_path, run_main):
+    """judge(decide, a, b) compares answers to the prompts 0, 1, ...
+
+    It returns the result, what was printed, and the questions to the server.
 
     decide(request, prompt, first, second) is the server: it returns a text or raises.
     """
@@ -60,7 +42,7 @@ def judge(monkeypatch, tmp_path, run):
             rows = [{"instruction": f"Ask {i}.", "output": text} for i, text in enumerate(texts)]
             files.append(write(tmp_path / f"{name}.jsonl", rows))
         more = ("--base_url", "http://judge/v1", "--out", tmp_path / "verdicts.jsonl")
-        return run(win_rate, *files, "--judge", "j", *more, *flags), questions
+        return *run_main(win_rate, *files, "--judge", "j", *more, *flags), questions
 
     return start
 
@@ -74,8 +56,7 @@ def the_better(request, prompt, first, second):
 
 def test_a_perfect_judge_gives_the_share_of_better_answers_and_ties_count_a_half(judge):
     a, b = ["right"] * 6 + ["wrong"] * 4, ["wrong"] * 7 + ["right"] * 3
-    output, questions = judge(the_better, a, b)
-    found = result(output)
+    found, _, questions = judge(the_better, a, b)
     rate = found["scores"]["A"]["win_rate"]
     assert rate["value"] == pytest.approx(6.5 / 10) and rate["low"] < 0.65 < rate["high"]
     assert found["prompts"] == 10 and found["ties"] == pytest.approx(0.1)
@@ -85,7 +66,7 @@ def test_a_perfect_judge_gives_the_share_of_better_answers_and_ties_count_a_half
 
 
 def test_a_judge_that_always_prefers_the_first_answer_gives_a_half(judge):
-    found = result(judge(lambda *_: "[[A]]", ["right"] * 8, ["wrong"] * 8)[0])
+    found, *_ = judge(lambda *_: "[[A]]", ["right"] * 8, ["wrong"] * 8)
     assert found["scores"]["A"]["win_rate"] == {"value": 0.5, "low": 0.5, "high": 0.5}
     assert found["first_position"] == 1 and found["inconsistent"] == 1 and found["ties"] == 0
 
@@ -101,13 +82,12 @@ def test_the_same_command_resumes_and_asks_again_for_what_could_not_be_read(judg
         return the_better(request, prompt, first, second)
 
     a, b = ["right"] * 4, ["wrong"] * 4
-    found = result(judge(decide, a, b)[0])
+    found, *_ = judge(decide, a, b)
     assert found["unreadable"] == 4 and found["prompts"] == 2
-    output, questions = judge(the_better, a, b)
-    found = result(output)
+    found, _, questions = judge(the_better, a, b)
     assert found["unreadable"] == 0 and found["prompts"] == 4
     assert {prompt for prompt, *_ in questions} == {"Ask 0.", "Ask 1."} and len(questions) == 4
-    assert not judge(the_better, a, b)[1]
+    assert not judge(the_better, a, b)[2]
 
 
 def test_a_refused_key_ends_the_run_and_keeps_the_verdicts(judge, tmp_path):
@@ -119,19 +99,19 @@ def test_a_refused_key_ends_the_run_and_keeps_the_verdicts(judge, tmp_path):
         left.pop()
         return the_better(*question)
 
-    output, _ = judge(decide, ["right"] * 5, ["wrong"] * 5, "--concurrency", 1)
-    assert "status 401" in output and "resumes" in output
+    _, printed, _ = judge(decide, ["right"] * 5, ["wrong"] * 5, "--concurrency", 1)
+    assert "status 401" in printed and "resumes" in printed
     assert len(read_jsonl(tmp_path / "verdicts.jsonl")) == 5
-    output, questions = judge(the_better, ["right"] * 5, ["wrong"] * 5)
-    assert result(output)["scores"]["A"]["win_rate"]["value"] == 1 and len(questions) == 5
+    found, _, questions = judge(the_better, ["right"] * 5, ["wrong"] * 5)
+    assert found["scores"]["A"]["win_rate"]["value"] == 1 and len(questions) == 5
 
 
 def test_a_server_that_never_answers_ends_the_run(judge):
     def decide(*_):
         raise server.NoAnswer("the server did not answer in time")
 
-    output, questions = judge(decide, ["right"] * 50, ["wrong"] * 50)
-    assert "10 times in succession" in output and len(questions) < 60
+    _, printed, questions = judge(decide, ["right"] * 50, ["wrong"] * 50)
+    assert "10 times in succession" in printed and len(questions) < 60
 
 
 def test_a_model_that_takes_no_temperature_can_judge(judge):
@@ -140,17 +120,17 @@ def test_a_model_that_takes_no_temperature_can_judge(judge):
             raise server.Refused(400, "temperature")
         return the_better(request, *shown)
 
-    found = result(judge(decide, ["right"], ["wrong"])[0])
+    found, *_ = judge(decide, ["right"], ["wrong"])
     assert found["scores"]["A"]["win_rate"]["value"] == 1
 
 
 def test_other_answers_need_another_file_and_prompts_must_be_shared(judge):
     judge(the_better, ["right"], ["wrong"])
-    assert "another --out" in judge(the_better, ["right too"], ["wrong"])[0]
-    assert "1 that only one file answers" in judge(the_better, ["right"], ["wrong", "wrong"])[0]
-    assert "must hold a list" in judge(the_better, [], ["wrong"])[0]
-    assert "valid characters" in judge(the_better, ["\ud800"], ["wrong"])[0]
-    assert "--base_url" in judge(the_better, ["right"], ["wrong"], "--base_url", "localhost")[0]
+    assert "another --out" in judge(the_better, ["right too"], ["wrong"])[1]
+    assert "1 that only one file answers" in judge(the_better, ["right"], ["wrong", "wrong"])[1]
+    assert "must hold a list" in judge(the_better, [], ["wrong"])[1]
+    assert "valid characters" in judge(the_better, ["\ud800"], ["wrong"])[1]
+    assert "--base_url" in judge(the_better, ["right"], ["wrong"], "--base_url", "localhost")[1]
 
 
 # ---- answers -----------------------------------------------------------------------------------
@@ -160,10 +140,10 @@ def model(tmp_path_factory):
     return policy.save(tiny, tokenizer, tmp_path_factory.mktemp("models"), 0)
 
 
-def test_answers_to_alpaca_eval(run, tmp_path, model):
+def test_answers_to_alpaca_eval(run_main, tmp_path, model):
     rows = [{"instruction": "Go.", "dataset": "d"}, {"instruction": "No."}]
     questions = write(tmp_path / "eval.jsonl", rows)
-    run(answers, model, tmp_path / "tiny.json", "--prompts", questions, "--response_length", 5)
+    run_main(answers, model, tmp_path / "tiny.json", "--prompts", questions, "--response_length", 5)
     tokenizer, loaded = policy.load(model)
     texts, _ = respond(loaded, tokenizer, ["Go.", "No."], 5, temperature=0)
     expected = [row | {"output": text, "generator": "tiny"} for row, text in zip(rows, texts)]
@@ -171,18 +151,20 @@ def test_answers_to_alpaca_eval(run, tmp_path, model):
 
 
 @pytest.mark.usefixtures("posts")
-def test_answers_to_held_out_prompts_can_be_judged(run, tmp_path, model):
+def test_answers_to_held_out_prompts_can_be_judged(run_main, tmp_path, model):
     flags = ("--eval_samples", 3, "--response_length", 4)
-    run(answers, model, tmp_path / "out.json", *flags)
+    run_main(answers, model, tmp_path / "out.json", *flags)
     assert len(win_rate.read_answers(str(tmp_path / "out.json"))) == 3
 
 
-def test_answers_to_mt_bench_see_the_turns_before(run, tmp_path, model):
+def test_answers_to_mt_bench_see_the_turns_before(run_main, tmp_path, model):
     """As gen_judgment.py reads them; the second answer follows the first turn and its answer."""
     turns = ["My name is Ana.", "I live in Porto."]
     question = {"question_id": 81, "category": "math", "turns": turns}
     questions = write(tmp_path / "question.jsonl", [question])
-    run(answers, model, tmp_path / "tiny.jsonl", "--prompts", questions, "--response_length", 6)
+    run_main(
+        answers, model, tmp_path / "tiny.jsonl", "--prompts", questions, "--response_length", 6
+    )
     [row] = read_jsonl(tmp_path / "tiny.jsonl")
     assert (row["question_id"], row["model_id"]) == (81, "tiny") and row["answer_id"]
     [choice] = row["choices"]
@@ -197,9 +179,10 @@ def test_answers_to_mt_bench_see_the_turns_before(run, tmp_path, model):
     assert choice["index"] == 0 and choice["turns"][1] == expected.strip()
 
 
-def test_prompts_of_another_form_are_refused(run, tmp_path, model):
+def test_prompts_of_another_form_are_refused(run_main, tmp_path, model):
     questions = write(tmp_path / "q.jsonl", [{"question": "?"}])
-    assert "needs instruction" in run(answers, model, tmp_path / "out.json", "--prompts", questions)
+    _, printed = run_main(answers, model, tmp_path / "out.json", "--prompts", questions)
+    assert "needs instruction" in printed
 
 
 # ---- ARC ---------------------------------------------------------------------------------------
@@ -222,8 +205,9 @@ def test_both_forms_of_arc_are_the_same_question(row):
     assert rendered("doc_to_target") == ["1", "1"]
 
 
-def test_arc_by_the_harness(run, tmp_path, model):
+def test_arc_by_the_harness(run_main, tmp_path, model):
     pytest.importorskip("lm_eval")
     file = write(tmp_path / "arc.jsonl", [PLAIN, PLAIN])
-    found = result(run(arc, model, "--data", file, "--letters"))["scores"][str(model)]
+    result, _ = run_main(arc, model, "--data", file, "--letters")
+    found = result["scores"][str(model)]
     assert found["acc"]["value"] in (0, 1) and found["acc_norm"]["value"] == found["acc"]["value"]

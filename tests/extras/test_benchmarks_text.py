@@ -2,8 +2,6 @@
 
 import copy
 import importlib.util
-import json
-import sys
 
 import pytest
 from annotating import write
@@ -15,18 +13,6 @@ from t2g.tasks.toy import new_model
 # The example of rouge-score's README.
 FOX = "The quick brown fox jumps over the lazy dog"
 DOG = "The quick brown dog jumps on the log."
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """run(*arguments) returns the result of the command."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["text", *map(str, arguments)])
-        text.main()
-        return json.loads(capsys.readouterr().out.splitlines()[-1])
-
-    return run
 
 
 def test_rouge_is_what_counting_by_hand_gives():
@@ -78,12 +64,12 @@ def test_bert_score_cuts_texts_for_an_encoder_like_roberta(tmp_path, tokenizers)
     assert text.bert_scores(["cat" * 40], ["cat" * 40], scorer) == pytest.approx([1], abs=1e-5)
 
 
-def test_files_are_compared_example_by_example(run, tmp_path):
+def test_files_are_compared_example_by_example(run_main, tmp_path):
     """B is A with one more word in every response, so every draw differs by one word."""
     rows = [{"response": " ".join(["cat"] * n), "reference": "A cat sat."} for n in range(1, 9)]
     a = write(tmp_path / "a.jsonl", rows)
     b = write(tmp_path / "b.jsonl", [{**row, "response": f"{row['response']} dog"} for row in rows])
-    result = run(a, b)
+    result, _ = run_main(text, a, b)
     words = result["scores"][str(a)]["words"]
     assert result["examples"] == 8 and words["value"] == 4.5 and words["low"] < 4
     difference = result["differences"][str(b)]["words"]
@@ -91,10 +77,11 @@ def test_files_are_compared_example_by_example(run, tmp_path):
 
 
 @pytest.mark.usefixtures("posts")
-def test_models_answer_the_same_held_out_prompts(run, tmp_path):
+def test_models_answer_the_same_held_out_prompts(run_main, tmp_path):
     tokenizer, model = new_model(0)
     folders = [policy.save(model, tokenizer, tmp_path / name, 0) for name in ("one", "two")]
-    result = run(*folders, "--task", "toy", "--eval_samples", 4, "--response_length", 6)
+    flags = "--task toy --eval_samples 4 --response_length 6".split()
+    result, _ = run_main(text, *folders, *flags)
     one, two = result["scores"].values()
     assert one == two and result["examples"] == 4
     assert set(one) == {"rouge_1", "rouge_2", "rouge_l", "bleu", "words"}
@@ -110,10 +97,10 @@ BAD = [
 
 
 @pytest.mark.parametrize(("arguments", "message"), BAD)
-def test_bad_input_is_one_sentence(run, refused, tmp_path, monkeypatch, arguments, message):
+def test_bad_input_is_one_sentence(run_main, tmp_path, monkeypatch, arguments, message):
     pytest.importorskip("bert_score")
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "file.jsonl", [{"response": "a", "reference": "b"}])
     write(tmp_path / "other.jsonl", [{"response": "a", "reference": "c"}])
     write(tmp_path / "half.jsonl", [{"response": "a"}])
-    assert message in refused(run, *arguments.split())
+    assert message in run_main(text, *arguments.split())[1]

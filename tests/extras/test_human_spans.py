@@ -1,7 +1,5 @@
 """Alignment against spans that people marked: made-up ones, and real ones if the data is there."""
 
-import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -68,7 +66,7 @@ def test_tokens_outside_the_human_spans_are_wrong_and_those_not_marked_are_misse
     assert wrong["wrong"] > 0 and wrong["missed"] > 0
 
 
-def test_the_command_measures_a_file(tmp_path, tok, monkeypatch, capsys):
+def test_the_command_measures_a_file(tmp_path, tok, run_main):
     """In each response people marked a name that occurs once and the second of two numbers."""
     rows = []
     for age in range(20, 60):
@@ -76,9 +74,7 @@ def test_the_command_measures_a_file(tmp_path, tok, monkeypatch, capsys):
         rows.append({"response": response, "spans": [[19, 24], [32, 34]]})
     folder, data = str(tmp_path / "tokenizer"), write(tmp_path / "spans.jsonl", rows)
     tok.save_pretrained(folder)
-    monkeypatch.setattr(sys, "argv", ["spans", "--data", str(data), folder])
-    human_spans.main()
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    result, _ = run_main(human_spans, "--data", data, folder)
     rules, table = result["rules"], result["tokenizers"][folder]
     assert result["quotes"] == 80 and rules["last"]["own"] == 40
     assert rules["last"]["precision"] == rules["last"]["recall"] == rules["all"]["recall"] == 1
