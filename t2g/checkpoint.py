@@ -1,8 +1,7 @@
-"""The state that a run is resumed from: weights, optimiser moments, how far it got. No pickle.
+"""The state from which a run resumes: weights, optimiser moments, random generators. No pickle.
 
-A supervised run keeps one state in its folder, with the random generators in it. A run of
-train_ppo.py keeps one in each checkpoint, one file per rank; its steps draw from generators of
-their own (rollout.step_rng), so killed and resumed it is bit-identical on a CPU in fp32.
+A supervised run keeps one state in its folder; a run of train_ppo.py keeps one in each checkpoint,
+one file per rank. Killed and resumed, both are bit-identical on a CPU in fp32.
 """
 
 import hashlib
@@ -35,32 +34,34 @@ def save(path, model, optimizers=(), **reached):
     os.replace(unfinished, path)
 
 
-def load(path, model, optimizers=()) -> dict:
-    """Restores the state that save() wrote, random generators included; returns `reached`."""
-    tensors, reached = read(path)
-    restore(tensors, path, model, optimizers)
+def load(files, model, optimizers=()) -> dict:
+    """Restores a state, random generators included; returns `reached`.
+
+    files: those that save() wrote, one per rank. There may be another number of ranks now.
+    """
+    mine = [files[dist.rank()]] if len(files) == dist.size() else files
+    tensors = {}
+    try:
+        with ExitStack() as stack:
+            opened = [stack.enter_context(safe_open(file, "pt")) for file in mine]
+            reached = json.loads((opened[0].metadata() or {})["reached"])
+            for name in opened[0].keys():  # noqa: SIM118
+                parts = [file.get_tensor(name) for file in opened]
+                sharded = len(parts) > 1 and parts[0].ndim and not name.startswith("random.")
+                tensors[name] = dist.own_chunk(torch.cat(parts)).clone() if sharded else parts[0]
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        remedy = "move it away to resume from an earlier one"
+        fail(f"{mine[0]} is not a valid checkpoint ({type(error).__name__}); {remedy}")
+    restore(tensors, mine[0], model, optimizers)
     torch.set_rng_state(tensors["random.cpu"])
     if "random.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["random.cuda"])
     return reached
 
 
-def read(path) -> tuple[dict, dict]:
-    """The tensors of a state's file, and its `reached`."""
-    try:
-        with safe_open(path, "pt") as file:
-            reached = json.loads((file.metadata() or {}).get("reached", "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, reached  # noqa: SIM118
-    except (OSError, SafetensorError, ValueError) as error:
-        kind = type(error).__name__
-        fail(
-            f"{path} is not a valid checkpoint ({kind}); move it away to resume from an earlier one"
-        )
-
-
 def state_of(model, optimizers) -> dict:
     """This rank's rows of the trained weights and of the optimisers' moments, by name."""
-    reshard(model)
+    dist.reshard(model)
     tensors = {f"model.{name}": weight.detach() for name, weight in trainable(model).items()}
     for number, optimizer in enumerate(optimizers):
         for index, moments in optimizer.state_dict()["state"].items():
@@ -71,7 +72,7 @@ def state_of(model, optimizers) -> dict:
 
 def restore(tensors, path, model, optimizers):
     """The inverse of state_of()."""
-    reshard(model)
+    dist.reshard(model)
     weights = {f"model.{name}": weight for name, weight in trainable(model).items()}
     shapes = {name: dist.local(weight).shape for name, weight in weights.items()}
     if shapes != {name: x.shape for name, x in tensors.items() if name.startswith("model.")}:
@@ -91,12 +92,6 @@ def restore(tensors, path, model, optimizers):
         optimizer.load_state_dict(state)
 
 
-def reshard(model):
-    """Frees the whole weights that a forward pass may have left in place of the shards."""
-    for part in dist.parts(model):
-        part.reshard()
-
-
 def trainable(model) -> dict:
     return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
@@ -105,11 +100,7 @@ def add_flags(add):
     default = "a tenth of --max_steps, at most 20, if not given"
     add("--save_steps", None, f"steps between two checkpoints; {default}", positive(int))
     add("--save_total_limit", 2, "number of checkpoints that are kept, the latest ones")
-    add(
-        "--resume",
-        "auto",
-        "auto: an unfinished run of the same flags; none; or go back to a checkpoint",
-    )
+    add("--resume", "auto", "auto: an unfinished run of the same flags; none; or a CHECKPOINT")
 
 
 def save_checkpoint(actor, tokenizer, optimizer, args, meta):
@@ -120,16 +111,16 @@ def save_checkpoint(actor, tokenizer, optimizer, args, meta):
 
     def write_state(folder):
         (folder / "state").mkdir(exist_ok=True)
-        file = folder / "state" / state_file(dist.rank(), dist.size())
-        save_file(state_of(actor, [optimizer]), file)
+        save(state_files(folder, dist.size())[dist.rank()], actor, [optimizer])
         if dist.rank() == 0:
-            program = {"argv": sys.argv, "commit": commit(), "versions": versions()}
+            versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+            versions["python"] = sys.version.split()[0]
+            program = {"argv": sys.argv, "commit": commit(), "versions": versions}
             config = {"processes": dist.size(), "config": vars(args)}
             write_json(folder / "state" / "meta.json", meta | config | program)
 
-    policy.save(
-        actor.model, tokenizer, args.output_dir, meta["step"], actor.value_head, write_state
-    )
+    where = args.output_dir, meta["step"]
+    policy.save(actor.model, tokenizer, *where, actor.value_head, write_state)
     if dist.rank() == 0:
         for old in policy.checkpoints(args.output_dir)[: -args.save_total_limit]:
             shutil.rmtree(old)
@@ -158,11 +149,7 @@ def resume(actor, optimizer, args, examples) -> dict:
     if abs(meta["start"] - start["start"]) > 1e-6 * meta["start"]:  # the reference is made from it
         remedy = "restore it, or begin anew with --resume none"
         fail(f"{folder} started from another --policy; {remedy}")
-    ranks = range(meta["processes"])
-    files = [folder / "state" / state_file(rank, meta["processes"]) for rank in ranks]
-    same_ranks = len(files) == dist.size()
-    tensors = read(files[dist.rank()])[0] if same_ranks else own_rows(files)
-    restore(tensors, folder, actor, [optimizer])
+    load(state_files(folder, meta["processes"]), actor, [optimizer])
     print(f"resuming after step {step} of {args.output_dir}", flush=True)
     if meta["config"]["kl_coef"] == args.kl_coef:  # otherwise the user asks for another one
         start["kl_coef"] = meta["kl_coef"]
@@ -175,46 +162,24 @@ def size_of(module) -> float:
     return dist.totals({"size": sum(weights).item()})["size"]
 
 
-def own_rows(files) -> dict:
-    """The rows that FSDP assigns to this rank of what another number of ranks wrote."""
-    with ExitStack() as stack:
-        try:
-            opened = [stack.enter_context(safe_open(file, "pt")) for file in files]
-        except (OSError, SafetensorError) as error:
-            fail(f"{files[0].parent} is not a valid checkpoint ({error}); move it away")
-        tensors = {}
-        for name in opened[0].keys():  # noqa: SIM118
-            tensor = opened[0].get_tensor(name)
-            if tensor.ndim:
-                whole = torch.cat([file.get_tensor(name) for file in opened])
-                tensor = dist.own_chunk(whole).clone()
-            tensors[name] = tensor
-    return tensors
-
-
 def hash_of(examples) -> str:
     """A hash of everything in the training examples."""
     text = json.dumps([list(example) for example in examples], default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def state_file(rank, processes) -> str:
-    return f"{rank}-of-{processes}.safetensors"
-
-
-def versions() -> dict:
-    libraries = {"torch": torch.__version__, "transformers": transformers.__version__}
-    return {"python": sys.version.split()[0], **libraries}
+def state_files(folder, processes) -> list[Path]:
+    """The files of a checkpoint's state, one per rank."""
+    return [folder / "state" / f"{rank}-of-{processes}.safetensors" for rank in range(processes)]
 
 
 def commit() -> str | None:
     """The commit of this code, if it is a git clone."""
-    command = ["git", "rev-parse", "HEAD"]
+    command = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
     try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    except FileNotFoundError:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    except FileNotFoundError:  # there is no git
         return None
-    return done.stdout.strip() or None
 
 
 @contextmanager

@@ -238,6 +238,12 @@ def parts(model) -> list:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
+def reshard(model):
+    """Frees the whole weights that a forward pass may have left in place of the shards."""
+    for part in parts(model):
+        part.reshard()
+
+
 @contextmanager
 def whole(model):
     """All-gathers the weights, so that ranks generate independently. Collective on both ends."""

@@ -6,9 +6,7 @@ EOS is part of a completion. A run that was stopped resumes with the same flags 
 result is bit-identical. Baselines use the same loop with an Objective of their own.
 """
 
-import hashlib
 import itertools
-import json
 import math
 import random
 from collections import defaultdict
@@ -83,37 +81,37 @@ def as_rollout(rows, pad_token_id, device) -> tuple[Rollout, torch.Tensor]:
 
 
 def length(row) -> int:
-    """Returns the number of tokens of a row; only its lists are token ids."""
+    """The number of tokens of a row; only its lists are token ids."""
     return sum(len(part) for part in row if isinstance(part, list))
 
 
 def longest_text(model, args) -> int:
-    """Returns the maximum tokens of a training text: --max_length, or less if the context is."""
+    """The maximum tokens of a training text: --max_length, or the context if that is shorter."""
     return min(args.max_length or context_length(model), context_length(model))
 
 
 def drop_long(rows, limit, size=length):
     """Drops the rows of more than limit tokens, by size(row), and prints how many there are."""
     kept = [row for row in rows if size(row) <= limit]
+    dropped = f"{len(rows) - len(kept)} of {len(rows)} training texts have more than {limit} tokens"
     if not kept:
-        fail(f"all {len(rows)} training texts have more than {limit} tokens; raise --max_length")
+        fail(f"{dropped}; raise --max_length")
     if len(kept) < len(rows):
-        dropped = len(rows) - len(kept)
-        print(f"{dropped} of {len(rows)} training texts have more than {limit} tokens: dropped")
+        print(f"{dropped}: dropped")
     return kept
 
 
 def split(rows, args):
-    """Returns the first --validation_share of the rows, for validation, and the others."""
+    """The first --validation_share of the rows, for validation, and the others."""
     count = round(args.validation_share * len(rows))
     heldout, rows = rows[:count], rows[count:]
     print(f"{len(rows)} pairs for training, {len(heldout)} for validation", flush=True)
-    args.data_hash = hashlib.sha256(json.dumps([heldout, rows]).encode()).hexdigest()
+    args.data_hash = checkpoint.hash_of([heldout, rows])
     return heldout, rows
 
 
 def by_length(rows, args) -> list[list]:
-    """Returns all rows in batches of similar length."""
+    """All rows in batches of similar length."""
     size, rows = args.per_device_train_batch_size, sorted(rows, key=length)
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 
@@ -147,7 +145,7 @@ class Objective(NamedTuple):
 
 
 def token_loss(model, batch, trained, args):
-    """Returns the sum of -log p over the trained tokens."""
+    """The sum of -log p over the trained tokens."""
     with autocast(args.bf16):
         logits, _ = response_logits(model, batch)
     return F.cross_entropy(logits[trained].float(), batch.response[trained], reduction="sum")
@@ -163,7 +161,7 @@ NEXT_TOKEN = Objective(
 
 @torch.no_grad()
 def validation_loss(model, tokenizer, rows, args, objective=NEXT_TOKEN) -> float:
-    """Returns the mean loss of rows that are not trained on."""
+    """The mean loss of rows that are not trained on."""
     device, loss, count = next(model.parameters()).device, 0.0, 0
     for batch in by_length(rows, args):
         microbatch = objective.collate(batch, tokenizer.pad_token_id, device)
@@ -193,7 +191,7 @@ def train(model, tokenizer, rows, heldout, args, folder, desc, objective=NEXT_TO
     optimizers = make_optimizers(model, args.optimizer, args.learning_rate)
     reached = {"step": 0, "best_step": 0, "best_loss": math.inf}
     if (folder / STATE).is_file():
-        reached = checkpoint.load(folder / STATE, model, optimizers)
+        reached = checkpoint.load([folder / STATE], model, optimizers)
         print(f"resuming after step {reached['step']} of {args.output_dir}", flush=True)
     first, accumulate = reached["step"] + 1, args.gradient_accumulation_steps
     log = Logger(folder, args, objective.metrics or (), keep_until=reached["step"])
@@ -212,8 +210,8 @@ def train(model, tokenizer, rows, heldout, args, folder, desc, objective=NEXT_TO
         if heldout and (step % args.eval_steps == 0 or step == args.max_steps):
             model.eval()
             loss = validation_loss(model, tokenizer, heldout, args, objective)
-            measured = objective.measure(model, tokenizer, heldout, args)
-            metrics |= {"validation_loss": loss, **measured}
+            metrics |= objective.measure(model, tokenizer, heldout, args)
+            metrics["validation_loss"] = loss
             model.train()
             if loss < reached["best_loss"]:
                 reached |= {"best_step": step, "best_loss": loss}
@@ -228,12 +226,12 @@ def train(model, tokenizer, rows, heldout, args, folder, desc, objective=NEXT_TO
             checkpoint.save(folder / STATE, model, optimizers, **reached)
     bar.close()
     if heldout:
-        checkpoint.load(folder / BEST, model)
+        checkpoint.load([folder / BEST], model)
     return reached["best_step"] if heldout else args.max_steps
 
 
 def train_step(model, microbatches, args, objective=NEXT_TOKEN) -> dict:
-    """Computes the clipped gradient of the mean over all units, whatever the split, and metrics."""
+    """The clipped gradient of the mean over all units, whatever the split; returns metrics."""
     sums, count = defaultdict(float), sum(objective.count(*batch) for batch in microbatches)
     for microbatch in microbatches:
         loss, stats = objective.loss(model, *microbatch, args)
@@ -247,7 +245,7 @@ def train_step(model, microbatches, args, objective=NEXT_TOKEN) -> dict:
 
 
 def make_optimizers(model, kind, learning_rate):
-    """Returns AdamW for all weights, or Muon for the blocks' matrices and AdamW for others."""
+    """AdamW for all weights, or Muon for the matrices of the blocks and AdamW for the others."""
     matrices, rest = [], []
     for name, weight in checkpoint.trainable(model).items():
         in_block = weight.ndim == 2 and "embed" not in name and "head" not in name
@@ -267,7 +265,7 @@ def apply_gradients(optimizers, learning_rate):
 
 
 def schedule(step, args) -> float:
-    """Returns the factor of the learning rate: linear warm-up, then linear or cosine decay to 0."""
+    """The factor of the learning rate: linear warm-up, then linear or cosine decay to 0."""
     warmup, done = max(1, round(args.warmup_ratio * args.max_steps)), (step - 1) / args.max_steps
     decay = 1 - done if args.lr_scheduler_type == "linear" else (1 + math.cos(math.pi * done)) / 2
     return min(step / warmup, decay)

@@ -1,5 +1,6 @@
 """An error on one rank ends all of them: the others would wait for it in a collective."""
 
+import errno
 import os
 import threading
 import time
@@ -9,10 +10,11 @@ from functools import partial
 import pytest
 import torch
 from forking import as_rank, free_port, started, two_ranks
+from safetensors import SafetensorError
 
 import train_ppo
 from t2g import dist
-from t2g.cli import fail
+from t2g.cli import fail, friendly_errors
 
 SECONDS = 30  # within which all ranks are gone
 FLAGS = (
@@ -33,10 +35,6 @@ def unlike_ratio(*_, **__):
     raise RuntimeError("the first ratio of a step must be 1")
 
 
-def server_fails(*_, **__):
-    fail("the server gave no critique")
-
-
 def not_a_number(*_, **__):
     return {"shift_good": float("nan")}
 
@@ -45,7 +43,6 @@ CAUSES = {  # what fails, by the name that train_ppo.py calls it; the sentence t
     "a context that is too small": ("sample", too_long, "exceed the model's context"),
     "memory": ("response_logprobs", out_of_memory, "out of memory"),
     "the first ratio": ("check_first_ratio", unlike_ratio, "first ratio of a step must be 1"),
-    "a critic's server": ("token_rewards", server_fails, "the server gave no critique"),
     "a metric that is not a number": ("shift", not_a_number, "not JSON compliant"),
 }
 
@@ -119,3 +116,28 @@ def test_in_bf16_first_ratios_far_from_1_are_a_warning_given_once():
         for error in (0.06, 0.07, float("nan")):
             train_ppo.check_first_ratio(error, bf16=True)
     assert len(given) == 1 and "first_ratio_error" in str(given[0].message)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "shown"),
+    [
+        (KeyboardInterrupt(), 130, "the same command resumes"),
+        (torch.OutOfMemoryError("CUDA out of memory"), 2, "--per_device_train_batch_size"),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "free some space"),
+        (SafetensorError("I/O error: File too large (os error 27)"), 2, "free some space"),
+    ],
+)
+def test_what_may_befall_any_stage_ends_it_with_a_sentence(error, code, shown, capsys):
+    @friendly_errors()
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == code and shown in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EACCES, "a"), SafetensorError("b"), ValueError()])
+def test_other_errors_keep_their_traceback(error):
+    with pytest.raises(type(error)), friendly_errors():
+        raise error

@@ -1,5 +1,7 @@
 """Killed at any moment and run again, a run ends as one that was never stopped, bit for bit."""
 
+import errno
+import fcntl
 import json
 import os
 import random
@@ -18,6 +20,7 @@ from safetensors.torch import load_file, save_file
 import train_ppo
 from t2g import checkpoint, policy
 from t2g.log import read_jsonl
+from t2g.tasks import toy
 
 pytestmark = pytest.mark.usefixtures("posts")
 STEPS = 6
@@ -26,6 +29,14 @@ FLAGS = (
     "--eval_samples", 2, "--num_ppo_epochs", 2, "--response_length", 12, "--save_steps", 2, "--kl_target", 0.5,
     "--kl_horizon", 20,
 )  # fmt: skip
+
+
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
+def exhaust_memory(*_, **__):
+    torch.empty(2**60)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +50,8 @@ def start(model, tokenizer, tmp_path_factory):
 
 @pytest.fixture
 def flags(start, tmp_path):
-    """The flags of a run in tmp_path/ppo."""
+    """The flags of a run in tmp_path/ppo, an empty folder, as a run leaves it that dies at once."""
+    (tmp_path / "ppo").mkdir()
     return [*FLAGS, "--policy", start, "--output_dir", tmp_path / "ppo"]
 
 
@@ -70,7 +82,7 @@ def whole(start, tmp_path_factory):
 def stopped(whole, flags):
     """The folder of the same run, stopped before its last checkpoint."""
     folder = flags[-1]
-    shutil.copytree(whole, folder)
+    shutil.copytree(whole, folder, dirs_exist_ok=True)
     (folder / "result.json").unlink()
     shutil.rmtree(folder / f"checkpoint-{STEPS}")
     config = json.loads((folder / "config.json").read_text())
@@ -80,14 +92,9 @@ def stopped(whole, flags):
 
 def test_held_out_prompts_are_shown_before_the_first_update_and_after_each(whole):
     rows = [row for row in read_jsonl(whole / "samples.jsonl") if row["heldout"]]
-    assert sorted({row["step"] for row in rows}) == list(range(STEPS + 1))
-    kl = {
-        step: [t["kl"] for r in rows if r["step"] == step for t in r["tokens"]] for step in (0, 6)
-    }
-    assert set(kl[0]) == {0} and any(kl[6]), "policy and reference are one at the start"
-    assert {tuple(token) for row in rows for token in row["tokens"]} == {
-        ("text", "delta", "kl", "value")
-    }
+    kl = {row["step"]: [token["kl"] for token in row["tokens"]] for row in rows}
+    assert sorted(kl) == list(range(STEPS + 1))
+    assert set(kl[0]) == {0} and any(kl[STEPS]), "policy and reference are one at the start"
 
 
 @pytest.mark.parametrize("times", [3, pytest.param(10, marks=pytest.mark.slow)])
@@ -123,10 +130,27 @@ def test_sigterm_saves_and_stops(flags, whole, tmp_path):
     assert output_of(tmp_path / "ppo") == output_of(whole)
 
 
-def test_a_finished_run_is_moved_aside_and_not_resumed(whole, flags, tmp_path):
-    shutil.copytree(whole, tmp_path / "ppo")
-    code, printed = run(*flags, "--max_steps", 1)
-    assert code == 0 and "moved to" in printed and (tmp_path / "ppo.1" / "result.json").is_file()
+@pytest.mark.parametrize("moment", ["in the last save", "in the last measurement"])
+def test_sigterm_after_the_last_step_ends_the_run_too(flags, whole, tmp_path, monkeypatch, moment):
+    handlers, save, evaluate = [], checkpoint.save_checkpoint, train_ppo.evaluate
+
+    def save_and_receive(*args):
+        save(*args)
+        if moment == "in the last save" and args[-1]["step"] == STEPS:
+            signal.raise_signal(signal.SIGTERM)
+
+    def note_handler(*args, **options):
+        handlers.append(signal.getsignal(signal.SIGTERM))
+        return evaluate(*args, **options)
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", save_and_receive)
+    monkeypatch.setattr(train_ppo, "evaluate", note_handler)
+    code, _ = run(*flags)
+    if moment == "in the last save":
+        assert code == 143 and not (tmp_path / "ppo" / "result.json").exists()
+        assert run(*flags)[0] == 0 and output_of(tmp_path / "ppo") == output_of(whole)
+    else:  # all is saved, so the default handler may end the process at once
+        assert handlers == [signal.SIG_DFL] * 2
 
 
 def test_only_the_last_checkpoints_are_kept(whole):
@@ -137,13 +161,24 @@ def test_only_the_last_checkpoints_are_kept(whole):
     assert set(meta["versions"]) == {"python", "torch", "transformers"}
 
 
-def test_a_named_checkpoint_is_resumed_and_later_ones_are_moved_aside(whole, flags, tmp_path):
-    shutil.copytree(whole, tmp_path / "ppo")
-    named = ["--resume", tmp_path / "ppo" / "checkpoint-4", "--save_total_limit", 9]
-    code, printed = run(*flags, *named)
-    assert code == 0 and "resuming after step 4" in printed
-    assert (tmp_path / "ppo" / "left-1" / "checkpoint-6").is_dir()
-    assert output_of(tmp_path / "ppo") == output_of(whole)
+def test_a_named_checkpoint_is_gone_back_to_once(whole, flags, tmp_path, monkeypatch):
+    """Later checkpoints are moved aside. The same command, after a kill, resumes what it began."""
+    folder = tmp_path / "ppo"
+    shutil.copytree(whole, folder, dirs_exist_ok=True)
+    flags += ["--resume", folder / "checkpoint-4", "--save_total_limit", 9, "--save_steps", 1]
+    updates = iter([train_ppo.update, interrupt])
+    with monkeypatch.context() as patch:
+        patch.setattr(train_ppo, "update", lambda *batch: next(updates)(*batch))
+        assert run(*flags)[0] == 130
+    assert (folder / "left-1" / "checkpoint-6").is_dir()
+    code, printed = run(*flags)
+    assert code == 0 and "resuming after step 5" in printed
+    assert not (folder / "left-2").exists() and output_of(folder) == output_of(whole)
+    more = [*flags, "--resume", folder / "checkpoint-6", "--max_steps"]
+    code, printed = run(*more, 4)
+    assert code == 2 and "raise it" in printed and output_of(folder) == output_of(whole)
+    assert run(*more, 7)[0] == 0
+    assert [row["step"] for row in read_jsonl(folder / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6, 7]
 
 
 @pytest.mark.parametrize(
@@ -156,15 +191,15 @@ def test_a_named_checkpoint_is_resumed_and_later_ones_are_moved_aside(whole, fla
 )
 def test_other_flags_or_none_begin_anew(stopped, flags, other, shown):
     code, printed = run(*flags, *other, "--max_steps", 1)
-    assert code == 0 and shown in printed and "moved to" in printed
-    assert "resuming" not in printed
+    assert code == 0 and shown in printed and "resuming" not in printed
+    aside = stopped.with_name("ppo.1")
+    assert f"moved to {aside}" in printed and (aside / "checkpoint-4").is_dir()
 
 
 @pytest.mark.parametrize(
     "other",
     [
-        ("--gradient_checkpointing",),
-        ("--save_steps", 3, "--save_total_limit", 5, "--eval_samples", 1),
+        ("--gradient_checkpointing", "--save_steps", 3, "--save_total_limit", 5),
         ("--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 2),
     ],
 )
@@ -182,14 +217,9 @@ def test_a_path_may_be_spelt_differently_and_the_run_may_be_moved(
     assert code == 0 and "resuming after step 4" in printed
 
 
-def test_an_empty_folder_is_used(flags, tmp_path):
-    """A run that was killed before its first step leaves one."""
-    (tmp_path / "ppo").mkdir()
-    assert run(*flags, "--max_steps", 1)[0] == 0
-
-
 def test_another_kl_coef_is_used_and_the_old_flags_are_kept(stopped, flags):
-    assert run(*flags, "--resume", stopped / "checkpoint-4", "--kl_coef", 0.5)[0] == 0
+    other = ["--resume", stopped / "checkpoint-4", "--kl_coef", 0.5]
+    assert run(*flags, *other)[0] == 0
     assert read_jsonl(stopped / "metrics.jsonl")[4]["kl_coef"] == 0.5
     assert json.loads((stopped / "left-1" / "config.json").read_text())["kl_coef"] == 0.15
 
@@ -203,20 +233,40 @@ def test_a_damaged_file_is_named(stopped, flags, name, damage):
     assert code == 2 and f"{name} is damaged" in printed and "--resume none" in printed
 
 
-@pytest.mark.parametrize("changed", ["prompt", "reference"])
-def test_other_data_are_refused(stopped, flags, monkeypatch, changed):
-    """Other references too: they may be what the critic goes by."""
-    hashed = checkpoint.hash_of
-    other = [lambda examples: hashed([e._replace(**{changed: "another"}) for e in examples])]
-    monkeypatch.setattr(checkpoint, "hash_of", other[0])
+@pytest.mark.parametrize("changed", ["prompt", "reference", None])
+def test_other_data_are_refused_unless_a_checkpoint_is_named(stopped, flags, monkeypatch, changed):
+    """Other references too, for a critic may read them. None: rows were taken out of the data."""
+    load = toy.load
+
+    def other(args):
+        train, heldout = load(args)
+        first = [train[0]._replace(**{changed: "another"})] if changed else []
+        return [*first, *train[1:]], heldout
+
+    monkeypatch.setattr(toy, "load", other)
     code, printed = run(*flags)
     assert code == 2 and "other data" in printed and "--resume none" in printed
+    code, printed = run(*flags, "--resume", stopped / "checkpoint-4")
+    assert code == 0 and "goes on with the new ones" in printed
+
+
+def test_a_prompt_that_does_not_fit_is_found_before_training(flags, monkeypatch, tmp_path):
+    load = toy.load
+
+    def with_a_long_row(args):
+        train, heldout = load(args)
+        return [*train, train[0]._replace(prompt="Ana is 27. " * 99)], heldout[:2]
+
+    monkeypatch.setattr(toy, "load", with_a_long_row)
+    code, printed = run(*flags)
+    assert code == 2 and "exceed the model's context" in printed
+    assert not any((tmp_path / "ppo").iterdir())
 
 
 @pytest.mark.parametrize("harm", ["truncated", "another model", "no meta", "no state file"])
 def test_an_invalid_checkpoint_is_refused_and_nothing_is_lost(stopped, flags, harm):
     state = stopped / "checkpoint-4" / "state"
-    file = state / checkpoint.state_file(0, 1)
+    (file,) = checkpoint.state_files(state.parent, 1)
     if harm == "truncated":
         file.write_bytes(file.read_bytes()[:-100])
     elif harm == "another model":
@@ -248,14 +298,6 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_loses_nothing(
     assert run(*flags)[0] == 0 and output_of(stopped) == output_of(whole)
 
 
-def interrupt(*_, **__):
-    raise KeyboardInterrupt
-
-
-def exhaust_memory(*_, **__):
-    torch.empty(2**60)
-
-
 @pytest.mark.parametrize(
     ("failing", "code", "shown"),
     [(interrupt, 130, "same command"), (exhaust_memory, 2, "--per_device_train_batch_size")],
@@ -264,6 +306,19 @@ def test_ctrl_c_and_exhausted_memory_end_with_a_sentence(flags, monkeypatch, fai
     monkeypatch.setattr(train_ppo, "sample", failing)
     ended, printed = run(*flags)
     assert ended == code and shown in printed and "Traceback" not in printed
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EINVAL])
+def test_a_file_system_without_locks_or_fsync_is_warned_of(flags, monkeypatch, number):
+    def lacking(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", lacking)
+    monkeypatch.setattr(os, "fsync", lacking)
+    with pytest.warns(UserWarning, match="this file system has no") as given:
+        assert run(*flags, "--max_steps", 1)[0] == 0
+    texts = {str(warning.message).split(":")[0] for warning in given}
+    assert {f"this file system has no {what}" for what in ("locks", "fsync")} <= texts
 
 
 @pytest.fixture

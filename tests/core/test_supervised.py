@@ -3,6 +3,7 @@
 import argparse
 import copy
 import itertools
+import os
 import random
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from t2g import adapters, checkpoint, cli, supervised
+from t2g import checkpoint, cli, supervised
 from t2g.critics import fitting_prompt
 from t2g.feedback import reward_prompt
 from t2g.folder import lock
@@ -130,32 +131,31 @@ def test_a_stopped_run_resumes_to_the_same_bits(finetune, tmp_path, monkeypatch,
     assert bits[0] == bits[1]
 
 
-def write_state(folder, model):
-    """As if the run had been stopped after step 5."""
-    checkpoint.save(folder / "state.safetensors", model, step=5, best_step=0, best_loss=9.0)
-
-
-def test_another_run_in_the_same_folder_starts_from_scratch(fresh, finetune, tmp_path):
-    finetune()
-    for aside, changed in (("run.1", {"learning_rate": 2e-3}), ("run.2", {"pairs": PAIRS[::-1]})):
-        write_state(tmp_path / "run", fresh()[1])
-        finetune(**changed)
-        assert (tmp_path / aside).is_dir()
-        assert len(read_jsonl(tmp_path / "run" / "metrics.jsonl")) == 8
-
-
-def test_a_run_that_was_killed_after_its_checkpoint_can_be_finished(fresh, finetune, tmp_path):
+@pytest.fixture
+def stop_again(fresh, finetune, tmp_path):
+    """Trains, and leaves the folder as a run that was killed after its checkpoint."""
     saved = finetune()
-    write_state(tmp_path / "run", fresh()[1])
-    assert finetune() == saved
+    state = dict(step=5, best_step=0, best_loss=9.0)
+    checkpoint.save(tmp_path / "run" / "state.safetensors", fresh()[1], **state)
+    return saved
+
+
+@pytest.mark.parametrize("changed", [{"learning_rate": 2e-3}, {"pairs": PAIRS[::-1]}, {}])
+def test_the_same_run_is_finished_and_another_one_starts_from_scratch(
+    stop_again, finetune, tmp_path, changed
+):
+    assert finetune(**changed) == stop_again
+    assert (tmp_path / "run.1").is_dir() == bool(changed)
     assert len(read_jsonl(tmp_path / "run" / "metrics.jsonl")) == 8
     assert not (tmp_path / "run" / "state.safetensors").exists()
 
 
 def test_two_processes_cannot_train_in_one_folder(finetune, tmp_path, capsys):
     (tmp_path / "run").mkdir()
-    with lock(tmp_path / "run"), pytest.raises(SystemExit):
+    handle = lock(tmp_path / "run")
+    with pytest.raises(SystemExit):
         finetune()
+    os.close(handle)
     assert "another process" in capsys.readouterr().err
 
 
@@ -174,10 +174,9 @@ def test_the_best_model_is_saved_and_a_run_without_progress_stops_early(fresh, f
     assert_close(loss, losses[best])
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_adapters_are_merged_into_a_plain_model(fresh, finetune, optimizer):
+def test_adapters_are_merged_into_a_plain_model(fresh, finetune):
     before = fresh()[1].state_dict()
-    saved = finetune(lora_r=4, optimizer=optimizer)
+    saved = finetune(lora_r=4, optimizer="muon")
     after = AutoModelForCausalLM.from_pretrained(saved).state_dict()
     assert after.keys() == before.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -205,20 +204,6 @@ def test_texts_that_are_too_long_are_dropped_and_counted(fresh, finetune, capsys
     with pytest.raises(SystemExit):
         finetune(max_length=3, folder="none")
     assert "--max_length" in capsys.readouterr().err
-
-
-def test_a_state_that_is_damaged_or_of_another_model_is_refused(fresh, tmp_path, capsys):
-    _, model = fresh()
-    path = tmp_path / "state.safetensors"
-    checkpoint.save(path, model, step=1)
-    assert checkpoint.load(path, model) == {"step": 1}
-    with pytest.raises(SystemExit):
-        checkpoint.load(path, adapters.added(model, flags("nowhere", lora_r=2)))
-    assert "another model" in capsys.readouterr().err
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(SystemExit):
-        checkpoint.load(path, fresh()[1])
-    assert str(path) in capsys.readouterr().err
 
 
 def test_a_long_prompt_is_shortened_in_its_middle_and_nowhere_else(fresh):
