@@ -40,6 +40,7 @@ REFUSED = {  # by machine: its architecture and the calls socket, chmod, fchmod,
     "x86_64": (0xC000003E, 41, 90, 91, 268, 452, 29, 64, 68, 240, 248, 249, 250, 425, 426, 427),
     "aarch64": (0xC00000B7, 198, 52, 53, 452, 194, 190, 186, 180, 217, 218, 219, 425, 426, 427),
 }
+PRLIMIT = {"x86_64": 302, "aarch64": 261}
 SIGNALS = {  # kill, tkill, tgkill, rt_sigqueueinfo, rt_tgsigqueueinfo, pidfd_send_signal
     "x86_64": (62, 200, 234, 129, 297, 424),
     "aarch64": (129, 130, 131, 138, 240, 424),
@@ -204,7 +205,7 @@ def restrict_files(box) -> int:
 
 
 def refuse_calls(signals: bool):
-    """Installs a seccomp filter against the calls in REFUSED, and against those that send signals.
+    """Installs a seccomp filter against REFUSED, SIGNALS, and limits for other processes.
 
     The filter is a program for the kernel: (operation, steps to skip if true, if false, operand).
     """
@@ -213,11 +214,12 @@ def refuse_calls(signals: bool):
         return
     architecture, *numbers = REFUSED[machine]
     numbers += SIGNALS[machine] if signals else ()
-    last = len(numbers) + 5  # the step that refuses
+    last = len(numbers) + 8  # the step that refuses
     load, equal, at_least, answer = 0x20, 0x15, 0x35, 0x06
     steps = [(load, 0, 0, 4), (equal, 0, last - 2, architecture)]  # built for another machine?
     steps += [(load, 0, 0, 0), (at_least, last - 4, 0, 0x40000000)]  # the numbers of x32?
     steps += [(equal, last - 1 - at, 0, number) for at, number in enumerate(numbers, 4)]
+    steps += [(equal, 0, 2, PRLIMIT[machine]), (load, 0, 0, 16), (equal, 0, 1, 0)]  # of itself?
     steps += [(answer, 0, 0, 0x7FFF0000), (answer, 0, 0, 0x00050001)]  # allow; refuse with EPERM
     program = ctypes.create_string_buffer(b"".join(pack("HBBI", *step) for step in steps))
     prctl(SECCOMP, 2, pack("HxxxxxxQ", len(steps), ctypes.addressof(program)))

@@ -405,7 +405,12 @@ if os.getuid() >= 61184:  # a user that no other process has
     except OSError: pass
 print("alive")
 """
-OWN_CHILD = "import subprocess\nsubprocess.Popen(['sleep', '5']).kill()"
+OWN_CHILD = "import subprocess\nchild = subprocess.Popen(['sleep', '5'])\nchild.kill()"
+LIMIT = """
+import resource
+resource.setrlimit(resource.RLIMIT_STACK, resource.getrlimit(resource.RLIMIT_STACK))
+resource.prlimit(child.pid, resource.RLIMIT_CPU, (0, 0))
+"""
 
 
 @pytest.fixture
@@ -422,6 +427,8 @@ def test_signals_reach_no_other_process(confined, bystander):
     assert confined(program).stdout == "alive\n"
     assert bystander.poll() is None
     assert confined(OWN_CHILD).passed
+    result = confined(OWN_CHILD.replace("child.kill()", LIMIT))
+    assert result.reason.startswith("PermissionError") and "resource.prlimit" in result.stderr
 
 
 @pytest.fixture
