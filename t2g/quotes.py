@@ -135,8 +135,7 @@ def _closest(text, quote):
     if not match or match.dest_start == match.dest_end:
         return None
     # The match may cut words: compare the windows that start and end one word before or after it.
-    cuts = [i for i in range(len(text) + 1) if not _inside_word(text, i)]
-    words = [(start, end) for start, end in itertools.pairwise(cuts) if _in_words(text[start])]
+    words = _words(text)
     first = sum(end <= match.dest_start for _, end in words)
     behind = sum(start < match.dest_end for start, _ in words)
     starts, ends = words[max(first - 1, 0) : first + 2], words[max(behind - 2, 0) : behind + 1]
@@ -146,6 +145,13 @@ def _closest(text, quote):
     if not windows and any(map(_in_words, text[match.dest_start : match.dest_end])):
         return match.dest_start, match.dest_end
     return max(windows, key=lambda window: fuzz.ratio(quote, text[slice(*window)]), default=None)
+
+
+@lru_cache(maxsize=32)
+def _words(text) -> list[tuple[int, int]]:
+    """The ranges of the words of a text, in order."""
+    cuts = [i for i in range(len(text) + 1) if not _inside_word(text, i)]
+    return [(start, end) for start, end in itertools.pairwise(cuts) if _in_words(text[start])]
 
 
 def without_space(text, start, end) -> tuple[int, int]:
