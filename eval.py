@@ -50,7 +50,7 @@ def policies(task, args) -> dict:
         tokenizer, model = policy.load(run, policy.device())
         heldout = tasks.short_enough(examples, tokenizer, args.max_prompt_length)
         heldout, length = heldout[: args.eval_samples], args.response_length
-        rows[run], _ = evaluate(task, model, tokenizer, heldout, length, args.bf16, run, args.seed)
+        rows[run] = evaluate(task, model, tokenizer, heldout, length, args.bf16, run, args.seed)
     print_table(rows)
     return rows
 

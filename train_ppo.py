@@ -99,7 +99,7 @@ def main():
             after = measure(desc="after")
             if dist.rank() == 0:
                 seconds |= {"ppo": time.perf_counter() - start}
-                run.samples.finish(args, heldout, before, after, seconds)
+                run.samples.finish(args, before, after, seconds)
 
 
 def make_models(model, args, start):

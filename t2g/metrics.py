@@ -16,23 +16,23 @@ from t2g.rollout import respond
 
 def evaluate(
     task, model, tokenizer, examples, length, bf16=False, desc=None, seed=0, respond=respond
-) -> tuple[dict, list[str]]:
+) -> dict[str, float]:
     """Scores a response to each example, sampled at temperature 1, and again greedy (_greedy).
 
     Sampling has a generator of its own, so that measuring does not change the run. respond may be
     any function with the arguments of rollout.respond().
 
-    Returns: the task's scores and eos_rate, means over examples; and the sampled texts.
+    Returns: the task's scores and eos_rate, means over examples.
     """
     generator = torch.Generator(dist.device()).manual_seed(seed)
-    prompts, means, texts = [example.prompt for example in examples], {}, {}
+    prompts, means = [example.prompt for example in examples], {}
     for suffix, temperature in (("", 1.0), ("_greedy", 0)):
         label = desc and f"{desc}, {'greedy' if suffix else 'sampled'}"
         sampling = dict(temperature=temperature, bf16=bf16, generator=generator, desc=label)
-        texts[suffix], finished = respond(model, tokenizer, prompts, length, **sampling)
-        scores = mean_scores(task, examples, texts[suffix]) | {"eos_rate": float(np.mean(finished))}
+        texts, finished = respond(model, tokenizer, prompts, length, **sampling)
+        scores = mean_scores(task, examples, texts) | {"eos_rate": float(np.mean(finished))}
         means |= {name + suffix: mean for name, mean in scores.items()}
-    return means, texts[""]
+    return means
 
 
 def mean_scores(task, examples, texts) -> dict[str, float]:

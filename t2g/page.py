@@ -1,15 +1,13 @@
 """The page of runs of train_ppo.py: one HTML file, made from their folders, without network.
 
 It shows the tokens of sampled responses coloured by delta or another of their numbers, with the
-critique and its quotes; whether the criticised tokens moved; held-out prompts before and after
-training; and the curves. Texts of models are shown as text, never as markup.
+critique and its quotes; whether the criticised tokens moved; the scores on held-out prompts before
+and after training; and the curves. Texts of models are shown as text, never as markup.
 
 Every run writes its own page.html; `python eval.py page RUN ...` puts several runs on one page.
 """
 
 import json
-import re
-from difflib import SequenceMatcher
 from pathlib import Path
 
 from t2g import dist, tasks
@@ -19,14 +17,14 @@ from t2g.feedback import Feedback, quoted
 from t2g.folder import RESUME_IGNORES
 from t2g.log import METRICS, read_json, read_jsonl, truncate, write_json, write_text
 
-STEPS_SHOWN, SAMPLES_PER_STEP, HELDOUT_SHOWN, GROUPS_SHOWN = 12, 4, 6, 4
+STEPS_SHOWN, SAMPLES_PER_STEP, GROUPS_SHOWN = 12, 4, 4
 SHIFTS = ("shift_good", "shift_rest", "shift_poor")
 MEANS = (*SHIFTS, "shift_poor_above", "shift_good_below", "shift_rank")  # over the steps of a run
 CURVES = (
     *("reward", "kl", "entropy", "tokens_good", "tokens_poor", "response_tokens", "eos_rate"),
     *("approx_kl", "clipfrac", "value_explained", "unparsable", "quotes_lost"),
 )
-FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "heldout.jsonl", "result.json")
+FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "result.json")
 NO_SETTING = RESUME_IGNORES | {"seed", "batch_size"}  # the latter follows from other settings
 
 
@@ -69,25 +67,19 @@ class Samples:
         with open(self.folder / "samples.jsonl", "a", encoding="utf-8") as file:
             file.write(lines)
 
-    def finish(self, args, heldout, before, after, seconds):
-        """Writes result.json, heldout.jsonl and the page, and prints the results.
+    def finish(self, args, before, after, seconds):
+        """Writes result.json and the page, and prints the results.
 
-        Args: before and after, scores and texts of metrics.evaluate(); seconds, of each stage.
+        Args: before and after, scores of metrics.evaluate(); seconds, of each stage.
         """
         seconds = {stage: round(number, 1) for stage, number in seconds.items()}
-        (scores, texts), (scores_after, texts_after) = before, after
         page = str(Path(args.output_dir) / "page.html")
-        result = {"before": scores, "after": scores_after, "seconds": seconds, "page": page}
-        lines = ""
-        for example, a, b in zip(heldout, texts, texts_after):
-            row = {"prompt": example.prompt, "before": a, "after": b}
-            lines += json.dumps(row, ensure_ascii=False) + "\n"
-        write_text(self.folder / "heldout.jsonl", lines)
+        result = {"before": before, "after": after, "seconds": seconds, "page": page}
         write_json(self.folder / "result.json", result)
         write_page(self.folder / "page.html", [self.folder])
         print(f"\n{'held-out prompts':24}{'before':>10}{'after':>10}")
-        for name in scores:
-            print(f"{name:24}{scores[name]:10.3f}{scores_after[name]:10.3f}")
+        for name in before:
+            print(f"{name:24}{before[name]:10.3f}{after[name]:10.3f}")
         print(f"\npolicy: {args.output_dir}/checkpoint-{args.max_steps}\npage:   {page}")
         print(json.dumps(result))
 
@@ -190,14 +182,12 @@ def group_data(runs, names) -> dict:
     for name in first["result"]["after"]:
         before, after = ([run["result"][w][name] for run in runs] for w in ("before", "after"))
         result[name] = [mean_and_seeds(before), mean_and_seeds(after)]
-    heldout = first["heldout"][:HELDOUT_SHOWN]
     return {
         "seeds": [run["config"]["seed"] for run in runs],
         "result": result,
         "curves": curves,
         "means": means,
         "samples": first["samples"],
-        "heldout": [row | changed_words(row["before"], row["after"]) for row in heldout],
     }
 
 
@@ -205,22 +195,6 @@ def mean_and_seeds(values) -> list[float]:
     """Returns [mean], or [mean, each value] of several runs, to five digits."""
     numbers = [sum(values) / len(values), *(values if len(values) > 1 else ())]
     return [float(f"{number:.5g}") for number in numbers]
-
-
-def changed_words(before, after) -> dict[str, list]:
-    """Splits both texts into pieces [text, changed]: words that the other text lacks are changed.
-
-    >>> changed_words("Ana is 27, in Porto.", "Ana is 41, in Porto.")["after"]
-    [['Ana is', False], [' 41', True], [', in Porto.', False]]
-    """
-    old, new = (re.findall(r"\s*(?:\w+|[^\w\s])", text) for text in (before, after))
-    plain = ([word.strip() for word in words] for words in (old, new))
-    pieces = {"before": [], "after": []}
-    for change, a, b, c, d in SequenceMatcher(None, *plain, autojunk=False).get_opcodes():
-        for when, words in (("before", old[a:b]), ("after", new[c:d])):
-            if words:
-                pieces[when].append(["".join(words), change != "equal"])
-    return pieces
 
 
 def spread(count, n) -> list[int]:

@@ -64,7 +64,7 @@ def main():
         heldout, length = heldout[: args.eval_samples], args.response_length
         way = partial(reflect, examples=heldout, critic=critic)
         options = dict(bf16=args.bf16, desc=run, seed=args.seed, respond=way)
-        scores[run], _ = evaluate(task, model, tokenizer, heldout, length, **options)
+        scores[run] = evaluate(task, model, tokenizer, heldout, length, **options)
     print(json.dumps(scores))
 
 

@@ -14,12 +14,12 @@ import torch
 import train_ppo
 from t2g.feedback import Feedback
 from t2g.log import read_jsonl, write_json
-from t2g.page import CURVES, HELDOUT_SHOWN, MEANS, SHIFTS, Samples, quotes_with_tokens, write_page
+from t2g.page import CURVES, MEANS, SHIFTS, Samples, quotes_with_tokens, write_page
 from t2g.score import Scores
 from t2g.tasks import toy
 
 EVIL = "<script>alert(1)</script>"
-STEPS, PER_STEP, WATCHED = (1, 2, 4), 2, (0, 4)
+STEPS, WATCHED = (1, 2, 4), (0, 4)
 METRICS = (*MEANS, *toy.METRICS, *CURVES)
 TOKENS = {  # with their delta
     **{EVIL: -1.0, " &amp; 東京": 1.0, " is": 0.0, " 27": -1.0, " years": -1.0},
@@ -98,11 +98,9 @@ def make_run(folder, **settings):
                 tokens[-1]["shift"] = len(text) / 9
         return {"step": step, "tokens": tokens, **marks, **more}
 
-    samples = [sample("step", step) for step in STEPS for _ in range(PER_STEP)]
-    samples[-1] = {"step": 4, "prompt": "", "tokens": [], "critique": None, "good": [], "poor": []}
+    samples = [sample("step", n, prompt=p * 600) for n in STEPS for p in ("s", "long")]
+    samples[-1] |= {"tokens": [], "critique": None, "good": [], "poor": []}
     write("samples.jsonl", samples + [sample("held", step, heldout=True) for step in WATCHED])
-    prompts = ["s" * 600, "l" * 601, *(f"{i} {EVIL}" for i in range(7))]
-    write("heldout.jsonl", [{"prompt": p, "before": EVIL, "after": "fine"} for p in prompts])
     return folder
 
 
@@ -140,8 +138,7 @@ def test_runs_that_differ_only_in_seed_and_place_form_a_group(runs, tmp_path):
         assert steps == [1, 2, 4], "without a step at which the runs lack the metric"
         for mean, *seeds in [*group["result"]["perfect"], group["means"]["shift_rank"]]:
             assert len(seeds) == 3 and mean == pytest.approx(sum(seeds) / 3, rel=1e-3)
-        assert len(group["samples"]) == len(STEPS) * PER_STEP + len(WATCHED)
-        assert len(group["heldout"]) == HELDOUT_SHOWN
+        assert len(group["samples"]) == 2 * len(STEPS) + len(WATCHED)
 
 
 def test_one_run_is_shown_under_its_main_settings(runs, tmp_path):
@@ -312,7 +309,7 @@ def test_a_browser_shows_it_without_an_error(runs, count, tmp_path):
     assert EVIL not in body and "&lt;script&gt;alert(1)" in body and "severe &lt;script" in body
     assert picture.stat().st_size > 60_000, "an empty page of this size makes a picture of 14 kB"
     assert seen["overflow"] == [1280, 0]
-    assert seen["details"] == [[True, 601]], "the one prompt that is too long to stand in full"
+    assert seen["details"] == [[True, 2400]], "the one prompt that is too long to stand in full"
 
     assert seen["open"] == [["After step 0 of 4", "held0"], "heldout"]
     assert seen["moved"] == ["After step 4 of 4", "held4"]

@@ -64,7 +64,7 @@ def output_of(folder) -> tuple:
     """Metrics without those of the clock and of memory, samples, and weights."""
     rows = read_jsonl(folder / "metrics.jsonl")
     rows = [{k: row[k] for k in row if "seconds" not in k and "memory" not in k} for row in rows]
-    samples = [(folder / name).read_text() for name in ("samples.jsonl", "heldout.jsonl")]
+    samples = (folder / "samples.jsonl").read_text()
     last = policy.latest_checkpoint(folder)
     files = ("model.safetensors", "value_head/value_head.safetensors")
     return rows, samples, [(last / name).read_bytes() for name in files]
