@@ -5,6 +5,8 @@ unreadable. It exchanges only text with the policy, so a reward model may have a
 own. The scalar critic in extras/baselines returns numbers instead of Feedback.
 """
 
+import math
+
 from tqdm import tqdm
 
 from t2g import dist, policy
@@ -68,9 +70,12 @@ def warning(critic):
     def warning_critic(examples, responses):
         nonlocal warned
         feedback = critic(examples, responses)
-        fits = all(one is None or isinstance(one, Feedback | float) for one in feedback)
-        if not fits or len(feedback) != len(responses):
-            fail("the critic must return a Feedback, None or a float for each response")
+        if len(feedback) != len(responses):
+            fail(f"the critic returned {len(feedback)} values for {len(responses)} responses")
+        for one in feedback:
+            finite = isinstance(one, float) and math.isfinite(one)
+            if not (one is None or finite or isinstance(one, Feedback)):
+                fail(f"the critic returned {one!r}, not a Feedback, a finite float or None")
         if not warned and all(one is None for one in feedback):
             warned = True
             cause = "check --critique_length and whether train_rm.py made --reward_model"

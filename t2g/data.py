@@ -7,13 +7,12 @@ counted on the console.
 
 import gzip
 import importlib
-import json
 import random
 from collections import Counter
 from pathlib import Path
 
 from t2g.cli import fail
-from t2g.log import read_jsonl
+from t2g.log import parse_json, read_jsonl
 
 HELDOUT_SHARE = 0.2
 ENDINGS = (".jsonl", ".json", ".parquet")
@@ -33,7 +32,10 @@ def read_rows(data: str, split="train"):
             return needed("pyarrow.parquet", "a .parquet file").read_table(path).to_pylist()
         opened = gzip.open if path.suffix == ".gz" else open
         with opened(path, "rt", encoding="utf-8") as file:
-            return json.load(file)
+            rows, replaced = parse_json(file.read())
+        if replaced:
+            print(f"{data} contains half surrogate pairs; each becomes a ?")
+        return rows
     except (OSError, EOFError, ValueError) as error:
         fail(f"{data} cannot be read: {error}")
 

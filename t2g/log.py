@@ -139,20 +139,40 @@ def read_jsonl(path) -> list[dict]:
     """Returns the objects of a .jsonl or .jsonl.gz file. Fails at a line that is not one."""
     if not Path(path).is_file():
         fail(f"there is no file {path}")
-    rows, number = [], 0
+    rows, number, replaced = [], 0, 0
     opened = gzip.open if Path(path).suffix == ".gz" else open
     try:
         with opened(path, "rt", encoding="utf-8", newline="\n") as file:
             for number, line in enumerate(file, 1):  # noqa: B007 (the error below names it)
                 if line.strip():
-                    rows.append(json.loads(line))
-                    if not isinstance(rows[-1], dict):
+                    row, broken = parse_json(line)
+                    if not isinstance(row, dict):
                         raise ValueError("it is another value")
+                    rows.append(row)
+                    replaced += broken
     except (OSError, EOFError, UnicodeDecodeError) as error:
         fail(f"{path} cannot be read as UTF-8 text: {error}")
     except ValueError as error:
         fail(f"line {number} of {path} is not a JSON object: {error}")
+    if replaced:
+        print(f"{replaced} rows of {path} contain half a surrogate pair, which becomes a ?")
     return rows
+
+
+def parse_json(text: str):
+    """Parses JSON, and returns whether it contains half a surrogate pair, such as half an emoji.
+
+    Each half becomes a question mark, because no tokenizer or file accepts it.
+
+    >>> parse_json(r'"Lyon \\ud83d"')
+    ('Lyon ?', True)
+    """
+    value = json.loads(text)
+    if "\\ud" not in text.lower():
+        return value, False
+    dumped = json.dumps(value, ensure_ascii=False)
+    valid = dumped.encode(errors="replace").decode()
+    return json.loads(valid), valid != dumped
 
 
 def peak_memory_gib() -> float:

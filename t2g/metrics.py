@@ -8,6 +8,7 @@ import torch
 
 from t2g import dist
 from t2g.align import MATCH_KINDS
+from t2g.cli import fail
 from t2g.feedback import Feedback
 from t2g.log import peak_memory_gib
 from t2g.ppo import masked_mean, masked_variance
@@ -36,8 +37,13 @@ def evaluate(
 
 
 def mean_scores(task, examples, texts) -> dict[str, float]:
-    """Returns the task's scores, averaged over responses."""
+    """Returns the task's mean scores. Fails if one is missing or not finite."""
     scores = [task.score(example, text) for example, text in zip(examples, texts)]
+    for name in task.METRICS:
+        for value in [score.get(name) for score in scores]:
+            if value is None or not np.isfinite(float(value)):
+                rule = "each name in METRICS needs a finite number"
+                fail(f"score() of the task returned {name} = {value}; {rule}")
     return {name: float(np.mean([score[name] for score in scores])) for name in task.METRICS}
 
 

@@ -49,11 +49,9 @@ def test_a_quote_grows_word_by_word_to_the_left_until_it_is_unique(text, place, 
     [
         ("def critic(task, args:", "not valid Python"),
         ("x = 1", "must define critic"),
-        (
-            "critic = lambda task, args: lambda examples, texts: [1] * len(texts)",
-            "for each response",
-        ),
-        ("critic = lambda task, args: lambda examples, texts: [None]", "for each response"),
+        ("critic = lambda *_: lambda *_: [1, 1]", "returned 1, not"),
+        ("critic = lambda *_: lambda *_: [1.0, float('nan')]", "returned nan"),
+        ("critic = lambda *_: lambda *_: [None]", "1 values for 2 responses"),
     ],
 )
 def test_a_faulty_critic_file_ends_with_one_sentence(source, named, tmp_path, capsys):

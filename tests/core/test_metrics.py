@@ -1,5 +1,7 @@
 """Did the criticised tokens move? And the intervals of runs and of the bootstrap."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import spearmanr, ttest_1samp
 
-from t2g.metrics import bootstrapped, interval, resamples, shift
+from t2g.metrics import bootstrapped, interval, mean_scores, resamples, shift
+
+
+@pytest.mark.parametrize("score", [{"good": float("nan")}, {"godo": 1}, {"good": None}])
+def test_a_score_that_is_missing_or_not_finite_is_named(score, refused):
+    task = SimpleNamespace(METRICS={"good": "share"}, score=lambda example, text: score)
+    assert "good" in refused(mean_scores, task, ["e"], ["text"])
+    task.score = lambda example, text: {"good": text == "a", "other": float("nan")}
+    assert mean_scores(task, ["e"] * 2, ["a", "b"]) == {"good": 0.5}
 
 
 @given(st.integers(0, 2**32 - 1))

@@ -60,6 +60,14 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, name):
     assert data.read_rows(str(write(tmp_path / name, rows))) == rows
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_half_a_surrogate_pair_becomes_a_question_mark_and_is_reported(tmp_path, capsys, name):
+    rows = [{"article": "Lyon \ud83d", "n": [1.5, None]}, {"article": "Porto 😀"}]
+    read = data.read_rows(str(write(tmp_path / name, rows)))
+    assert read == [rows[0] | {"article": "Lyon ?"}, rows[1]]
+    assert "half" in capsys.readouterr().out
+
+
 DAMAGED = [  # name, content, what the sentence says
     ("a.json", b"[{", "a.json cannot be read"),
     ("a.json.gz", gzip.compress(b"[1]")[:-9], "a.json.gz cannot be read"),

@@ -129,7 +129,7 @@ def test_other_answers_need_another_file_and_prompts_must_be_shared(judge):
     assert "another --out" in judge(the_better, ["right too"], ["wrong"])[1]
     assert "1 that only one file answers" in judge(the_better, ["right"], ["wrong", "wrong"])[1]
     assert "must hold a list" in judge(the_better, [], ["wrong"])[1]
-    assert "valid characters" in judge(the_better, ["\ud800"], ["wrong"])[1]
+    assert "needs output" in judge(the_better, [None], ["wrong"])[1]
     assert "--base_url" in judge(the_better, ["right"], ["wrong"], "--base_url", "localhost")[1]
 
 
