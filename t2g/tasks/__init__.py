@@ -58,8 +58,6 @@ def add_flags(add):
     add("--task", "toy", f"{', '.join(BUILT_IN)}, or a .py file")
     add("--data", None, "examples: a .jsonl, .json or .parquet file, or a hub id NAME[:SPLIT]")
     add("--heldout_data", None, "held-out examples; a fifth of --data if not given")
-    add("--source_field", "article", "field of --data with the text to work on")
-    add("--reference_field", "abstract", "field of --data with a good response")
     add("--max_prompt_length", None, "maximum tokens of a prompt", positive(int))
     add("--bf16", False, "matrix products in bf16, weights in fp32")
     add("--seed", 0, "seed of every random choice", int)
@@ -67,9 +65,7 @@ def add_flags(add):
 
 def data_flags(args) -> list[str]:
     """Returns the flags that make an earlier stage use the same data in the same way."""
-    names = ["task", "seed", "max_prompt_length", "heldout_data"]
-    names += ["data", "source_field", "reference_field"] if args.data else []
-    names.append("bf16")
+    names = ["task", "seed", "max_prompt_length", "data", "heldout_data", "bf16"]
     own_flags = getattr(load_task(args.task), "add_flags", lambda add: None)
     own_flags(lambda name, *_, **__: names.append(name.removeprefix("--").replace("-", "_")))
     words = []

@@ -47,6 +47,11 @@ DEFAULTS = {
 }
 
 
+def add_flags(add):
+    add("--source_field", "article", "field of --data with the text to summarise")
+    add("--reference_field", "abstract", "field of --data with a human summary")
+
+
 def load(args):
     def reader(rows, name):
         if data.has(rows, *SLF5K):

@@ -29,20 +29,23 @@ PLANS = (
     "climb a hill,plant a tree,build a shed,study law,adopt a dog,bake a cake,fix a roof,"
     "join a choir,keep bees"
 ).split(",")
-FACTS = ("name", "age", "job", "city", "relation", "plan")
-VALUES = dict(zip(FACTS, (NAMES, [str(n) for n in range(20, 80)], JOBS, CITIES, RELATIONS, PLANS)))
-PHRASES = {  # how a summary states each fact; the value comes last
-    "name": "{}",
-    "age": " is {}",
-    "job": ", works as a {}",
-    "city": ", lives in {}",
-    "relation": ", misses a {}",
-    "plan": ", plans to {}",
+
+
+class Fact(NamedTuple):
+    values: list[str]
+    phrase: str  # how a summary states it; the value comes last
+    clause: str | None  # the pattern of a clause that states it; the group is the value
+    vague: str
+
+
+FACTS = {
+    "name": Fact(NAMES, "{}", None, "Someone"),
+    "age": Fact([str(n) for n in range(20, 80)], " is {}", r"\S* is (.+)", "grown up"),
+    "job": Fact(JOBS, ", works as a {}", r"works as an? (.+)", "professional"),
+    "city": Fact(CITIES, ", lives in {}", r"lives in (.+)", "some place"),
+    "relation": Fact(RELATIONS, ", misses a {}", r"misses an? (.+)", "person"),
+    "plan": Fact(PLANS, ", plans to {}", r"plans to (.+)", "do things"),
 }
-VAGUE_VALUES = {
-    "name": "Someone", "age": "grown up", "job": "professional", "city": "some place",
-    "relation": "person", "plan": "do things",
-}  # fmt: skip
 FILLERS = ("as one does", "so to speak", "you know", "all in all", "as they say", "it seems")
 
 METRICS = {
@@ -84,7 +87,7 @@ def make_example(rng) -> Example:
     """Makes a post with the six facts of its writer and of a friend, who differ in each of them."""
     me, other = {}, {}
     for fact in FACTS:
-        me[fact], other[fact] = rng.sample(VALUES[fact], 2)
+        me[fact], other[fact] = rng.sample(FACTS[fact].values, 2)
     mine = [f"I am {me['age']} years old.", f"In town I serve as the {me['job']}."]
     mine += [f"I live in {me['city']}.", f"I miss my {me['relation']}.", f"I plan to {me['plan']}."]
     rng.shuffle(mine)
@@ -94,7 +97,7 @@ def make_example(rng) -> Example:
     )
     where = rng.randrange(len(mine) + 1)
     post = " ".join([f"My name is {me['name']}.", *mine[:where], theirs, *mine[where:]])
-    reference = "".join(PHRASES[fact].format(me[fact]) for fact in FACTS) + "."
+    reference = "".join(FACTS[fact].phrase.format(me[fact]) for fact in FACTS) + "."
     return Example(post, reference, {"me": me, "other": other})
 
 
@@ -105,11 +108,11 @@ def noisy_summary(example, rng) -> str:
     for fact in FACTS:
         draw = rng.random()
         if draw < 0.6:
-            parts.append(PHRASES[fact].format(me[fact]))
+            parts.append(FACTS[fact].phrase.format(me[fact]))
         elif draw < 0.78:
-            parts.append(PHRASES[fact].format(other[fact]))
+            parts.append(FACTS[fact].phrase.format(other[fact]))
         elif draw < 0.94 or fact in ("name", "age"):
-            parts.append(PHRASES[fact].format(VAGUE_VALUES[fact]))
+            parts.append(FACTS[fact].phrase.format(FACTS[fact].vague))
         if fact not in ("name", "age") and draw < 0.78 and rng.random() < 0.12:
             parts.append(rng.choice((parts[-1], f", again{parts[-1].removeprefix(',')}")))
         if fact != "name" and rng.random() < 0.12:
@@ -155,13 +158,6 @@ def revise(response, remarks) -> str:
 
 # ---- the rule ----------------------------------------------------------------------------------
 
-CLAUSES = {  # the form of a clause that states a fact; the group is the value
-    "age": r"\S* is (.+)",
-    "job": r"works as an? (.+)",
-    "city": r"lives in (.+)",
-    "relation": r"misses an? (.+)",
-    "plan": r"plans to (.+)",
-}
 SEVERITY = {"wrong": 1, "vague": 0.5, "repeated": 0.6, "filler": 0.3, "unclear": 1}
 
 
@@ -213,17 +209,17 @@ def judge(example, response: str) -> list[Remark]:
             remarks.append(Remark(start, end, kind, f"The words {clause} are {kind}.", ""))
     if missing := [fact for fact in FACTS if fact not in stated]:
         text = f"It leaves out the {', the '.join(missing)}."
-        instead = "".join(PHRASES[fact].format(me[fact]) for fact in missing)
+        instead = "".join(FACTS[fact].phrase.format(me[fact]) for fact in missing)
         remarks.append(Remark(len(body), len(body), "missing", text, instead))
     return remarks
 
 
 def stated_fact(clause, first) -> tuple[str | None, str]:
     """Returns the fact that a clause states and its value; only the first clause states the age."""
-    for fact, pattern in CLAUSES.items():
-        match = re.fullmatch(pattern, clause)
-        if match and (first or fact != "age"):
-            return fact, match[1]
+    for name, fact in FACTS.items():
+        match = fact.clause and re.fullmatch(fact.clause, clause)
+        if match and (first or name != "age"):
+            return name, match[1]
     return None, ""
 
 
@@ -232,7 +228,7 @@ def judge_fact(fact, me, response, start, end) -> Remark:
     value, truth = response[start:end].strip(), me[fact]
     if value == truth:
         kind, text = "good", f"The {fact} {value} is right."
-    elif value == VAGUE_VALUES[fact]:
+    elif value == FACTS[fact].vague:
         kind, text = "vague", f"The {fact} is {truth}, {value} is vague."
     else:
         kind, text = "wrong", f"The {fact} is {truth}, not {value}."

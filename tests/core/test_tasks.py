@@ -37,6 +37,7 @@ def flags(task, path, *more):
     """The arguments of a script with --task, --data and more flags."""
     parser = argparse.ArgumentParser()
     tasks.add_flags(cli.flags(parser))
+    summarize.add_flags(cli.flags(parser))
     return parser.parse_args(["--task", str(task), "--data", str(path), *map(str, more)])
 
 
