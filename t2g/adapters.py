@@ -3,7 +3,7 @@
 import warnings
 from pathlib import Path
 
-from t2g.cli import positive
+from t2g.cli import fail, positive
 
 
 def peft():
@@ -33,12 +33,22 @@ def is_adapter(path) -> bool:
 
 
 def base_of(path) -> str:
-    """The model that an adapter was trained on."""
-    return peft().PeftConfig.from_pretrained(path).base_model_name_or_path
+    """The model that an adapter was trained on; a relative path counts from any parent folder."""
+    base = peft().PeftConfig.from_pretrained(path).base_model_name_or_path
+    folders = [parent / base for parent in [Path(), *Path(path).resolve().parents]]
+    return str(next((folder for folder in folders if folder.is_dir()), base))
 
 
 def merge(model, path):
-    """The model with an adapter merged into its weights; it is named by the adapter's folder."""
-    model = peft().PeftModel.from_pretrained(model, path).merge_and_unload()
-    model.name_or_path = path
-    return model
+    """The model with an adapter merged into its weights, and resized to embeddings of its own."""
+    weights = peft().load_peft_weights(path, device="cpu")
+    embedding = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is embedding)
+    sizes = [len(w) for key, w in weights.items() if f".{name}." in key and ".lora_" not in key]
+    if sizes:
+        model.resize_token_embeddings(sizes[0], mean_resizing=False)
+    model = peft().PeftModel.from_pretrained(model, path)
+    own = peft().get_peft_model_state_dict(model, save_embedding_layers=False)
+    if left := sorted(key for key in own.keys() ^ weights.keys() if ".lora_" in key):
+        fail(f"the adapter {path} does not fit its base: {', '.join(left[:3])}")
+    return model.merge_and_unload()

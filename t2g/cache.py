@@ -34,7 +34,7 @@ class PreallocatedLayer(DynamicLayer):
         self.keys, self.values = (room[..., :end, :] for room in self.room)
         return self.keys, self.values
 
-    def batch_select_indices(self, indices):
+    def reorder_cache(self, indices):
         """Keeps these rows alone."""
         end = self.get_seq_length()
         self.room = [room[indices] for room in self.room]

@@ -5,10 +5,12 @@ logits and tokens stands in `response_logits` and nowhere else. Left out: sampli
 losses (ppo.py).
 """
 
+import math
 import shutil
 import time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import NamedTuple
 
 import torch
@@ -27,6 +29,8 @@ from t2g import adapters, cpu, dist
 from t2g.cli import fail
 from t2g.dist import device
 from t2g.log import sync
+
+LOAD_ERRORS = (OSError, ValueError, ImportError, RuntimeError, SafetensorError, UnpicklingError)
 
 
 class ResponseStats(NamedTuple):
@@ -102,6 +106,13 @@ def response_logits(model, rollout):
     return logits[:, -T - 1 : -1], states[0][:, -T - 1 : -1]
 
 
+def check_numbers(x):
+    """Fails at NaN and infinity; -inf is a number here, the logit of an impossible token."""
+    if not (x < math.inf).all():
+        why = "its weights hold NaN or infinity, or --learning_rate is too high"
+        fail(f"the model computes values that are not numbers: {why}")
+
+
 @contextmanager
 def captured_input(module):
     """Yields a list that gets the input of each forward pass of a module."""
@@ -171,21 +182,10 @@ def load(path, device="cpu") -> tuple[PreTrainedTokenizerBase, torch.nn.Module]:
     Raises: SystemExit with one sentence if there is no such model, or no chat template or EOS.
     """
     path = str(latest_checkpoint(path) or path)
-    if adapters.is_adapter(path):
-        tokenizer, model = load(adapters.base_of(path))
-        return tokenizer, adapters.merge(model, path).to(device).eval()
-    source, gguf = pretrained(path)
-    check_path(path, gguf)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **gguf)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **gguf)
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        tokenizer, model = read(path)
+    except LOAD_ERRORS as error:
         fail(f"no model could be loaded from {path!r}: {str(error).splitlines()[0]}")
-    if gguf:  # the loader marks the weights as quantised, which save_pretrained refuses
-        config = AutoConfig.from_pretrained(source, **gguf)
-        plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        plain.load_state_dict(model.state_dict())
-        model = plain
     if not tokenizer.chat_template:
         fail(f"the tokenizer of {path} has no chat template: use a chat model, or set and save one")
     if tokenizer.eos_token_id is None:
@@ -197,6 +197,39 @@ def load(path, device="cpu") -> tuple[PreTrainedTokenizerBase, torch.nn.Module]:
     model.generation_config = GenerationConfig(**ids)
     model.name_or_path = path  # an adapter's files name it as their base
     return tokenizer, cpu.use(model).to(device).eval()
+
+
+def read(path) -> tuple[PreTrainedTokenizerBase, torch.nn.Module]:
+    """A model with its adapter merged, and its tokenizer; an adapter's own one takes precedence."""
+    if adapters.is_adapter(path):
+        base = adapters.base_of(path)
+        tokenizer, model = read(str(latest_checkpoint(base) or base))
+        if (Path(path) / "tokenizer_config.json").is_file():
+            tokenizer = AutoTokenizer.from_pretrained(path)
+        return tokenizer, adapters.merge(model, path)
+    source, gguf = pretrained(path)
+    check_path(path, gguf)
+    tokenizer = AutoTokenizer.from_pretrained(source, **gguf)
+    options = dict(dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True)
+    model, report = AutoModelForCausalLM.from_pretrained(source, **options, **gguf)
+    check_keys(path, report)
+    if gguf:  # the loader marks the weights as quantised, which save_pretrained refuses
+        config = AutoConfig.from_pretrained(source, **gguf)
+        plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        plain.load_state_dict(model.state_dict())
+        model = plain
+    return tokenizer, model
+
+
+def check_keys(path, report):
+    """Fails if weights of the model are missing, left over or of another shape."""
+    wrong = []
+    for kind in ("missing", "unexpected", "mismatched"):
+        keys = sorted(map(str, report[f"{kind}_keys"]))
+        if keys:
+            wrong.append(f"{len(keys)} {kind} ({', '.join(keys[:3])})")
+    if wrong:
+        fail(f"the weights in {path} are not those of its model: {'; '.join(wrong)}")
 
 
 def check_path(path, gguf):

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from t2g import cache, cpu, dist
 from t2g.align import response_text
 from t2g.cli import fail
-from t2g.policy import autocast, context_length, eos_ids, positions
+from t2g.policy import autocast, check_numbers, context_length, eos_ids, positions
 
 
 @dataclass
@@ -95,6 +95,8 @@ def sample(
                 use_cache=True,
                 logits_to_keep=1,
             ).logits[:, -1]
+            if t == 0:
+                check_numbers(logits)
             uniform = torch.rand(len(prompts), device=model.device, generator=generator)[active]
             token = draw(logits.float(), temperature, uniform)
             response[active, t], mask[active, t] = token, True
@@ -102,11 +104,12 @@ def sample(
             if ended.any():
                 finished[active[ended]] = True
                 active, token, attention = active[~ended], token[~ended], attention[~ended]
-                past.batch_select_indices((~ended).nonzero()[:, 0])
+                past.reorder_cache((~ended).nonzero()[:, 0])
             if not len(active):
                 break
             ids = token[:, None]
             attention = torch.cat([attention, torch.ones_like(attention[:, :1])], dim=1)
+    check_numbers(logits)
     response, mask = response[:, : t + 1], mask[:, : t + 1]
     texts = [response_text(tokenizer, row[m].tolist()) for row, m in zip(response, mask)]
     return Rollout(prompt, prompt_mask, response, mask, finished, texts)

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from t2g.policy import autocast, response_logits, token_stats
+from t2g.policy import autocast, check_numbers, response_logits, token_stats
 from t2g.ppo import kl_penalty
 
 
@@ -21,7 +21,9 @@ class Scores(NamedTuple):
 def score(actor, reference, rollout, args) -> Scores:
     microbatches = torch.arange(len(rollout)).split(args.per_device_train_batch_size)
     parts = [score_microbatch(actor, reference, rollout.rows(rows), args) for rows in microbatches]
-    return Scores(*(torch.cat(column) for column in zip(*parts)))
+    scores = Scores(*(torch.cat(column) for column in zip(*parts)))
+    check_numbers(scores.logprobs + scores.kl)
+    return scores
 
 
 def score_microbatch(actor, reference, rollout, args) -> Scores:

@@ -22,7 +22,7 @@ from t2g import adapters, checkpoint, policy
 from t2g.cli import between, fail, positive
 from t2g.folder import STATE, run_folder
 from t2g.log import Logger
-from t2g.policy import autocast, context_length, now, response_logits
+from t2g.policy import autocast, check_numbers, context_length, now, response_logits
 from t2g.rollout import Rollout, chat_text
 
 BEST = "best.safetensors"  # the weights of the lowest validation loss so far
@@ -238,10 +238,10 @@ def train_step(model, microbatches, args, objective=NEXT_TOKEN) -> dict:
         (loss / count).backward()
         for name, value in {"loss": loss.item(), **stats}.items():
             sums[name] += value / count
-    weights, limit = model.parameters(), args.max_grad_norm
-    norm = torch.nn.utils.clip_grad_norm_(weights, limit, error_if_nonfinite=True).item()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+    check_numbers(norm)
     tokens = sum(int(batch.prompt_mask.sum() + batch.mask.sum()) for batch, *_ in microbatches)
-    return {**sums, "grad_norm": norm, objective.unit: count, "update_tokens": tokens}
+    return {**sums, "grad_norm": norm.item(), objective.unit: count, "update_tokens": tokens}
 
 
 def make_optimizers(model, kind, learning_rate):
