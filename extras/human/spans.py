@@ -240,9 +240,11 @@ def main():
 
 
 def print_table(columns):
-    """Prints {column: {row: number}}."""
+    """Prints {column: {row: number}}, nothing if no quote counts."""
+    if not columns:
+        return
     print("\n" + " " * 24 + "".join(f"{name:>24}" for name in columns))
-    for row in next(iter(columns.values()), ()):
+    for row in next(iter(columns.values())):
         print(f"{row:24}" + "".join(f"{column[row]:24.5g}" for column in columns.values()))
 
 

@@ -85,6 +85,12 @@ def test_the_command_measures_a_file(tmp_path, tok, run_main):
     assert table["all"]["wrong"] == 0 < table["milliseconds"]["512 tokens"]
 
 
+def test_a_file_without_ambiguous_quotes_is_measured(tmp_path, run_main):
+    data = write(tmp_path / "spans.jsonl", [{"response": "Ana is 27.", "spans": [[7, 9]]}])
+    result, _ = run_main(human_spans, "--data", data)
+    assert result["quotes"] == 1 and result["rules"] == {}
+
+
 # ---- real data -----------------------------------------------------------------------------------
 
 
