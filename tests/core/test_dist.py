@@ -1,27 +1,53 @@
-"""No split changes a step: two processes, or microbatches, leave the weights of one."""
+"""Two processes make the step and the run of one; no split into ranks or microbatches matters."""
 
+import random
 import subprocess
 import sys
-from pathlib import Path
 
 import one_step
 import pytest
 import torch
+from forking import run, two_ranks
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+import train_ppo
 from t2g import dist
+from t2g.log import read_jsonl
 from t2g.policy import Policy
+from t2g.rollout import sample
+
+FLAGS = (
+    "--max_steps", 2, "--num_ppo_epochs", 2, "--num_mini_batches", 1, "--response_length", 12,
+    "--per_device_train_batch_size", 2, "--eval_samples", 2, "--learning_rate", 3e-4,
+    "--reward", "prm", "--kl_target", 0.5, "--missing_eos_penalty", 0.5,
+)  # fmt: skip
+CRITIC = """
+from t2g.feedback import Feedback
+
+def judge(text):
+    readable = sum(map(ord, text)) % 3 and text.strip()
+    return Feedback("Well.", [text[: len(text) % 9 + 1]], [text[-3:]]) if readable else None
+
+def critic(task, args):
+    return lambda examples, responses: [judge(text) for text in responses]
+"""
 
 
 @pytest.fixture(scope="module")
-def two_processes(model, tokenizer, tmp_path_factory):
-    """Each case's step, made by two processes of torchrun: weights and statistics by name."""
+def folder(model, tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
+    (folder / "critic.py").write_text(CRITIC)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two_processes(folder):
+    """Each case's step, made by two processes of torchrun: weights and statistics by name."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command = [*torchrun, Path(one_step.__file__), folder / "model", folder]
+    command = [*torchrun, one_step.__file__, folder / "model", folder]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return lambda case: load_file(folder / f"{case}.safetensors")
@@ -30,8 +56,7 @@ def two_processes(model, tokenizer, tmp_path_factory):
 @pytest.mark.parametrize("case", one_step.CASES)
 def test_two_processes_make_the_step_of_one(model, two_processes, case):
     weights, stats = one_step.one_step(model, case)
-    start = Policy(model).state_dict()
-    sharded = two_processes(case)
+    start, sharded = Policy(model).state_dict(), two_processes(case)
     assert sharded["stats.processes"] == 2
     assert set(weights) == {name for name in sharded if not name.startswith("stats.")}
     if case == "bf16":  # autocast and FSDP round in other places, and Adam starts with signs
@@ -48,6 +73,45 @@ def test_two_processes_make_the_step_of_one(model, two_processes, case):
     moved = any((start[name] != weights[name]).any() for name in weights.keys() & start.keys())
     adapted = any("lora_B" in name and weight.any() for name, weight in weights.items())
     assert (moved or adapted) == (case != "all_are_unreadable")
+
+
+def sample_by_prompt(model, tokenizer, prompts, *shape, **options):
+    """sample(), with random numbers that depend on the prompt alone, whichever rank has it."""
+    generators = [random.Random(prompt) for prompt in prompts]
+
+    def rand(*_, **__):
+        return torch.tensor([generator.random() for generator in generators])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "rand", rand)
+        return sample(model, tokenizer, prompts, *shape, **options)
+
+
+def prepare(rank):
+    train_ppo.sample = sample_by_prompt
+
+
+def test_two_processes_make_the_run_of_one(folder, monkeypatch):
+    flags = [*FLAGS, "--policy", folder / "model", "--critic", folder / "critic.py"]
+    errors = [folder / "errors0", folder / "errors1"]
+    ranks = two_ranks(prepare, [*flags, "--output_dir", folder / "ppo2"], errors)
+    monkeypatch.setattr(train_ppo, "sample", sample_by_prompt)
+    whole = ["--gradient_accumulation_steps", 2, "--output_dir", folder / "ppo1"]
+    code, printed = run("train_ppo", [*flags, *whole])
+    for process in ranks:
+        process.join()
+    assert code == 0, printed
+    assert [process.exitcode for process in ranks] == [0, 0], errors[1].read_text()[-2000:]
+
+    one, two = (read_jsonl(folder / name / "metrics.jsonl") for name in ("ppo1", "ppo2"))
+    for ours, theirs in zip(one, two, strict=True):
+        assert 0 < ours["unparsable"] < 1 and ours["tokens_good"] > 0 and ours["clipfrac"] >= 0
+        assert ours.keys() == theirs.keys()
+        for name in {name for name in ours if "seconds" not in name} - {"peak_memory_gib"}:
+            assert theirs[name] == pytest.approx(ours[name], rel=1e-4, abs=1e-6), name
+    for name in ("model.safetensors", "value_head/value_head.safetensors"):
+        one, two = (load_file(folder / run / "checkpoint-2" / name) for run in ("ppo1", "ppo2"))
+        torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-5)
 
 
 def test_without_torchrun_there_is_one_process(model):
