@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 import transformers
-from safetensors import SafetensorError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+MEMORY_FULL = (torch.OutOfMemoryError, MemoryError)
 UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)
 
 
@@ -171,14 +171,17 @@ def friendly_errors():
         resume = "the same command resumes from the last checkpoint, if there is one"
         print(f"\ninterrupted; {resume}", file=sys.stderr, flush=True)
         raise SystemExit(130) from None
-    except (OSError, SafetensorError) as error:  # the latter has its number only in its text
-        number = re.search(r"\(os error (\d+)\)", str(error))
-        if (int(number[1]) if number else getattr(error, "errno", None)) not in DISK_FULL:
-            raise
-        fail(f"cannot write to the disk ({error}); free some space and run the same command again")
-    except RuntimeError as error:
-        allocation = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
-        if not allocation:
-            raise
-        remedy = "halve --per_device_train_batch_size and double --gradient_accumulation_steps"
-        fail(f"out of memory; {remedy}, or use --gradient_checkpointing, --lora_r or --bf16")
+    except Exception as error:
+        if is_disk_full(error):
+            remedy = "free some space and run the same command again"
+            fail(f"cannot write to the disk ({error}); {remedy}")
+        if isinstance(error, MEMORY_FULL) or "allocate memory" in str(error):
+            remedy = "halve --per_device_train_batch_size and double --gradient_accumulation_steps"
+            fail(f"out of memory; {remedy}, or use --gradient_checkpointing, --lora_r or --bf16")
+        raise
+
+
+def is_disk_full(error) -> bool:
+    in_text = re.search(r"\(os error (\d+)\)", str(error))  # as safetensors and tokenizers write it
+    number = int(in_text[1]) if in_text else getattr(error, "errno", None)
+    return number in DISK_FULL

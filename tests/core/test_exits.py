@@ -125,6 +125,7 @@ def test_in_bf16_first_ratios_far_from_1_are_a_warning_given_once():
         (torch.OutOfMemoryError("CUDA out of memory"), 2, "--per_device_train_batch_size"),
         (OSError(errno.ENOSPC, "No space left on device"), 2, "free some space"),
         (SafetensorError("I/O error: File too large (os error 27)"), 2, "free some space"),
+        (Exception("No space left on device (os error 28)"), 2, "free some space"),  # tokenizers'
     ],
 )
 def test_what_may_befall_any_stage_ends_it_with_a_sentence(error, code, shown, capsys):
