@@ -5,6 +5,7 @@ it forks the program, waits for it or for the timeout, kills what is left and wr
 It imports nothing else of the project, so that a program cannot reach it. The program's process
 gives up its rights in layers:
 
+    namespaces     a small disk in memory and processes of its own, where containers allow it
     Landlock       allows Python's files and the program's folder, and no signals to others
     seccomp        refuses what Landlock does not cover: sockets, io_uring, chmod, shared memory
     another user   keeps limits and signals apart from the user who started us, if that is root
@@ -23,13 +24,15 @@ from signal import SIGKILL
 from struct import pack
 
 MAX_PROCESSES = 64  # of a program at a time, threads included
-MAX_FILE_MB = 16
+MAX_FILE_MB, MAX_FILES = 16, 4096  # of a file; with namespaces of all files, and their number
 MAX_OUTPUT = 65536  # bytes that are kept of stdout and of stderr, the last ones
 GRACE = 0.2  # seconds from the timeout, when stderr receives the program's stack, to the kill
 USERS = range(61184, 65520)  # ids that systemd reserves for short-lived users
 PYTHON = {sys.base_prefix, sys.prefix, "/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache"}
 
 # From the kernel's headers; the numbers of Landlock's calls are the same on all machines.
+NEWNS, NEWIPC, NEWUSER, NEWPID, NEWNET = 0x20000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
+PRIVATE_RECURSIVE, NOSUID_NODEV = 0x44000, 6
 PDEATHSIG, KEEPCAPS, SECCOMP, SUBREAPER, NO_NEW_PRIVS = 1, 8, 22, 36, 38
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446
 READ_FILE, READ_WRITE, READ_FOLDER = 5, 6, 13  # a folder's files can also be executed and listed
@@ -64,15 +67,17 @@ def main():
     import witness  # noqa: F401  loaded here, because the program's process cannot read its file
 
     sys.path.pop(0)
-    prctl(PDEATHSIG, SIGKILL)  # the guard dies with the process that started it
-    prctl(SUBREAPER, 1)  # processes whose parent has died become our children
     job = json.load(sys.stdin)
     job["user"] = USERS[os.getpid() % len(USERS)]
     job["threads"] = MAX_PROCESSES
+    prctl(PDEATHSIG, SIGKILL)  # the guard dies with the process that started it
+    if job["namespaces"]:
+        enter_namespaces(job["box"])
+    prctl(SUBREAPER, 1)  # processes whose parent has died become our children
     if os.getuid() == 0:
         with contextlib.suppress(OSError):  # some containers have no other user
             os.chown(job["box"], job["user"], job["user"])
-    else:
+    elif not job["namespaces"]:
         job["threads"] += threads_of_this_user()
     outputs = [os.memfd_create(name) for name in ("stdout", "stderr")]
     verdict = guard(job, outputs)
@@ -81,6 +86,25 @@ def main():
         text = os.pread(file, MAX_OUTPUT, max(0, size - MAX_OUTPUT))
         verdict[name] = text.decode(errors="replace")
     print(json.dumps(verdict))
+
+
+def enter_namespaces(box):
+    """Continues as process 1 of new namespaces, with a small disk in memory and no network."""
+    user, group = os.getuid(), os.getgid()
+    call(libc.unshare, NEWNS | NEWIPC | NEWPID | NEWNET | (NEWUSER if user else 0))
+    if user:
+        maps = {"setgroups": "deny", "uid_map": f"{user} {user} 1", "gid_map": f"{group} {group} 1"}
+        for name, line in maps.items():
+            with open(f"/proc/self/{name}", "w") as file:
+                file.write(line)
+    call(libc.mount, None, b"/", None, PRIVATE_RECURSIVE, None)  # mounts stay invisible outside
+    size = f"size={MAX_FILE_MB}m,nr_inodes={MAX_FILES}".encode()
+    for folder in (box, "/dev/shm"):
+        call(libc.mount, b"tmpfs", folder.encode(), b"tmpfs", NOSUID_NODEV, size)
+    guard = os.fork()
+    if guard:
+        os._exit(os.waitstatus_to_exitcode(os.waitpid(guard, 0)[1]) & 255)
+    prctl(PDEATHSIG, SIGKILL)
 
 
 def threads_of_this_user() -> int:
@@ -129,18 +153,23 @@ def failure(message, ended, status, timeout_s) -> str:
 
 def kill_all(user):
     """Kills every process that the program has left, including those in sessions of their own."""
-    if os.getuid() == 0 and not os.fork():
+    alone = os.getpid() == 1
+    if os.getuid() == 0 and not alone and not os.fork():
         try:
             os.setresuid(user, user, user)
             os.kill(-1, SIGKILL)  # all processes of that user at once, except this one
         finally:
             os._exit(0)
-    with contextlib.suppress(ChildProcessError):  # none is left
+    with contextlib.suppress(ChildProcessError, ProcessLookupError):  # none is left
         while True:
-            with open(f"/proc/self/task/{os.getpid()}/children") as children:
-                for pid in map(int, children.read().split()):
-                    os.kill(pid, SIGKILL)
+            for pid in [-1] if alone else children():
+                os.kill(pid, SIGKILL)
             os.waitpid(-1, 0)
+
+
+def children() -> list[int]:
+    with open(f"/proc/self/task/{os.getpid()}/children") as file:
+        return [int(pid) for pid in file.read().split()]
 
 
 # ---- the program's process -----------------------------------------------------------------------
@@ -149,7 +178,7 @@ def kill_all(user):
 def run_program(job, outputs, sender):
     """Runs the program in this process, which does not return."""
     prctl(NO_NEW_PRIVS, 1)
-    landlock = restrict_files(job["box"])
+    landlock = restrict_files([job["box"], "/dev/shm"] if job["namespaces"] else [job["box"]])
     refuse_calls(signals=landlock < 6)
     # Python may lie in root's home, so its files must stay readable where Landlock lists them.
     give_up_rights(job["user"], CAP_DAC_READ_SEARCH if landlock and os.getuid() == 0 else 0)
@@ -179,8 +208,8 @@ def run_program(job, outputs, sender):
         time.sleep(60)
 
 
-def restrict_files(box) -> int:
-    """Allows Python's files, to read, and the program's folder.
+def restrict_files(folders) -> int:
+    """Allows Python's files, to read, and the program's folders.
 
     Returns Landlock's version, 0 if this kernel has none; from 6 on it also stops signals.
     """
@@ -192,7 +221,7 @@ def restrict_files(box) -> int:
     size = 24 if abi >= 6 else 8
     rules = pack("QQQ", rights, 0, 3)[:size]  # 3: no signals and no abstract sockets
     rules = call(libc.syscall, CREATE_RULESET, rules, ctypes.c_size_t(size), 0)
-    allowed = {"/dev/null": READ_WRITE, "/dev/urandom": READ_FILE, box: rights}
+    allowed = {"/dev/null": READ_WRITE, "/dev/urandom": READ_FILE, **dict.fromkeys(folders, rights)}
     for path in filter(os.path.exists, PYTHON):
         allowed[path] = READ_FOLDER if os.path.isdir(path) else READ_FILE
     for path, right in allowed.items():

@@ -8,24 +8,26 @@ runs in a process of its own (jail.py), on Linux only, in about 0.07 s:
 
 - One clock runs for the program and all that it starts. All of it is killed at the end, daemons
   too. At most 64 processes and threads exist at a time.
-- Memory is limited per process (memory_mb), each file is limited to 16 MiB, and the last 64 KiB of
+- Memory is limited per process (memory_mb), files are limited to 16 MiB, and the last 64 KiB of
   each output are kept.
 - There is no input and no environment; the home is an empty folder; the hash seed is fixed.
 - It reads no file but Python's and those under /usr and /lib, opens no network connection, reaches
   no other process, and is not root (PROTECTIONS).
 
 The last line needs Landlock (Linux 5.13) and seccomp, which containers allow; protections() tries
-what this machine has. Before Linux 6.12 a program sends no signals at all, not even to its own
-children. If root starts programs, they run as another user, who must be able to read the folder of
-Python's packages.
+what this machine has. Where the kernel also gives out namespaces, to root or to all users, the
+files of a program share 16 MiB of memory, and its daemons die even if we are killed. Without them,
+the limit holds for each file, multiprocessing has no locks, and before Linux 6.12 a program sends
+no signals at all. If root starts programs, they run as another user, who must be able to read the
+folder of Python's packages.
 
 Left out:
 
 - The code under test and the test share an interpreter. These passes are faked: answers that equal
   everything, expected values read from the caller's frame, libraries patched behind their public
   names or restored before the end, test classes rebound while a test runs, memory read by ctypes.
-- The memory and the files of all processes together are not limited. A program can ask whether a
-  file exists. Its daemons outlive us if we are killed. Kernel bugs are not contained.
+- The memory of all processes together is not limited. A program can ask whether a file exists.
+  Kernel bugs are not contained.
 - Programs cannot use tracing, profiling, signal handlers and the garbage collector's lists.
 """
 
@@ -75,7 +77,7 @@ def run(program: str, timeout_s: float = 10, memory_mb: int = 512, files=None) -
     """
     protections()
     try:
-        return launch(program, timeout_s, memory_mb, files or {})
+        return launch(program, timeout_s, memory_mb, files or {}, has_namespaces())
     except RuntimeError as error:  # the machine has run programs before, so this one is to blame
         return Result(False, f"the sandbox was broken: {error}", "", "", 0.0)
 
@@ -91,16 +93,26 @@ def protections() -> list[str]:
     with tempfile.NamedTemporaryFile(prefix="t2g-") as secret:
         Path(secret.name).chmod(0o666)
         probe = PROBE.format(file=secret.name, pid=os.getpid())
-        result = launch(probe, START_S, 256, {})
+        result = launch(probe, START_S, 256, {}, has_namespaces())
     if not result.passed:
         raise RuntimeError(result.reason)
     return [name for name, held in zip(PROTECTIONS, result.stdout.split()) if held == "True"]
 
 
-def launch(program, timeout_s, memory_mb, files) -> Result:
+@cache
+def has_namespaces() -> bool:
+    """Returns True if this machine gives programs namespaces of their own, by trying."""
+    try:
+        return launch("pass", START_S, 256, {}, namespaces=True).passed
+    except RuntimeError:
+        return False
+
+
+def launch(program, timeout_s, memory_mb, files, namespaces) -> Result:
     """Starts jail.py on a program. Raises RuntimeError if the jail gives no verdict."""
     box = tempfile.mkdtemp(prefix="t2g-")
-    job = dict(box=box, program=program, files=files, timeout_s=timeout_s, memory_mb=memory_mb)
+    job = dict(box=box, program=program, files=files, namespaces=namespaces)
+    job |= dict(timeout_s=timeout_s, memory_mb=memory_mb)
     env = dict(HOME=box, PATH="/usr/bin:/bin", PYTHONHASHSEED="0", MALLOC_ARENA_MAX="1")
     env |= dict(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
     command = [sys.executable, "-s", "-B", "-u", str(JAIL)]

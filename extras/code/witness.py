@@ -114,6 +114,8 @@ def members(name) -> list:
     for key, value in list(vars(module).items()):
         if key in CHANGEABLE or (key.startswith("_") and module is not builtins):
             continue
+        if value is None:  # a module may fill it later, as tempfile does its tempdir
+            continue
         label = f"{name}.{key}"
         known.append((label, vars(module), key, value))
         if isinstance(value, type) and value.__flags__ & HEAP_TYPE:

@@ -18,12 +18,20 @@ from extras.code import sandbox
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="programs run on Linux only")
 
 
+@pytest.fixture(params=[True, False], ids=["namespaces", "container"])
+def namespaces(request):
+    """With namespaces, if this machine has them, and without, as in most containers."""
+    if request.param and not sandbox.has_namespaces():
+        pytest.skip("this machine has no namespaces")
+    return request.param
+
+
 @pytest.fixture
-def run():
+def run(namespaces):
     """Runs programs; afterwards another program must pass as usual, and soon."""
 
     def launch(program, timeout_s=3, memory_mb=512, files=None):
-        return sandbox.launch(program, timeout_s, memory_mb, files or {})
+        return sandbox.launch(program, timeout_s, memory_mb, files or {}, namespaces)
 
     yield launch
     start = time.monotonic()
@@ -52,7 +60,7 @@ def test_files_can_be_imported_and_no_other_file_lies_beside_them(run):
 
 
 USUAL = """
-import asyncio, collections, dataclasses, json, numpy, random, re, subprocess, sys, typing
+import asyncio, collections, json, numpy, random, re, subprocess, sys, tempfile, typing
 from concurrent.futures import ThreadPoolExecutor
 with ThreadPoolExecutor(4) as pool:
     assert sum(pool.map(lambda x: x, [1, 2])) == 3
@@ -66,10 +74,10 @@ sys.setrecursionlimit(10**6)
 def depth(n):
     return 0 if n == 0 else 1 + depth(n - 1)
 assert depth(50_000) == 50_000
-open("note", "w").write("x")
-assert open("note").read() == "x"
-import os
-os.remove("note")
+with tempfile.NamedTemporaryFile("w+") as file:
+    file.write("x")
+    file.seek(0)
+    assert file.read() == "x"
 """
 
 
@@ -233,6 +241,11 @@ print(children)
 """
 
 
+def test_many_files_do_not_fill_the_disk(run, namespaces):
+    program = "for n in range(40): open(f'{n}', 'wb').write(b'x' * 10**6)"
+    assert run(program).passed != namespaces  # containers limit each file alone
+
+
 def test_a_fork_bomb_stays_small(run):
     """The bomb forks at most 200 times, each child for at most 5 seconds."""
     result = run(FORK_BOMB, timeout_s=5)
@@ -267,7 +280,7 @@ def test_a_daemon_dies_with_the_program(run, end):
     assert not any(mark in process[-1] for process in processes())
 
 
-def test_a_program_dies_with_whoever_runs_it(tmp_path):
+def test_a_program_dies_with_whoever_runs_it(namespaces, tmp_path):
     def descendants(pid):
         children = [int(p[0]) for p in processes() if p[1] == str(pid) and p[2][0] != "Z"]
         return children + [found for child in children for found in descendants(child)]
@@ -275,11 +288,13 @@ def test_a_program_dies_with_whoever_runs_it(tmp_path):
     def soon(condition):
         return any(condition() or time.sleep(0.1) for _ in range(50))
 
-    trainer = "from extras.code import sandbox; sandbox.launch('while True: pass', 20, 512, {})"
+    trainer = "from extras.code import sandbox; sandbox.launch('while True: pass', 20, 512, {}, "
+    trainer += f"{namespaces})"
     env = {**os.environ, "TMPDIR": str(tmp_path)}  # the trainer cannot tidy up
     root = Path(__file__).parents[2]
     running = subprocess.Popen([sys.executable, "-c", trainer], cwd=root, env=env)
-    assert soon(lambda: len(descendants(running.pid)) == 2)  # the guard and the program
+    depth = 3 if namespaces else 2  # a launcher, the guard and the program
+    assert soon(lambda: len(descendants(running.pid)) == depth)
     started = descendants(running.pid)
     running.kill()
     running.wait()
