@@ -37,16 +37,12 @@ PDEATHSIG, KEEPCAPS, SECCOMP, SUBREAPER, NO_NEW_PRIVS = 1, 8, 22, 36, 38
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446
 READ_FILE, READ_WRITE, READ_FOLDER = 5, 6, 13  # a folder's files can also be executed and listed
 CAP_DAC_READ_SEARCH = 4
-REFUSED = {  # by machine: its architecture and the calls socket, chmod, fchmod, fchmodat,
-    # fchmodat2; shmget, semget, msgget, mq_open, add_key, request_key, keyctl, whose objects
-    # outlive the run; and the three of io_uring, which can do what socket does
+# Calls to refuse, by machine: its architecture; then socket, chmod, fchmod, fchmodat, fchmodat2;
+# shmget, semget, msgget, mq_open, add_key, request_key, keyctl, whose objects outlive the run; and
+# the three of io_uring, which can do what socket does.
+REFUSED = {
     "x86_64": (0xC000003E, 41, 90, 91, 268, 452, 29, 64, 68, 240, 248, 249, 250, 425, 426, 427),
     "aarch64": (0xC00000B7, 198, 52, 53, 452, 194, 190, 186, 180, 217, 218, 219, 425, 426, 427),
-}
-PRLIMIT = {"x86_64": 302, "aarch64": 261}
-SIGNALS = {  # kill, tkill, tgkill, rt_sigqueueinfo, rt_tgsigqueueinfo, pidfd_send_signal
-    "x86_64": (62, 200, 234, 129, 297, 424),
-    "aarch64": (129, 130, 131, 138, 240, 424),
 }
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -179,7 +175,7 @@ def run_program(job, outputs, sender):
     """Runs the program in this process, which does not return."""
     prctl(NO_NEW_PRIVS, 1)
     landlock = restrict_files([job["box"], "/dev/shm"] if job["namespaces"] else [job["box"]])
-    refuse_calls(signals=landlock < 6)
+    refuse_calls()
     # Python may lie in root's home, so its files must stay readable where Landlock lists them.
     give_up_rights(job["user"], CAP_DAC_READ_SEARCH if landlock and os.getuid() == 0 else 0)
     prctl(PDEATHSIG, SIGKILL)  # a change of user would clear it
@@ -208,15 +204,15 @@ def run_program(job, outputs, sender):
         time.sleep(60)
 
 
-def restrict_files(folders) -> int:
-    """Allows Python's files, to read, and the program's folders.
+def restrict_files(folders) -> bool:
+    """Allows Python's files, to read, and the program's folders; no signals out (Linux 6.12).
 
-    Returns Landlock's version, 0 if this kernel has none; from 6 on it also stops signals.
+    Returns False if this kernel has no Landlock.
     """
     try:
         abi = call(libc.syscall, CREATE_RULESET, None, ctypes.c_size_t(0), 1)
     except OSError:
-        return 0
+        return False
     rights = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(abi, 16)) - 1  # all that this kernel knows
     size = 24 if abi >= 6 else 8
     rules = pack("QQQ", rights, 0, 3)[:size]  # 3: no signals and no abstract sockets
@@ -230,11 +226,11 @@ def restrict_files(folders) -> int:
         os.close(place)
     call(libc.syscall, RESTRICT_SELF, rules, 0)
     os.close(rules)
-    return abi
+    return True
 
 
-def refuse_calls(signals: bool):
-    """Installs a seccomp filter against REFUSED, SIGNALS, and limits for other processes.
+def refuse_calls():
+    """Installs a seccomp filter against the calls in REFUSED.
 
     The filter is a program for the kernel: (operation, steps to skip if true, if false, operand).
     """
@@ -242,13 +238,11 @@ def refuse_calls(signals: bool):
     if machine not in REFUSED:
         return
     architecture, *numbers = REFUSED[machine]
-    numbers += SIGNALS[machine] if signals else ()
-    last = len(numbers) + 8  # the step that refuses
+    last = len(numbers) + 5  # the step that refuses
     load, equal, at_least, answer = 0x20, 0x15, 0x35, 0x06
     steps = [(load, 0, 0, 4), (equal, 0, last - 2, architecture)]  # built for another machine?
     steps += [(load, 0, 0, 0), (at_least, last - 4, 0, 0x40000000)]  # the numbers of x32?
     steps += [(equal, last - 1 - at, 0, number) for at, number in enumerate(numbers, 4)]
-    steps += [(equal, 0, 2, PRLIMIT[machine]), (load, 0, 0, 16), (equal, 0, 1, 0)]  # of itself?
     steps += [(answer, 0, 0, 0x7FFF0000), (answer, 0, 0, 0x00050001)]  # allow; refuse with EPERM
     program = ctypes.create_string_buffer(b"".join(pack("HBBI", *step) for step in steps))
     prctl(SECCOMP, 2, pack("HxxxxxxQ", len(steps), ctypes.addressof(program)))
