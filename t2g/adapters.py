@@ -1,8 +1,13 @@
 """LoRA (Hu et al. 2022) by the package peft: small trained matrices beside frozen weights."""
 
+import re
 import warnings
 from pathlib import Path
 
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from t2g import cpu
 from t2g.cli import fail, positive
 
 
@@ -21,11 +26,41 @@ def add_flags(add):
 
 
 def added(model, args):
-    """With --lora_r, the frozen model with adapters on every linear layer of its blocks."""
+    """With --lora_r, the frozen model with adapters on the matrices of its blocks.
+
+    Prints which matrices get none. There is no dropout, because PPO's first ratio must be 1.
+    """
     if not args.lora_r:
         return model
-    config = dict(lora_alpha=args.lora_alpha, lora_dropout=0.05, target_modules="all-linear")
-    return peft().get_peft_model(model, peft().LoraConfig(r=args.lora_r, **config))
+    experts, excluded, others = unusual_matrices(model)
+    targets = dict(target_modules="all-linear", target_parameters=experts or None)
+    config = dict(lora_alpha=args.lora_alpha, exclude_modules=excluded or None, **targets)
+    if others := sorted({re.sub(r"\.\d+\.", ".*.", name) for name in others + excluded}):
+        print(f"LoRA does not adapt {', '.join(others)}", flush=True)
+    try:
+        return peft().get_peft_model(model, peft().LoraConfig(r=args.lora_r, **config))
+    except ValueError as error:
+        fail(f"LoRA cannot adapt this model ({error}); leave out --lora_r")
+
+
+def unusual_matrices(model):
+    """Experts' parameters, layers that an adapter would break or miss, and other matrices."""
+    experts, excluded, others = [], [], []
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    for name, module in model.named_modules():
+        if hasattr(module, "A_log") and hasattr(module, "D"):  # Mamba's kernels take these weights
+            layers = ("out_proj", "dt_proj")
+            excluded += [f"{name}.{layer}" for layer in layers if hasattr(module, layer)]
+        if isinstance(module, nn.Linear) and type(module) not in (nn.Linear, cpu.Linear):
+            excluded.append(name)  # a router, for example, which returns more than a product
+        if module in ends or isinstance(module, nn.Linear | nn.Embedding | Conv1D):
+            continue
+        for parameter, weight in module.named_parameters(name, recurse=False):
+            if weight.ndim == 3 and min(weight.shape) > 1 and not isinstance(module, nn.Conv1d):
+                experts.append(parameter)
+            elif weight.ndim > 1:
+                others.append(parameter)
+    return experts, excluded, others
 
 
 def is_adapter(path) -> bool:

@@ -1,7 +1,13 @@
 """A key-value cache for sampling that is allocated once, so that no token copies the others."""
 
+import inspect
+
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
+from transformers.masking_utils import create_causal_mask
+
+RENAMED = "cache" in inspect.signature(create_causal_mask).parameters
+ARGUMENT = "cache" if RENAMED else "past_key_values"  # the models' name for it, by version
 
 
 def preallocated(config, length) -> DynamicCache:

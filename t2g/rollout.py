@@ -91,9 +91,9 @@ def sample(
                 input_ids=ids,
                 attention_mask=attention.long(),
                 position_ids=positions(attention)[:, -ids.shape[1] :],
-                past_key_values=past,
                 use_cache=True,
                 logits_to_keep=1,
+                **{cache.ARGUMENT: past},
             ).logits[:, -1]
             if t == 0:
                 check_numbers(logits)
