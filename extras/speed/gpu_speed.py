@@ -1,17 +1,17 @@
-"""The speed parts of the GPU proof: sampling, scoring and updating in bf16, with random weights.
+"""The speed parts of the GPU check: steps and sampling in bf16, with random weights.
 
-Beside them stand the memory that extras.scale.plan foresees, figures that other projects published,
+Beside them stand the memory that extras.scale.plan expects, figures that other projects published,
 and transformers' own `generate` and `generate_batch`, both with weights in bf16.
 """
 
 from pathlib import Path
 
 import torch
+from torch.profiler import profile
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from extras.scale import plan
-from extras.speed import given
-from extras.speed.given import random_model, sentences, train_flags
+from extras.speed.synthetic import Learner, generate, random_model, sentences, timed, train_args
 from t2g import cpu
 from t2g.policy import now
 from t2g.rollout import encode_prompts, sample
@@ -19,6 +19,7 @@ from t2g.rollout import encode_prompts, sample
 PEAK = 989e12  # FLOP/s of an H100 in bf16, dense
 UPDATE_ANCHOR = "prime-rl, 1 H100, Qwen3-0.6B, RL: 11,900, MFU 0.11"
 STEP_ANCHOR = "verl, PPO, Qwen2.5-0.5B, 256 responses of 310 tokens: 67 s, generation 18.9 s of it"
+WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize")
 
 
 def sizes(args):
@@ -29,47 +30,44 @@ def sizes(args):
 
 
 def speed(args, report):
-    """A step of each shape at each batch, its kernels, and its memory beside the plan's."""
+    """Steps of each shape at each batch, their peak memory beside the plan's, and a profile."""
     shapes, batches, new, microbatch = sizes(args)
     for shape in shapes:
         tokenizer, model = random_model(shape)
-        folder = Path(args.out).resolve() / shape
+        folder, prompts = Path(args.out).resolve() / shape, sentences(max(batches))
         model.config.save_pretrained(folder)
-        prompts = sentences(max(batches))
         length = encode_prompts(tokenizer, prompts)[0].shape[1]
         flags = ["--bf16", "--policy", folder, "--max_prompt_length", length, "--num_ppo_epochs", 4]
         flags += ["--response_length", new, "--per_device_train_batch_size", microbatch]
-        learner, peaks = given.Learner(cpu.use(model), train_flags(*flags)), {}
-        sample(model, tokenizer, prompts[:microbatch], 4, bf16=True)  # warms up
-        learner.learn(given.made_up(2 * microbatch, length, new, model.config.vocab_size))
+        learner, peaks = Learner(cpu.use(model), train_args(*flags)), {}
+        learner.step(tokenizer, prompts[: 2 * microbatch])  # warms up
         for rows in batches:
-            peaks[rows] = one_step(shape, learner, tokenizer, prompts[:rows], report)
-        kernels(shape, learner, tokenizer, prompts[: batches[0]], report)
+            peaks[rows] = one_step(
+                f"{shape}, batch {rows}", learner, tokenizer, prompts[:rows], report
+            )
+        profile_step(shape, learner, tokenizer, prompts[: batches[0]], report)
         del learner, model
         for rows, peak in peaks.items():
             split = ["--gradient_accumulation_steps", rows // microbatch // 2]
-            planned_flags = train_flags(*flags, *split, "--eval_samples", rows)
-            planned = plan.estimate(planned_flags, 1, plan.GPUS["H100-80"])
+            planned_args = train_args(*flags, *split, "--eval_samples", rows)
+            planned = plan.estimate(planned_args, 1, plan.GPUS["H100-80"])
             gib = planned["gib"] - planned["memory"]["process"]
             within = abs(gib / peak - 1) <= 0.15 if peak else None
-            what = f"{shape}, batch {rows}: peak memory, GiB"
-            report(what, peak, f"planned {gib:.2f}; within 15%", within)
+            beside = f"planned {gib:.2f}; within 15%"
+            report(f"{shape}, batch {rows}: peak memory, GiB", peak, beside, within)
 
 
-def one_step(shape, learner, tokenizer, prompts, report):
-    """Seconds and tokens of a rollout and of its update. Returns the highest memory, in GiB."""
-    rows, flags, model = len(prompts), learner.args, learner.actor.model
+def one_step(name, learner, tokenizer, prompts, report):
+    """Reports seconds and tokens of a step. Returns its highest memory in GiB, None on a CPU."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    start = now()
-    rollout = sample(model, tokenizer, prompts, flags.response_length, bf16=True)
-    seconds = {"rollout": now() - start} | learner.learn(rollout)
+    rollout, seconds = learner.step(tokenizer, prompts)
+    model, epochs = learner.actor.model, learner.args.num_ppo_epochs
     head = model.get_output_embeddings().weight.numel()
     body = sum(weights.numel() for weights in model.parameters()) - head
-    sampled, epochs = int(rollout.mask.sum()), flags.num_ppo_epochs
+    sampled = int(rollout.mask.sum())
     read = epochs * (sampled + int(rollout.prompt_mask.sum()))
     mfu = 6 * (body * read + head * epochs * sampled) / seconds["update"] / PEAK
-    name = f"{shape}, batch {rows}"
     report(f"{name}: rollout, tokens/s", sampled / seconds["rollout"])
     beside = f"MFU {mfu:.3f} of 989 TFLOP/s, prompts included; {UPDATE_ANCHOR}"
     report(f"{name}: update, tokens/s", read / seconds["update"], beside)
@@ -79,18 +77,20 @@ def one_step(shape, learner, tokenizer, prompts, report):
     return torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
 
 
-def kernels(shape, learner, tokenizer, prompts, report):
-    """The ten dearest kernels of a short rollout and of one epoch, and what sampling waits for."""
+def profile_step(shape, learner, tokenizer, prompts, report):
+    """Prints the most expensive kernels of a short step, and reports how often sampling waits."""
     learner.args.num_ppo_epochs, new, model = 1, 32, learner.actor.model
-    sampling, waits = given.profiled(lambda: sample(model, tokenizer, prompts, new, bf16=True))
-    report(f"{shape}: host synchronisations per sampled token of a batch", waits / new)
-    length, tokens = learner.args.max_prompt_length, learner.args.response_length
-    rollout = given.made_up(len(prompts), length, tokens, model.config.vocab_size)
-    learning, _ = given.profiled(lambda: learner.learn(rollout))
-    for part, seconds in (("sampling", sampling), ("scores and an epoch", learning)):
-        total = sum(seconds.values())
-        for name, spent in list(seconds.items())[:10]:
-            report(f"{shape}, {part}: {name[:70]}", spent, f"s, {spent / total:.1%} of {total:.3g}")
+    with profile() as sampling:
+        rollout = sample(model, tokenizer, prompts, new, bf16=True)
+        now()
+    with profile() as learning:
+        learner.learn(rollout)
+    waits = [row.count for row in sampling.key_averages() if row.key in WAITS]
+    report(f"{shape}: host synchronisations per sampled token of a batch", sum(waits) / new)
+    order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    for phase, profiler in (("sampling", sampling), ("scores and an epoch", learning)):
+        print(f"{shape}, {phase}")
+        print(profiler.key_averages().table(sort_by=order, row_limit=10, max_name_column_width=70))
 
 
 def peers(args, report):
@@ -103,18 +103,16 @@ def peers(args, report):
         settings = dict(do_sample=True, max_new_tokens=new, eos_token_id=-1)
         settings = GenerationConfig(**settings, pad_token_id=tokenizer.pad_token_id)
         for rows in batches:
-            name, prompts = f"{shape}, batch {rows}", sentences(rows)
-            given.generate_seconds(model, tokenizer, prompts, 4)  # warms up
-            seconds = given.generate_seconds(model, tokenizer, prompts, new)
-            report(f"{name}: generate, tokens/s", rows * new / seconds)
-        for rows in batches:  # afterwards, for it changes the model's attention
+            generate(model, tokenizer, sentences(rows), 4)  # warms up
+            _, seconds = timed(generate, model, tokenizer, sentences(rows), new)
+            report(f"{shape}, batch {rows}: generate, tokens/s", rows * new / seconds)
+        for rows in batches:  # afterwards, because it changes the model's attention
             ids, how = tokenizer(sentences(rows))["input_ids"], ContinuousBatchingConfig(**cache)
             for _ in range(2):  # the first warms up
-                start = now()
-                found = model.generate_batch(ids, settings, how, persistent_manager=True)
-                seconds = now() - start
-            tokens = sum(len(output.generated_tokens) for output in found.values())
-            name, whole = f"{shape}, batch {rows}", f"{tokens} of {rows * new} tokens came"
-            ok = tokens == rows * new
-            report(f"{name}: generate_batch, tokens/s", tokens / seconds, whole, ok)
+                work = dict(continuous_batching_config=how, persistent_manager=True)
+                outputs, seconds = timed(model.generate_batch, ids, settings, **work)
+            tokens = sum(len(output.generated_tokens) for output in outputs.values())
+            beside, ok = f"{tokens} of {rows * new} tokens came", tokens == rows * new
+            name = f"{shape}, batch {rows}: generate_batch, tokens/s"
+            report(name, tokens / seconds, beside, ok)
             model.destroy_cached_continuous_batching_manager()

@@ -7,33 +7,34 @@
 MODEL is a folder, a hub id or a .gguf file. The work: 8 prompts of about 60 tokens, 48 new tokens
 each, 4 epochs of 2 minibatches of 4. Ours is train_ppo.py as users start it, so it also criticises,
 aligns and logs. The peer computes in fp32, and its update includes the forward passes that ours
-counts as score. Each turn runs every program once, in a process of its own, without counting its
-first step. Ratios are the peer's seconds by ours (memory: ours by the peer's), medians over turns.
+counts as score. In each turn every program runs once in its own process; its first step does not
+count. Ratios are the peer's seconds by ours (memory: ours by the peer's), medians over turns.
 """
 
 import json
 import tempfile
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 
 import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-from extras.speed.given import generate_seconds, sentences
 from extras.speed.gpu import run
+from extras.speed.synthetic import generate, sentences, timed
 from t2g import cli, policy
 from t2g.log import read_jsonl, write_json, write_text
-from t2g.policy import now
 from t2g.rollout import chat_text, sample
 from t2g.tasks import summarize
 
 ROWS, MICROBATCH, EPOCHS, NEW = 8, 4, 4, 48
 LORA = ["--lora_r", 16]
 OURS = {"fp32": [], "bf16": ["--bf16"], "fp32, LoRA": LORA, "bf16, LoRA": ["--bf16", *LORA]}
-STEP = f"--per_device_train_batch_size {MICROBATCH} --num_mini_batches {ROWS // MICROBATCH}"
-STEP += f" --num_ppo_epochs {EPOCHS} --gradient_accumulation_steps 1 --response_length {NEW}"
-STEP = f"{STEP} --kl_estimator k1".split()
+STEP = f"--per_device_train_batch_size {MICROBATCH} --num_mini_batches {ROWS // MICROBATCH} "
+STEP += f"--num_ppo_epochs {EPOCHS} --gradient_accumulation_steps 1 --kl_estimator k1 "
+STEP += "--task summarize --critic rule --eval_samples 1 --resume none --save_total_limit 1"
+METRICS = {part: f"seconds_{part}" for part in ("rollout", "score", "update", "shift")}
+METRICS |= {"step": "seconds", "memory": "peak_memory_gib"}
 
 
 def main():
@@ -45,19 +46,18 @@ def main():
     add("--steps", 3, "steps of each program in a turn, one more than is counted")
     args = parser.parse_args()
     if args.steps < 2:
-        cli.fail("--steps must be 2 or more, for the first one is left out")
+        cli.fail("--steps must be 2 or more, because the first one is left out")
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         tokenizer, model = prepare(work, args.model)
-        result = {"sampling": sampling(work, model, tokenizer, args.turns)}
-        programs = {name: (ours, flags) for name, flags in OURS.items()}
-        if args.peer:
-            programs["peer"] = peer, args.peer
-        turns = {name: [] for name in programs}
-        for name in tqdm([name for _ in range(args.turns) for name in programs], unit="run"):
-            program, how = programs[name]
-            turns[name].append(program(work, args.steps, how))
-    for name in programs:
+        result = {"sampling": compare_sampling(work, model, tokenizer, args.turns)}
+        turns = {name: [] for name in (*OURS, *(["peer"] if args.peer else []))}
+        for name in tqdm([*turns] * args.turns, unit="run"):
+            if name == "peer":
+                turns[name].append(run_peer(work, args.steps, args.peer))
+            else:
+                turns[name].append(run_ours(work, args.steps, *OURS[name]))
+    for name in turns:
         result[name] = summary(turns[name], turns.get("peer"))
     for name, row in result.items():
         print(f"\n{name}")
@@ -67,8 +67,11 @@ def main():
 
 
 def prepare(work, path):
-    """Writes the model, and prompts as texts for us and as ids for the peer."""
-    tokenizer, model = endless(path)
+    """Saves a model whose responses run on, and prompts: texts for us, ids for the peer."""
+    tokenizer, model = policy.load(path, policy.device())
+    # The end token becomes one that is hardly ever sampled.
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(max(tokenizer.added_tokens_decoder))
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
     policy.save(model, tokenizer, work, 1)
     (work / "checkpoint-1").rename(work / "model")
     texts = sentences(10 * ROWS)
@@ -82,64 +85,54 @@ def prepare(work, path):
     return tokenizer, model
 
 
-def endless(path):
-    """A policy whose responses run on: its end token is one that is hardly ever sampled."""
-    tokenizer, model = policy.load(path, policy.device())
-    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(max(tokenizer.added_tokens_decoder))
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    return tokenizer, model
-
-
-def peer(work, steps, python) -> dict:
+def run_peer(work, steps, python) -> dict:
     lines = run("extras/speed/peer_trl.py", work, steps, python=python).splitlines()
-    return mean_of([json.loads(line) for line in lines if line.startswith("{")][1:])
+    return means([json.loads(line) for line in lines if line.startswith("{")])
 
 
-def ours(work, steps, flags) -> dict:
-    where = ["--policy", work / "model", "--data", work / "posts.jsonl", "--max_steps", steps]
-    alone = "--task summarize --critic rule --eval_samples 1 --resume none --save_total_limit 1"
-    flags = [*where, *alone.split(), *STEP, *flags, "--output_dir", work / "run"]
-    run("train_ppo.py", *flags)
-    rows = read_jsonl(work / "run" / "metrics.jsonl")[1:]
-    if any(row["response_tokens"] != NEW for row in rows):
-        cli.fail("a response ended early, so the peer did other work; choose another model")
-    names = {part: f"seconds_{part}" for part in ("rollout", "score", "update", "shift")}
-    names |= {"step": "seconds", "memory": "peak_memory_gib"}
-    return mean_of([{name: row[metric] for name, metric in names.items()} for row in rows])
+def run_ours(work, steps, *flags, new=NEW) -> dict:
+    """Runs train_ppo.py. Returns the mean seconds of each phase and the peak memory."""
+    files = ["--policy", work / "model", "--data", work / "posts.jsonl"]
+    files += ["--output_dir", work / "run", "--max_steps", steps, "--response_length", new]
+    run("train_ppo.py", *STEP.split(), *files, *flags)
+    rows = read_jsonl(work / "run" / "metrics.jsonl")
+    if any(row["response_tokens"] != new for row in rows):
+        cli.fail("a response ended early, so the work is not as planned; choose another model")
+    return means([{name: row[metric] for name, metric in METRICS.items()} for row in rows])
 
 
-def mean_of(rows) -> dict:
-    return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
+def means(steps) -> dict:
+    """Means over all steps but the first."""
+    return {key: fmean(step[key] for step in steps[1:]) for key in steps[0]}
 
 
 def summary(turns, peers=None) -> dict:
-    """Medians over turns; and ratios to the peer within each turn."""
-    found = {key: median(turn[key] for turn in turns) for key in turns[0]}
+    """Medians over turns, and of ratios to the peer within each turn."""
+    medians = {key: median(turn[key] for turn in turns) for key in turns[0]}
     if not peers or turns is peers:
-        return found
+        return medians
     pairs = list(zip(peers, turns))
     for key in ("rollout", "step"):
-        found[f"{key}_ratio"] = median(theirs[key] / mine[key] for theirs, mine in pairs)
-    updates = [theirs["update"] / (mine["update"] + mine["score"]) for theirs, mine in pairs]
-    memory = [mine["memory"] / theirs["memory"] for theirs, mine in pairs]
-    return found | {"update_ratio": median(updates), "memory_ratio": median(memory)}
+        medians[f"{key}_ratio"] = median(theirs[key] / ours[key] for theirs, ours in pairs)
+    updates = [theirs["update"] / (ours["update"] + ours["score"]) for theirs, ours in pairs]
+    memory = [ours["memory"] / theirs["memory"] for theirs, ours in pairs]
+    return medians | {"update_ratio": median(updates), "memory_ratio": median(memory)}
 
 
-def sampling(work, model, tokenizer, turns) -> dict:
+def compare_sampling(work, model, tokenizer, turns) -> dict:
     """The seconds of transformers' generate by those of sample(), medians over turns."""
-    load, found = AutoModelForCausalLM.from_pretrained, {}
+    load, medians = AutoModelForCausalLM.from_pretrained, {}
     plain = load(work / "model", dtype=torch.float32).to(model.device)
-    for bf16 in (False, True):
-        for rows in (ROWS, 8 * ROWS):
-            prompts = [summarize.INSTRUCTION.format(text) for text in sentences(rows)]
-            sample(model, tokenizer, prompts, NEW, bf16=bf16)  # warms up
-            ratios = []
-            for _ in range(turns):
-                theirs, start = generate_seconds(plain, tokenizer, prompts, NEW, bf16), now()
-                sample(model, tokenizer, prompts, NEW, bf16=bf16)
-                ratios.append(theirs / (now() - start))
-            found[f"{'bf16' if bf16 else 'fp32'}, {rows} rows"] = median(ratios)
-    return found
+    for bf16, rows in ((False, ROWS), (False, 8 * ROWS), (True, ROWS), (True, 8 * ROWS)):
+        prompts = [summarize.INSTRUCTION.format(text) for text in sentences(rows)]
+        sample(model, tokenizer, prompts, NEW, bf16=bf16)  # warms up
+        ratios = []
+        for _ in range(turns):
+            _, theirs = timed(generate, plain, tokenizer, prompts, NEW, bf16=bf16)
+            _, ours = timed(sample, model, tokenizer, prompts, NEW, bf16=bf16)
+            ratios.append(theirs / ours)
+        medians[f"{'bf16' if bf16 else 'fp32'}, {rows} rows"] = median(ratios)
+    return medians
 
 
 if __name__ == "__main__":

@@ -1,31 +1,29 @@
 """The benches of a step in short, on a model of a few small layers."""
 
 import json
-import math
-import sys
 
 import pytest
 
-from extras.speed import given, growth, step
+from extras.speed import growth, step, synthetic
 from t2g import policy
 
-PARTS = dict(rollout=1.0, critique=0.0, score=2.0, update=4.0, shift=1.0, step=8.0, memory=2.0)
+OURS = dict(rollout=1.0, critique=0.0, score=2.0, update=4.0, shift=1.0, step=8.0, memory=2.0)
 PEER = dict(rollout=3.0, update=12.0, step=16.0, memory=4.0)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
-    given.random_model("tiny", folder)
+    synthetic.random_model("tiny", folder, vocab_size=100_000)  # so that hardly any response ends
     return folder
 
 
 def test_ratios_are_medians_over_turns_of_the_peers_seconds_by_ours():
-    turns = [PARTS, PARTS | {"step": 4.0}, PARTS | {"step": 8.0}]
-    found = step.summary(turns, [PEER] * 3)
-    assert found["step"] == 8.0 and found["step_ratio"] == 2.0
-    assert found["rollout_ratio"] == 3.0 and found["memory_ratio"] == 0.5
-    assert found["update_ratio"] == 2.0, "the peer's update holds what we count as score"
+    turns = [OURS, OURS | {"step": 4.0}, OURS | {"step": 8.0}]
+    medians = step.summary(turns, [PEER] * 3)
+    assert medians["step"] == 8.0 and medians["step_ratio"] == 2.0
+    assert medians["rollout_ratio"] == 3.0 and medians["memory_ratio"] == 0.5
+    assert medians["update_ratio"] == 2.0, "the peer's update contains what we count as score"
     assert "step_ratio" not in step.summary(turns)
 
 
@@ -39,14 +37,22 @@ def test_the_work_never_ends_a_response(folder, tmp_path):
     assert tokenizer.eos_token_id in policy.eos_ids(again, model)
 
 
-def test_growth_ends_with_seconds_and_slopes(folder, monkeypatch, capsys):
-    sizes = {"response tokens": [8, 16], "responses": [4, 8], "vocabulary": [512, 1024]}
-    monkeypatch.setattr(growth, "SIZES", sizes)
-    monkeypatch.setattr(sys, "argv", ["growth", str(folder)])
-    growth.main()
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert set(result) == set(sizes)
+def test_our_step_has_seconds_of_each_phase(folder, tmp_path):
+    step.prepare(tmp_path, folder)
+    ours = step.run_ours(tmp_path, 2, new=8)
+    assert list(ours) == list(step.METRICS) and min(ours.values()) > 0
+    phases = [ours[phase] for phase in ("rollout", "score", "update", "shift")]
+    assert sum(phases) == pytest.approx(ours["step"], rel=0.2), "the critic's seconds are missing"
+
+
+def test_growth_ends_with_seconds_and_slopes(folder, monkeypatch, run_main):
+    def run_ours(work, steps, *flags, new):
+        responses = growth.MICROBATCH * flags[flags.index("--gradient_accumulation_steps") + 1]
+        return dict.fromkeys(step.METRICS, new * responses**2)
+
+    monkeypatch.setattr(growth, "run_ours", run_ours)
+    result, _ = run_main(growth, folder)
+    assert set(result) == set(growth.SIZES)
     assert set(result["responses"]) == {"rollout", "score", "update", "shift"}
-    for row in (row for parts in result.values() for row in parts.values()):
-        before, after = row["seconds"].values()
-        assert row["slope"] == pytest.approx(math.log2(after / before))
+    slopes = {what: {row["slope"] for row in parts.values()} for what, parts in result.items()}
+    assert slopes == {"response tokens": {1.0}, "responses": {2.0}}

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 import train_ppo
 from extras.scale import plan
-from extras.speed.given import made_up, train_flags
+from extras.speed.synthetic import random_rollout, train_args
 from t2g import adapters, dist
 from t2g.policy import Policy
 
@@ -108,7 +108,7 @@ def test_fake_tensors_need_as_much_memory_as_real_ones(llama, flags):
     sizes = SMALL | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3}
     config = AutoConfig.from_pretrained(llama(**sizes))
     step = "--max_prompt_length 24 --response_length 16 --per_device_train_batch_size 4".split()
-    args = train_flags(*step, *flags)
+    args = train_args(*step, *flags)
     expected = plan.fake_step(args, config, sharded=False)
 
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -116,8 +116,7 @@ def test_fake_tensors_need_as_much_memory_as_real_ones(llama, flags):
     dist.shard(actor.model, recompute=args.gradient_checkpointing)
     for weights in filter(lambda weights: weights.requires_grad, actor.parameters()):
         weights.register_post_accumulate_grad_hook(lambda weights: setattr(weights, "grad", None))
-    rollout = made_up(4, 24, 16, config.vocab_size)
-    rollout.prompt_mask[:3, :9] = False  # padded, as rollouts are
+    rollout = random_rollout(4, 24, 16, config.vocab_size)
     names = ("old_logprobs", "advantages", "old_values", "returns")
     batch = {name: torch.zeros(4, 16) for name in names} | {"mask": rollout.mask}
     with plan.Alive() as alive:
