@@ -225,13 +225,13 @@ def statements(tree, line) -> list[ast.stmt]:
 
 
 def answers(definition) -> list[tuple[int, int]]:
-    """Returns the lines of a function's return statements if they are few, else of its head."""
-    if not isinstance(definition, FUNCTIONS):
-        return [head(definition)]
-    nodes = list(unit_tests.reached(definition.body))  # without the functions inside it
-    returns = [node for node in nodes if isinstance(node, ast.Return)]
-    few = 0 < len(returns) <= MAX_SPANS
-    return sorted((node.lineno, node.end_lineno) for node in returns) if few else [head(definition)]
+    """Returns the lines of a function's return statements if they are few, else its head."""
+    if isinstance(definition, FUNCTIONS):
+        nodes = unit_tests.reached(definition.body)  # without the functions inside it
+        returns = [(n.lineno, n.end_lineno) for n in nodes if isinstance(n, ast.Return)]
+        if 0 < len(returns) <= MAX_SPANS:
+            return sorted(returns)
+    return [head(definition)]
 
 
 def head(definition) -> tuple[int, int]:
@@ -250,18 +250,18 @@ def loop(program, line) -> tuple[int, int]:
 
 
 def quotes(response, program, ranges) -> list[str]:
-    """Quotes lines of the program so that each quote is unique. An empty line is the one above."""
+    """Returns a unique quote for each range of lines; an empty line stands for the one above."""
     written = [number for number, (start, end) in enumerate(program.lines, 1) if start < end]
-    result = []
+    unique = []
     for first, last in ranges:
         first = max((number for number in written if number <= first), default=written[0])
         last = max(first, min(last, written[-1]))
-        result.append(quote_of(response, program.lines[first - 1][0], program.lines[last - 1][1]))
-    return result
+        unique.append(quote_of(response, program.lines[first - 1][0], program.lines[last - 1][1]))
+    return unique
 
 
 def test_log(example, response: str) -> str:
-    """What an annotator sees of the test run: its end, and the program's part of the traceback."""
+    """Returns what annotators see of the test run: its end, and the traceback in the program."""
     result = outcome(example, response)
     if result.passed:
         return "The tests pass."
