@@ -1,12 +1,12 @@
-"""Stage 3: PPO with token rewards. Rollout, critique, spans, token rewards, KL, GAE, update.
+"""Stage 3: PPO with token rewards: rollout, critique, spans, token rewards, KL, GAE, update.
 
     torchrun train_ppo.py                                        # the toy, earlier stages included
     torchrun train_ppo.py --reward scalar --output_dir runs/toy/ppo_scalar
     torchrun train_ppo.py --task summarize --policy HUB_ID --data posts.jsonl --critic rule
 
 The loop in train() is the algorithm, numbered as in docs/GUIDE.md; the maths is in t2g/ppo.py.
-Kill it at any moment: the same command resumes it. With --nproc_per_node N, models are sharded over
-N processes (t2g/dist.py).
+Kill it at any moment: the same command resumes it. With --nproc_per_node N the models are sharded
+over N processes (t2g/dist.py). Left out: sampling with top-k, top-p or beams (t2g/rollout.py).
 """
 
 import copy
@@ -174,8 +174,7 @@ def show_heldout(step, actor, reference, critic, run):
     with dist.whole(actor.model):
         shape = args.response_length, args.temperature, generator, args.bf16
         rollout = sample(actor.model, run.tokenizer, prompts, *shape)
-    # All ranks sample the same responses; one of them asks the critic, and it alone shows them.
-    feedback = critic(examples, rollout.texts) if dist.rank() == 0 else [None] * len(examples)
+    feedback = critic(examples, rollout.texts)  # on all ranks, for a learned critic is sharded
     delta, _ = token_rewards(run.tokenizer, rollout, feedback, args)
     old = score(actor, reference, rollout, args)
     if dist.rank() == 0:

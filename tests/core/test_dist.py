@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import train_ppo
-from t2g import dist
+from t2g import critics, dist
+from t2g.feedback import Feedback
 from t2g.log import read_jsonl
 from t2g.policy import Policy
 from t2g.rollout import sample
@@ -20,18 +21,9 @@ from t2g.rollout import sample
 FLAGS = (
     "--max_steps", 2, "--num_ppo_epochs", 2, "--num_mini_batches", 1, "--response_length", 12,
     "--per_device_train_batch_size", 2, "--eval_samples", 2, "--learning_rate", 3e-4,
-    "--reward", "prm", "--kl_target", 0.5, "--missing_eos_penalty", 0.5,
+    "--reward", "prm", "--kl_target", 0.5, "--missing_eos_penalty", 0.5, "--critique_length", 12,
 )  # fmt: skip
-CRITIC = """
-from t2g.feedback import Feedback
-
-def judge(text):
-    readable = sum(map(ord, text)) % 3 and text.strip()
-    return Feedback("Well.", [text[: len(text) % 9 + 1]], [text[-3:]]) if readable else None
-
-def critic(task, args):
-    return lambda examples, responses: [judge(text) for text in responses]
-"""
+LEARNED_CRITIC = critics.reward_model_critic
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +31,6 @@ def folder(model, tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    (folder / "critic.py").write_text(CRITIC)
     return folder
 
 
@@ -87,15 +78,28 @@ def sample_by_prompt(model, tokenizer, prompts, *shape, **options):
         return sample(model, tokenizer, prompts, *shape, **options)
 
 
-def prepare(rank):
-    train_ppo.sample = sample_by_prompt
+def readable_critic(*model):
+    """The learned critic, except that what its random weights write is made readable, or not."""
+    ask = LEARNED_CRITIC(*model)
+
+    def judge(z, text):
+        readable = len(z) % 3 and text.strip()
+        return Feedback(z, [text[: len(z) % 9 + 1]], [text[-3:]]) if readable else None
+
+    return lambda examples, texts: [judge(*pair) for pair in zip(ask(examples, texts), texts)]
 
 
-def test_two_processes_make_the_run_of_one(folder, monkeypatch):
-    flags = [*FLAGS, "--policy", folder / "model", "--critic", folder / "critic.py"]
+def prepare(rank, patch=setattr):
+    patch(train_ppo, "sample", sample_by_prompt)
+    patch(critics, "reward_model_critic", readable_critic)
+    patch(critics, "parse_or_none", str)  # leaves the text as it is
+
+
+def test_two_processes_with_a_learned_critic_make_the_run_of_one(folder, monkeypatch):
+    flags = [*FLAGS, "--policy", folder / "model", "--reward_model", folder / "model"]
     errors = [folder / "errors0", folder / "errors1"]
     ranks = two_ranks(prepare, [*flags, "--output_dir", folder / "ppo2"], errors)
-    monkeypatch.setattr(train_ppo, "sample", sample_by_prompt)
+    prepare(0, monkeypatch.setattr)
     whole = ["--gradient_accumulation_steps", 2, "--output_dir", folder / "ppo1"]
     code, printed = run("train_ppo", [*flags, *whole])
     for process in ranks:

@@ -39,18 +39,17 @@ def not_a_number(*_, **__):
     return {"shift_good": float("nan")}
 
 
-CAUSES = {  # what fails, by the name that train_ppo.py calls it; the sentence that must be shown
-    "a context that is too small": ("sample", too_long, "exceed the model's context"),
-    "memory": ("response_logprobs", out_of_memory, "out of memory"),
-    "the first ratio": ("check_first_ratio", unlike_ratio, "first ratio of a step must be 1"),
-    "a metric that is not a number": ("shift", not_a_number, "not JSON compliant"),
+CAUSES = {  # what fails, by the name that train_ppo.py calls it; the rank; the sentence
+    "sample": (too_long, 1, "exceed the model's context"),
+    "response_logprobs": (out_of_memory, 1, "out of memory"),
+    "check_first_ratio": (unlike_ratio, 1, "first ratio of a step must be 1"),
+    "shift": (not_a_number, 0, "not JSON compliant"),  # a metric, which rank 0 logs
 }
 
 
-def break_one(cause, rank):
-    """Makes the cause strike on rank 1; on rank 0 if it is one of metrics, which rank 0 logs."""
-    name, failing, _ = CAUSES[cause]
-    if rank == (0 if name == "shift" else 1):
+def break_one(name, rank):
+    failing, failing_rank, _ = CAUSES[name]
+    if rank == failing_rank:
         setattr(train_ppo, name, failing)
 
 

@@ -49,10 +49,7 @@ def test_every_stage_ends_with_friendly_errors(script):
 
 def test_there_is_no_circle_of_imports():
     left = {path: set(imports) for path, imports in ARROWS.items()}
-    while True:
-        leaves = {path for path, imports in left.items() if not imports}
-        if not leaves:
-            break
+    while leaves := {path for path, imports in left.items() if not imports}:
         left = {path: x - leaves for path, x in left.items() if path not in leaves}
     assert not left, sorted(str(path.relative_to(ROOT)) for path in left)
 
@@ -65,10 +62,8 @@ def alone(tmp_path_factory):
         pytest.skip("not a git clone")
     folder = tmp_path_factory.mktemp("alone")
     for name in files.splitlines():
-        if (
-            not name.startswith(("extras/", "recipes/", "tests/extras/"))
-            and (ROOT / name).is_file()
-        ):
+        is_extra = name.startswith(("extras/", "recipes/", "tests/extras/"))
+        if not is_extra and (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
     return folder

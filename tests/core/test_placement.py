@@ -63,23 +63,19 @@ def test_placing_keeps_the_sum_of_delta(tokenizers, data):
     assert torch.equal(one_step, rewards["scalar"]), "without an end, the text is one step"
 
 
-def test_a_token_that_ends_several_steps_makes_one_step():
-    assert steps([(0, 4), (4, 5)], "\n\n\n\na", r"\n") == [0, 1]
-
-
 def test_the_steps_of_the_toy_are_its_clauses():
     text = "Ana is 27, works as a baker, lives in Porto."
     offsets = [(i, i + 1) for i in range(len(text))]
     expected = "0" * 9 + "1" * 18 + "2" * 17
     assert "".join(map(str, steps(offsets, text, toy.STEP_END))) == expected
+    assert steps([(0, 4), (4, 5)], "\n\n\n\na", r"\n") == [0, 1], "a token may end several"
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_missing_eos_is_penalised_on_the_last_token(tokenizers, kind):
-    tokenizer = tokenizers["byte_level"]
-    rollout = rollout_of(tokenizer, [TEXT, "Ana."], [False, True])
+    rollout = rollout_of(tokenizers["byte_level"], [TEXT, "Ana."], [False, True])
     delta = torch.zeros(rollout.mask.shape)
-    rewards = placed(tokenizer, rollout, delta, kind, penalty=2.0)
+    rewards = placed(tokenizers["byte_level"], rollout, delta, kind, penalty=2.0)
     assert rewards.nonzero().tolist() == [[0, int(rollout.mask[0].sum()) - 1]]
     assert rewards.min() == -2
 
