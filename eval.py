@@ -45,14 +45,16 @@ def policies(task, args) -> dict:
     """Returns each policy's scores on the same held-out prompts, sampled and greedy."""
     if not args.runs:
         stages.ensure(["sft", "ppo"], args, f"runs/{task.NAME}")
-    rows, examples = {}, task.load(args)[1]
+    scores, table, examples = {}, {}, task.load(args)[1]
     for run in args.runs or [f"runs/{task.NAME}/sft", f"runs/{task.NAME}/ppo"]:
         tokenizer, model = policy.load(run, policy.device())
         heldout = tasks.short_enough(examples, tokenizer, args.max_prompt_length)
         heldout, length = heldout[: args.eval_samples], args.response_length
-        rows[run] = evaluate(task, model, tokenizer, heldout, length, args.bf16, run, args.seed)
-    print_table(rows)
-    return rows
+        sampling = length, args.bf16, run, args.seed
+        scores[run] = evaluate(task, model, tokenizer, heldout, *sampling)
+        table[run] = {name: f"{score:.3f}" for name, score in scores[run].items()}
+    print_table(table)
+    return scores
 
 
 def reward_models(task, args) -> dict:
@@ -75,7 +77,7 @@ def reward_models(task, args) -> dict:
     feedback = {name: feedback_of(name, records, args) for name in names}
     cards = {name: card.card(records, feedback[name], tokenizer, args.seed) for name in names}
     print_examples(records, feedback)
-    print_table({name: card.flat(one) for name, one in cards.items()})
+    print_table({name: card.as_rows(one) for name, one in cards.items()})
     return cards if len(cards) > 1 else cards[names[0]]
 
 
@@ -132,12 +134,11 @@ def print_examples(records, feedback):
 
 
 def print_table(columns):
-    """Prints {column: {row: number}}."""
-    print("\n" + " " * 32 + "".join(f"  {name:>10}" for name in columns))
-    for row, first in next(iter(columns.values())).items():
-        if isinstance(first, float):
-            cells = [f"  {column[row]:{max(10, len(name))}.3f}" for name, column in columns.items()]
-            print(f"{row:32}" + "".join(cells))
+    """Prints {column: {row: cell}}."""
+    print("\n" + " " * 28 + "".join(f"  {name:>20}" for name in columns))
+    for row in next(iter(columns.values())):
+        cells = [f"  {column[row]:>{max(20, len(name))}}" for name, column in columns.items()]
+        print(f"{row:28}" + "".join(cells))
 
 
 WHAT = {"policy": policies, "rm": reward_models, "seeds": seeds, "page": compare}

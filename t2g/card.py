@@ -151,6 +151,14 @@ def map_nested(figures, function) -> dict:
     }
 
 
+def as_rows(card) -> dict[str, str]:
+    """Returns each figure of a card with its interval, as text."""
+    figures, rows = flat(card), {}
+    for name, ends in flat(card["intervals"]).items():
+        rows[name] = f"{figures[name]:.3f} [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else "-"
+    return rows
+
+
 def flat(figures, path=()) -> dict:
     """Returns nested figures under keys such as "kinds, wrong, recall"."""
     rows = {}

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import sys
 
 import pytest
@@ -199,6 +200,7 @@ def run(monkeypatch, capsys, tmp_path):
         eval_script.main()
         *shown, last = capsys.readouterr().out.splitlines()
         assert any(line.startswith("truth: ") for line in shown)
+        assert any(re.match(r"poor, recall .* \[[01]\.", line) for line in shown)
         return json.loads(last)
 
     return main
