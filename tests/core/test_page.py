@@ -227,19 +227,6 @@ def test_held_out_prompts_meet_the_same_random_numbers_at_each_step(model, token
     assert cold[0]["tokens"] != tokens[0][0], "sampled at the run's temperature"
 
 
-def test_of_several_ranks_the_first_alone_asks_the_critic(model, tokenizer, tmp_path, monkeypatch):
-    asked, samples = [], Samples(tmp_path, 1)
-
-    def critic(examples, texts):
-        asked.append(texts)
-        return [None] * len(texts)
-
-    for rank in (0, 1):
-        monkeypatch.setattr(train_ppo.dist, "rank", lambda rank=rank: rank)
-        rows = watch(samples, model, tokenizer, 0, critic)
-    assert len(asked) == 1 and len(rows) == 3
-
-
 def test_a_resumed_run_keeps_what_was_seen_before_its_first_update(model, tokenizer, tmp_path):
     for step in (0, 1, 12):
         watch(Samples(tmp_path, 12, keep_until=step), model, tokenizer, step)
