@@ -10,12 +10,14 @@ python annotate.py --responses filled_in.jsonl --out notes.jsonl --critic human
 
 A line of --responses has {"id", "prompt", "response"}; other fields are kept. Without it, a policy
 is sampled. A line of --out adds {"critique", "good_spans", "poor_spans", "status", "reason"}, and a
-server's also "reasoning" and "usage". Status is "ok" or "failed".
+server's also "reasoning" and "usage". Status is "ok" or "failed"; of several lines with one id the
+last one counts.
 
 A server's records are written as they arrive. After a kill, Ctrl-C (exit code 130) or the end of
 the budget (exit code 0), the same command continues and asks nothing twice that was written.
 """
 
+import math
 import random
 from pathlib import Path
 
@@ -23,8 +25,11 @@ import torch
 from tqdm import tqdm
 
 from t2g import annotator, cli, policy, server, stages, tasks
-from t2g.notes import WRITTEN, Notes, read_feedback, read_responses, write_whole, writing
+from t2g.notes import Notes, read_feedback, read_responses, write_whole
 from t2g.rollout import respond
+
+WRITTEN = ("reasoning", "critique", "good_spans", "poor_spans", "kinds")  # by an annotator
+WRITTEN += ("status", "reason", "usage", "annotator")
 
 
 def parse_args():
@@ -44,14 +49,13 @@ def parse_args():
     add("--annotator_temperature", 0.3, "openai: temperature of the annotator", cli.between(0, 2))
     add("--max_tokens", 1024, "openai: maximum tokens of an answer")
     add("--max_spans", 2, "openai: maximum number of good quotes, and of poor ones")
-    add("--dry_run", False, "openai: print one question and the price of all, and ask nothing")
     add("--base_url", None, "openai: server, such as http://localhost:8000/v1 (default: OpenAI)")
     add("--concurrency", 16, "openai: number of simultaneous requests")
     add("--max_retries", 5, "openai: maximum repetitions of a request or of an invalid answer")
-    add("--timeout", 120.0, "openai: seconds to wait for a whole answer")
+    add("--timeout", 120.0, "openai: seconds to wait for an answer")
     add("--input_price", 0.0, "openai: price of a million prompt tokens", cli.between(0, 1e9))
     add("--output_price", 0.0, "openai: price of a million answer tokens", cli.between(0, 1e9))
-    add("--budget", None, "openai: maximum price of the whole file --out", cli.between(0, 1e9))
+    add("--budget", math.inf, "openai: maximum price of the whole file --out")
     add("--retry_failed", False, "openai: ask again about the records that failed")
     task, args = tasks.parse(parser, "annotate")
     args.critic = args.critic or ("openai" if args.model or args.base_url else "rule")
@@ -59,13 +63,11 @@ def parse_args():
         cli.fail("--model is missing: the name of the annotator on the server")
     if args.severity and args.critic != "rule":
         cli.fail("--severity needs --critic rule")
-    if args.dry_run and args.critic != "openai":
-        cli.fail("--dry_run needs --critic openai; the other critics cost nothing")
     if args.policy and args.responses:
         cli.fail("--policy and --responses exclude each other")
     if args.critic == "human" and not args.responses:
         cli.fail("--responses is missing: the file that people filled in")
-    if args.budget is not None and not args.input_price + args.output_price:
+    if args.budget < math.inf and not args.input_price + args.output_price:
         cli.fail("--budget needs --input_price and --output_price")
     return task, args
 
@@ -177,38 +179,29 @@ def read_human(args) -> list[dict]:
 
 def annotate_by_server(task, args, out):
     """Annotates responses by a model behind a server, and writes each record as it arrives."""
-    if not args.dry_run:  # fails before the policy is sampled if the address or the key is wrong
-        server.client(args.base_url, args.timeout, args.max_retries)
+    server.client(args.base_url, args.timeout, args.max_retries)  # fails before sampling
     records = read_unannotated(args) if args.responses else keep_responses(task, args, out)
-    criteria = getattr(task, "CRITERIA", annotator.CRITERIA)
-    if args.dry_run:
-        dry_run(add_test_logs(records, task, args), criteria, args)
-        return
-    with writing(out), Notes(out) as notes:
-        spent = map(annotator.tokens_of, notes.records.values())
-        prices = (args.input_price, args.output_price)
-        meter = server.Meter(prices, args.budget, sum(spent, server.Tokens()))
+    with Notes(out) as notes:
+        spent = sum(map(annotator.tokens_of, notes.records.values()), server.Tokens())
+        criteria = getattr(task, "CRITERIA", annotator.CRITERIA)
+        asking = annotator.Annotator(args, criteria, spent)
         todo = add_test_logs(notes.left(records, args.retry_failed), task, args)
         bar = tqdm(total=len(records), initial=len(records) - len(todo), desc="annotating")
 
         def save(record):
             notes.add(record)
-            bar.set_postfix_str(f"{meter.money(meter.tokens):.4f} spent", refresh=False)
+            bar.set_postfix_str(f"{annotator.price(asking.spent, args):.4f} spent", refresh=False)
             bar.update()
 
-        kept = f"the same command continues from {out}"
         try:
             with bar:
-                annotator.Annotator(args, criteria, meter).annotate_all(todo, save)
+                asking.annotate_all(todo, save)
         except server.Stop as error:
-            cli.fail(f"{error}; {kept}")
-        except KeyboardInterrupt:
-            print(f"interrupted; {kept}")
-            raise SystemExit(130) from None
+            cli.fail(f"{error}; the same command continues from {out}")
         failed = sum(record["status"] == "failed" for record in notes.records.values())
-        tokens = "{} + {} tokens".format(*meter.tokens)
-        counts = f"{len(notes.records)} records, {failed} failed, {tokens}"
-        print(f"annotations: {out}, {counts}, {meter.money(meter.tokens):.4f} spent")
+        counts = f"{len(notes.records)} records, {failed} failed"
+        cost = f"{sum(asking.spent)} tokens, {annotator.price(asking.spent, args):.4f} spent"
+        print(f"annotations: {out}, {counts}, {cost}")
         if left := len(notes.left(records)):
             print(f"{left} records are left: the budget is reached; raise --budget to continue")
         if failed:
@@ -226,17 +219,6 @@ def keep_responses(task, args, out) -> list[dict]:
     _, records = sample_responses(task, args, out)
     write_whole(path, records)
     return records
-
-
-def dry_run(records, criteria, args):
-    """Prints one question and the price of all of them."""
-    questions = [annotator.question(record, criteria, args.max_spans) for record in records]
-    asked = sum(len(question.encode()) for question in questions) // 4  # four bytes per token
-    tokens = server.Tokens(asked, len(questions) * args.max_tokens)
-    money = server.Meter((args.input_price, args.output_price), None, tokens).money(tokens)
-    print("\n".join(questions[:1]))
-    counts = f"about {tokens[0]} prompt tokens and at most {tokens[1]} answer tokens"
-    print(f"{len(questions)} records: {counts}, {money:.4f} without repetitions; nothing was asked")
 
 
 if __name__ == "__main__":

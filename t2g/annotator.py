@@ -8,12 +8,13 @@ with a reason. annotate.py is the command line; server.py sends the requests.
 import asyncio
 import json
 
+import pydantic
 from tqdm import tqdm
 
 from t2g import server
 from t2g.align import find
 from t2g.feedback import Feedback, FeedbackError, quoted
-from t2g.server import NoAnswer, OverBudget, Refused, Stop, Tokens
+from t2g.server import NoAnswer, Refused, Stop, Tokens
 
 CRITERIA = """\
 Good is what the writer should keep: right, to the point, well said. Poor is what the writer \
@@ -45,20 +46,23 @@ words. Quote nothing that the critique does not speak of.
 TEST_LOG = "\n### Log of the unit tests\n{}\n"
 REPAIR = "That is of no use: {fault}. Give the whole JSON object again, mended."
 
-KINDS = {"reasoning": str, "critique": str, "good_spans": list, "poor_spans": list}
-STRING = {"type": "string"}
-STRINGS = {"type": "array", "items": STRING}
-SCHEMA = {
-    "type": "object",
-    "properties": {key: STRINGS if kind is list else STRING for key, kind in KINDS.items()},
-    "required": list(KINDS),
-    "additionalProperties": False,
-}
-JSON_SCHEMA = {
-    "type": "json_schema",
-    "json_schema": {"name": "annotation", "strict": True, "schema": SCHEMA},
-}
+NOTHING = {"critique": "", "good_spans": [], "poor_spans": []}
 SILENCE = 10  # records without an answer in a row, after which the server itself is at fault
+
+
+class Annotation(pydantic.BaseModel, json_schema_extra={"additionalProperties": False}):
+    reasoning: str
+    critique: str
+    good_spans: list[str]
+    poor_spans: list[str]
+
+
+SCHEMA = {"name": "annotation", "strict": True, "schema": Annotation.model_json_schema()}
+JSON_SCHEMA = {"type": "json_schema", "json_schema": SCHEMA}
+
+
+class OverBudget(NoAnswer):
+    """The request was not sent because it might exceed the budget."""
 
 
 # ---- the question and its answer ---------------------------------------------------------------
@@ -74,29 +78,17 @@ def read_annotation(text: str, response: str, max_spans: int) -> dict:
 
     Raises: FeedbackError for an invalid answer; it names the fault for the annotator to repair.
     """
-    # Some servers return the model's own thoughts in front of the answer.
-    fields = json_object(text) or json_object(text.partition("</think>")[2])
-    if not fields:
-        raise FeedbackError("it is not a JSON object")
-    if not all(isinstance(fields.get(key), kind) for key, kind in KINDS.items()):
-        raise FeedbackError(
-            "reasoning and critique must be strings, good_spans and poor_spans lists"
-        )
-    for key in ("good_spans", "poor_spans"):
-        if not all(isinstance(quote, str) for quote in fields[key]):
-            raise FeedbackError(f"{key} must be a list of strings")
-        if len(fields[key]) > max_spans:
-            raise FeedbackError(f"{key} has {len(fields[key])} quotes; at most {max_spans} may be")
-    reasoning = fields["reasoning"].encode(errors="replace").decode()  # without lone surrogates
-    return {"reasoning": reasoning, **checked(fields, response)}
-
-
-def json_object(text: str) -> dict | None:
-    """Returns the JSON from the first brace of a text to the last one; None if it is invalid."""
+    rest = text.partition("</think>")[2]  # some servers put the model's own thoughts in front
+    text = rest if "{" in rest else text
     try:
-        return json.loads(text[text.find("{") : text.rfind("}") + 1])
-    except (ValueError, RecursionError):
-        return None
+        answer = Annotation.model_validate_json(text[text.find("{") : text.rfind("}") + 1])
+    except pydantic.ValidationError as error:
+        fault = error.errors(include_input=False)[0]
+        raise FeedbackError(": ".join([*map(str, fault["loc"]), fault["msg"]])) from None
+    for key in ("good_spans", "poor_spans"):
+        if (count := len(getattr(answer, key))) > max_spans:
+            raise FeedbackError(f"{key} has {count} quotes; at most {max_spans} are allowed")
+    return answer.model_dump() | checked(answer.model_dump(), response)
 
 
 def checked(fields: dict, response: str) -> dict:
@@ -108,95 +100,78 @@ def checked(fields: dict, response: str) -> dict:
     if not isinstance(critique, str) or not critique.strip():
         raise FeedbackError("the critique is empty or not a string")
     Feedback(critique, fields["good_spans"], fields["poor_spans"])  # checks the types
-    spans = {}
+    spans = {"good_spans": [], "poor_spans": []}
     for key, place in (("good_spans", 0), ("poor_spans", -1)):  # the place that align.py marks
-        spans[key] = [as_spelled(quote, response, place) for quote in fields[key]]
-        if None in spans[key]:
-            number = spans[key].index(None) + 1
-            fault = "does not occur in the response; copy it character for character"
-            raise FeedbackError(f"quote {number} of {key} {fault}")
-    critique = critique.strip()
-    Feedback.parse(Feedback(critique, *spans.values()).render())
-    return {"critique": critique, **spans}
-
-
-def as_spelled(quote, response, place):
-    """Returns a quote in the very characters of the response; None if it does not occur there."""
-    kind, places = find(response, quoted(quote)[0])
-    if kind not in ("exact", "normalised"):
-        return None
-    text = response[slice(*places[place])]
-    return text if isinstance(quote, str) else {**quote, "text": text}
+        for number, quote in enumerate(fields[key], 1):
+            kind, places = find(response, quoted(quote)[0])
+            if kind not in ("exact", "normalised"):
+                fault = "does not occur in the response; copy it character for character"
+                raise FeedbackError(f"quote {number} of {key} {fault}")
+            text = response[slice(*places[place])]
+            spans[key].append(text if isinstance(quote, str) else {**quote, "text": text})
+    return {"critique": critique.strip(), **spans}
 
 
 # ---- asking ------------------------------------------------------------------------------------
 class Annotator:
     """Asks about records until the answers are valid; remembers which options the server refuses.
 
-    Args: args has the flags of annotate.py.
+    Args: args has the flags of annotate.py; spent are the tokens of earlier runs.
     """
 
-    def __init__(self, args, criteria, meter):
-        self.args, self.criteria, self.meter = args, criteria, meter
+    def __init__(self, args, criteria, spent: Tokens):
+        self.args, self.criteria = args, criteria
+        self.spent, self.pending = spent, []  # pending: the most that each open request may cost
         self.client = server.client(args.base_url, args.timeout, args.max_retries)
         self.options = {"model": args.model, "max_tokens": args.max_tokens}
         self.options |= {"temperature": args.annotator_temperature, "response_format": JSON_SCHEMA}
         self.answered = False  # whether the server has accepted these options
-        self.silence = 0  # number of records without an answer since the last answer
 
     def annotate_all(self, records, save):
         """Calls save(record) for each record, as soon as it is finished.
 
-        Skips records that the budget does not allow. Records without any answer are saved at the
-        end, as failed, if the server answered others; otherwise the next run asks about them.
-        Raises: Stop.
+        Skips records that the budget does not allow. A record without any answer fails as soon as
+        the server answers another one; otherwise the next run asks about it.
+        Raises: Stop if the server answers none, or stays silent for several records in a row.
         """
-        unanswered = []
+        silent = []  # the records without an answer since the last answer
 
         async def annotate(record):
             try:
-                record = await self.annotate(record)
+                save(await self.annotate(record))
             except OverBudget:
                 return
-            if any(tokens_of(record)):
-                save(record)
-            else:
-                unanswered.append(record)
-            if self.silence >= SILENCE:
-                raise silent(record)
-
-        def silent(record):
-            count = f"{self.silence} records in a row"
-            return Stop(f"{record['reason']}, {count}; {server.CHECK}")
+            except NoAnswer as error:
+                silent.append(finished(record, NOTHING, Tokens(), str(error)))
+                if len(silent) >= SILENCE:
+                    raise Stop(f"{error}, {SILENCE} records in a row; {server.CHECK}") from None
+                return
+            while silent:
+                save(silent.pop())
 
         server.ask_all(self.client, records, annotate, self.args.concurrency)
-        if unanswered and not self.answered:
-            raise silent(unanswered[-1])
-        for record in unanswered:
+        if silent and not self.answered:
+            raise Stop(f"{silent[-1]['reason']}; {server.CHECK}")
+        for record in silent:
             save(record)
 
     async def annotate(self, record) -> dict:
         """Returns the finished record, "ok" or "failed".
 
-        Raises: Stop; OverBudget if nothing has been paid for this record yet.
+        Raises: Stop; NoAnswer if the server has not answered this record at all.
         """
         asked = question(record, self.criteria, self.args.max_spans)
         opening = messages = [{"role": "user", "content": asked}]
-        used, heard, reason = Tokens(), False, ""
+        used, reason = Tokens(), ""
         for _ in range(self.args.max_retries + 1):
             try:
                 answer = await self.ask(messages)
-            except (NoAnswer, OverBudget) as error:
-                if isinstance(error, OverBudget) and used == Tokens():
+            except NoAnswer as error:
+                if messages is opening:
                     raise
                 reason = str(error)
                 break
             used += answer.tokens
-            if answer.text is None:
-                reason = "the server's answer is not a chat completion"
-                await asyncio.sleep(1)
-                continue
-            heard = True
             try:
                 fields = read_annotation(answer.text, record["response"], self.args.max_spans)
                 return finished(record, fields | {"annotator": self.args.model}, used)
@@ -204,17 +179,16 @@ class Annotator:
                 cut_off = f"it was cut off after {self.args.max_tokens} tokens; be shorter"
                 fault = cut_off if answer.finish_reason == "length" else error
             reason = f"the answer is invalid: {fault}"
-            said = {"role": "assistant", "content": answer.text.strip() or "{}"}
-            messages = [*opening, said, {"role": "user", "content": REPAIR.format(fault=fault)}]
-        self.silence += not heard
-        return finished(record, {"critique": "", "good_spans": [], "poor_spans": []}, used, reason)
+            reply = {"role": "assistant", "content": answer.text.strip() or "{}"}
+            messages = [*opening, reply, {"role": "user", "content": REPAIR.format(fault=fault)}]
+        return finished(record, NOTHING, used, reason)
 
     async def ask(self, messages) -> server.Answer:
         """Asks once, or again with fewer options where the server refuses them."""
         options = self.options
         while True:
             try:
-                answer = await self.meter.ask(self.client, messages=messages, **options)
+                answer = await self.ask_within_budget(messages=messages, **options)
                 break
             except Refused as refusal:
                 if self.answered and options is self.options:
@@ -222,12 +196,36 @@ class Annotator:
                 options = self.options if self.answered else fewer(options, refusal.param)
                 if not options:
                     raise
-        if answer.text is not None:
-            if options is not self.options and not self.answered:
-                tqdm.write(f"the server refuses some options; left are {', '.join(options)}")
-                self.options = options
-            self.answered, self.silence = True, 0
+        if options is not self.options and not self.answered:
+            tqdm.write(f"the server refuses some options; left are {', '.join(options)}")
+            self.options = options
+        self.answered = True
         return answer
+
+    async def ask_within_budget(self, **request) -> server.Answer:
+        """Asks as soon as the worst case fits the budget; an answer without usage costs as much.
+
+        Raises: OverBudget if no open request can make room; and what server.ask() raises.
+        """
+        worst = Tokens(len(json.dumps(request)), self.args.max_tokens)  # a token is a byte or more
+        while price(sum([*self.pending, worst], self.spent), self.args) > self.args.budget:
+            if not self.pending:
+                raise OverBudget("the budget was reached before a valid answer")
+            await asyncio.sleep(0.05)
+        self.pending.append(worst)
+        used = Tokens()
+        try:
+            answer = await server.ask(self.client, **request)
+            used = answer.tokens or worst
+            return answer._replace(tokens=used)
+        finally:
+            self.pending.remove(worst)
+            self.spent += used
+
+
+def price(tokens: Tokens, args) -> float:
+    """Returns the price of tokens; --input_price and --output_price are for a million."""
+    return (args.input_price * tokens[0] + args.output_price * tokens[1]) / 1e6
 
 
 def fewer(options, refused) -> dict | None:
@@ -244,9 +242,8 @@ def fewer(options, refused) -> dict | None:
 
 def finished(record, fields, used: Tokens, reason="") -> dict:
     """Returns a record with its fields, its status and all that it has cost so far."""
-    usage = (tokens_of(record) + used)._asdict()
-    status = "failed" if reason else "ok"
-    return {**record, **fields, "status": status, "reason": reason, "usage": usage}
+    status = {"status": "failed" if reason else "ok", "reason": reason}
+    return {**record, **fields, **status, "usage": (tokens_of(record) + used)._asdict()}
 
 
 def tokens_of(record) -> Tokens:

@@ -6,8 +6,7 @@ annotate.py describes the fields of a record.
 
 import json
 import os
-import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from t2g.cli import fail, try_lock
@@ -15,8 +14,6 @@ from t2g.feedback import Feedback, FeedbackError
 from t2g.log import read_jsonl, sync, write_text
 
 FIELDS = {"prompt": str, "response": str, "critique": str, "good_spans": list, "poor_spans": list}
-WRITTEN = ("reasoning", "critique", "good_spans", "poor_spans", "kinds")  # by an annotator
-WRITTEN += ("status", "reason", "usage", "annotator")
 
 
 def read_responses(path) -> list[dict]:
@@ -47,7 +44,7 @@ def read_annotations(path) -> list[dict]:
         if record.get("status", "ok") == "ok":
             try:
                 record["feedback"] = read_feedback(record)
-            except ValueError as error:
+            except FeedbackError as error:
                 fail(f"record {number} of {path} is invalid: {error}")
         name = record.get("id")
         records[name if isinstance(name, str) else number] = record
@@ -55,7 +52,7 @@ def read_annotations(path) -> list[dict]:
 
 
 def read_feedback(record) -> Feedback:
-    """Returns the feedback of an annotated record. Raises: ValueError that names the fault."""
+    """Returns the feedback of an annotated record. Raises: FeedbackError that names the fault."""
     for key, kind in FIELDS.items():
         if not isinstance(record.get(key), kind):
             raise FeedbackError(f"{key} must be a {kind.__name__}")
@@ -64,7 +61,6 @@ def read_feedback(record) -> Feedback:
     strings = isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)
     if not strings or len(kinds) not in (0, count):
         raise FeedbackError(f'"kinds" must be a list of {count} strings, one per poor span')
-    (record["prompt"] + record["response"]).encode()  # fails for lone surrogates
     return Feedback.parse(feedback.render())
 
 
@@ -87,30 +83,26 @@ def write_whole(path: Path, records):
 class Notes:
     """The records of a .jsonl file by their ids, to which a single process adds more.
 
-    An added record replaces an earlier one with the same id, in the file when it is closed.
+    A record is added behind an earlier one with the same id, and counts in its place.
     """
 
     def __init__(self, path: Path):
-        self.path, self.file, self.synced = path, open(path, "ab"), 0.0
-        locked = try_lock(self.file)
-        replaced = not os.path.samestat(os.fstat(self.file.fileno()), os.stat(path))
-        if replaced or not locked:
+        self.path = path
+        with writing(path):
+            self.file = open(path, "ab")
+        if not try_lock(self.file):
             fail(f"another process writes {path}; wait for it or choose another --out")
         repair_last_line(path)
         rows = read_jsonl(path)
         if not all(isinstance(row.get("id"), str) for row in rows):
             fail(f"{path} is not a file of annotations: a record has no id; choose another --out")
         self.records = {row["id"]: row for row in rows}
-        self.replaced = len(rows) > len(self.records)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
-        if self.replaced:
-            write_whole(self.path, self.records.values())
-        with suppress(OSError):  # add() has already reported the line that it could not write
-            self.file.close()
+        self.file.close()
 
     def left(self, records, retry_failed=False) -> list[dict]:
         """Returns the records that the file lacks, and on request those that failed."""
@@ -127,26 +119,21 @@ class Notes:
         return left
 
     def add(self, record):
-        """Writes a record: a kill cannot lose it, and a power cut only within a second."""
-        self.replaced |= record["id"] in self.records
+        """Writes a record at once, so that neither a kill nor a power cut loses it."""
         self.records[record["id"]] = record
         self.file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
         self.file.flush()
-        if time.monotonic() - self.synced > 1:
-            sync(self.path)
-            self.synced = time.monotonic()
+        sync(self.path)
 
 
 def repair_last_line(path: Path):
     """Cuts off a half-written last line; one that lacks only its line break receives it."""
     last = path.read_bytes().rpartition(b"\n")[2]
-    if not last:
-        return
     try:
-        json.loads(last)
+        json.loads(last or b"{}")
     except ValueError:
         os.truncate(path, path.stat().st_size - len(last))
         print(f"the half-written last line of {path} was cut off", flush=True)
-    else:
-        with open(path, "ab") as file:
-            file.write(b"\n")
+        return
+    with open(path, "ab") as file:
+        file.write(b"\n" if last else b"")

@@ -16,7 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 LINE_FAULTS = ("429", "500", "silence", "drop", "cut", "empty body", "broken body")
 TEXT_FAULTS = {  # with a word of the fault that the annotator is told
     "no json": "JSON", "no content": "JSON", "too long": "JSON", "wrong quote": "quote 1",
-    "wrong types": "lists", "length": "cut off", "no critique": "empty", "many quotes": "9 quotes",
+    "wrong types": "valid array", "length": "cut off", "no critique": "empty", "many quotes": "9 quotes",
 }  # fmt: skip
 FAULTS = (*LINE_FAULTS, *TEXT_FAULTS)
 DEFAULTS = {
@@ -28,7 +28,6 @@ DEFAULTS = {
     "usage": [100, 50],  # the tokens of an answer
     "seconds": 0.0,  # the time of an answer
     "poison": None,  # responses with this word get status 500
-    "trickle": 0,  # number of spaces in front of an answer, one every 0.1 s
     "answer": None,  # the text of every answer, instead of an annotation
 }
 
@@ -104,15 +103,11 @@ class Handler(BaseHTTPRequestHandler):
             self.server.note(what="answer", response=response)
 
     def send(self, status, body, headers=()):
-        spaces = self.server.settings["trickle"]
-        standard = {"Content-Type": "application/json", "Content-Length": len(body) + spaces}
+        standard = {"Content-Type": "application/json", "Content-Length": len(body)}
         self.send_response(status)
         for name, value in {**standard, **dict(headers)}.items():
             self.send_header(name, str(value))
         self.end_headers()
-        for _ in range(spaces):
-            self.wfile.write(b" ")
-            time.sleep(0.1)
         self.wfile.write(body.encode())
 
     def log_message(self, *_):

@@ -81,25 +81,17 @@ def test_the_annotator_is_told_its_fault_and_the_record_fails_with_it(serve, ann
     assert [record[field] for field in fields] == ["failed", "", [], []]
 
 
-def test_retry_failed_asks_about_failed_records_and_replaces_them(serve, annotate):
+def test_retry_failed_asks_about_failed_records_only_and_the_later_counts(serve, annotate):
     url, log = serve(poison="end3.")
     before = annotate(url, texts(6), "--max_retries", 1)[2]
     [failed] = [record for record in before if record["status"] == "failed"]
     assert failed["id"] == "r3" and "500" in failed["reason"] and len(before) == 6
     url, log = serve()
     assert annotate(url, texts(6))[2] == before and not log()
-    after = annotate(url, texts(6), "--retry_failed")[2]
-    assert len(requests(log())) == 1 and [record["status"] for record in after] == ["ok"] * 6
-    assert [r for r in after if r["id"] != "r3"] == [r for r in before if r["id"] != "r3"]
-
-
-def test_of_two_records_with_one_id_the_later_counts(tmp_path):
-    """A kill between a retry and the end of the program leaves both in the file."""
-    record = {"id": "a", "prompt": "p", "response": "r"}
-    pair = [{**record, "status": status} for status in ("failed", "ok")]
-    with Notes(write(tmp_path / "out.jsonl", pair)) as notes:
-        assert notes.left([record], retry_failed=True) == []
-    assert read_jsonl(tmp_path / "out.jsonl") == pair[1:]
+    for _ in range(2):
+        _, printed, after = annotate(url, texts(6), "--retry_failed")
+        assert len(requests(log())) == 1 and after[:6] == before and "0 failed" in printed
+        assert (after[6]["id"], after[6]["status"]) == ("r3", "ok") and len(after) == 7
 
 
 @pytest.mark.parametrize("status", [None, 500, 401, 404])
@@ -113,16 +105,6 @@ def test_a_server_that_never_answers_ends_the_run_and_no_record_fails(serve, ann
     assert not any(text["response"] in printed for text in texts(100))
     code, printed, written = annotate(url, texts(1), "--max_retries", 1)
     assert code == 2 and "check the address" in printed and not written
-
-
-def test_timeout_bounds_a_whole_answer(serve, annotate):
-    """A byte every 0.1 s is never late by itself."""
-    url, log = serve(trickle=200)
-    start = time.perf_counter()
-    code, printed, _ = annotate(url, texts(1), "--max_retries", 1)
-    assert code == 2 and "in time" in printed and len(requests(log())) == 2
-    assert time.perf_counter() - start < 8
-    assert "0 failed" in annotate(serve(trickle=2)[0], texts(1))[1]
 
 
 JSON = {"type": "json_object"}
@@ -165,7 +147,7 @@ def test_a_budget_is_never_exceeded_and_a_larger_one_continues(serve, annotate):
     annotate(url, texts(60), *PRICES, "--budget", 0.008)
     assert len(requests(log())) == len(written), "earlier runs count"
     _, printed, _ = annotate(url, texts(60), *PRICES, "--budget", 1)
-    assert "60 records, 0 failed, 6000 + 3000 tokens, 0.0120 spent" in printed
+    assert "60 records, 0 failed, 9000 tokens, 0.0120 spent" in printed
     assert len(requests(log())) == 60
 
 
@@ -175,32 +157,19 @@ def test_a_budget_holds_if_every_answer_is_as_long_as_possible(serve, annotate):
     assert len(annotate(url, texts(60), *price)[2]) == 16 == len(requests(log()))  # 0.006 each
 
 
-def test_an_unreadable_body_is_charged_in_full(serve, annotate):
-    url, log = serve(rate=1, faults=["empty body"])
-    more = ("--max_retries", 1, "--max_tokens", 60)
-    _, _, [record] = annotate(url, texts(1), *more)
-    assert record["usage"]["completion_tokens"] == 2 * 60 and len(requests(log())) == 2
-    assert record["usage"]["prompt_tokens"] > 2 * 1000 and "chat completion" in record["reason"]
+def test_an_answer_without_plausible_usage_costs_the_worst_case(serve, annotate):
+    url, _ = serve(usage=["7", None])
+    usage = annotate(url, texts(1), "--max_tokens", 60)[2][0]["usage"]
+    assert usage["completion_tokens"] == 60 and usage["prompt_tokens"] > 1000
 
 
-@pytest.mark.parametrize("count", [10**400, -1, True, 1.5, "7", None, float("inf"), 2e9])
+@pytest.mark.parametrize("count", [10**400, -1, True, "7", None, float("inf"), 2e9])
 def test_an_implausible_usage_is_ignored(count):
     usage = {"prompt_tokens": 3.0, "completion_tokens": 4}
     body = {"choices": [{"message": {"content": ""}}], "usage": usage}
     assert server.read(json.dumps(body).encode()).tokens == (3, 4)
     usage["completion_tokens"] = count
     assert server.read(json.dumps(body).encode()).tokens is None
-
-
-def test_a_dry_run_prints_a_question_and_the_price_and_asks_nothing(serve, annotate, tmp_path):
-    url, log = serve()
-    prices = ("--input_price", 1000, "--output_price", 2000, "--max_tokens", 100)
-    code, printed, _ = annotate(url, texts(10), "--dry_run", *prices)
-    questions = [annotator.question(record, annotator.CRITERIA, 2) for record in texts(10)]
-    assert code == 0 and questions[0] in printed and not log()
-    assert not (tmp_path / "out.jsonl").exists()
-    tokens = sum(map(len, questions)) // 4
-    assert f"{tokens} prompt tokens" in printed and f"{(tokens + 2000) / 1000:.4f}" in printed
 
 
 # ---- the file ----------------------------------------------------------------------------------
@@ -242,7 +211,7 @@ def test_a_full_disk_ends_the_run_and_the_next_run_continues(serve, call, annota
         code, printed = call(*flags(url, tmp_path, texts(20)))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert code == 2 and "out.jsonl cannot be written" in printed
+    assert code == 2 and "free some space" in printed
     _, printed, written = annotate(url, texts(20))
     assert "half-written" in printed and len(written) == 20
 
@@ -260,7 +229,7 @@ def test_ctrl_c_stops_and_the_same_command_continues(serve, annotate, tmp_path):
     threading.Thread(target=interrupt, daemon=True).start()
     code, printed, written = annotate(url, texts(40), "--concurrency", 4)
     before, responses = len(log()), {record["response"] for record in written}
-    assert code == 130 and "same command continues" in printed and 8 <= len(written) < 40
+    assert code == 130 and "same command" in printed and 8 <= len(written) < 40
     code, _, written = annotate(url, texts(40))
     assert code == 0 and len(written) == 40
     assert not {line["response"] for line in requests(log()[before:])} & responses
@@ -286,7 +255,6 @@ def test_invalid_responses_are_refused(tmp_path, refused, records, fault):
     ("more", "named"),
     [
         (["--severity"], "--severity"),
-        (["--dry_run", "--critic", "rule"], "--dry_run"),
         (["--policy", "p"], "--policy"),
         (["--budget", 1], "--input_price"),
         (["--base_url", "localhost:8000"], "--base_url"),
@@ -350,7 +318,6 @@ def test_text_around_the_json_is_ignored():
         dict(good_spans=None),
         dict(critique="  "),
         dict(critique=["a"]),
-        dict(critique="\ud83d"),
         dict(reasoning=None),
         *[dict(text=text) for text in ("{", "[]", "}{", "{" * 9999 + "}", "null", "no {json}")],
     ],
@@ -362,6 +329,5 @@ def test_invalid_answers_are_refused_without_words_of_the_response(fields):
 
 
 def test_lone_surrogates_in_an_answer_stop_nothing(serve, annotate):
-    assert "1 failed" in annotate(serve(answer="\ud83d")[0], texts(1), "--max_retries", 1)[1]
-    url, _ = serve(answer=json.dumps(ANSWER | {"reasoning": "\ud83d"}))
-    assert annotate(url, texts(1), "--retry_failed")[2][0]["reasoning"] == "?"
+    for answer in ("\ud83d", json.dumps(ANSWER | {"reasoning": "\ud83d"})):
+        assert "1 failed" in annotate(serve(answer=answer)[0], texts(1), "--max_retries", 1)[1]

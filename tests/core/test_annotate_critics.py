@@ -36,7 +36,8 @@ def test_samples_for_a_server_are_kept(serve, untrained, tmp_path, call):
     out = tmp_path / "out.jsonl"
     sampling = ("--policy", untrained, "--num_samples", 3, "--out", out)
     sampling += ("--model", "m", "--base_url", serve()[0])
-    call(*sampling, "--dry_run")
+    call(*sampling)
+    out.unlink()
     kept = read_jsonl(tmp_path / "out.responses.jsonl")
     assert "sampled before" in call(*sampling)[1] and len(kept) == 3
     written = {(r["id"], r["prompt"], r["response"]) for r in read_jsonl(out)}
