@@ -5,14 +5,13 @@ split, such as HuggingFaceH4/ultrafeedback_binarized:train_prefs. Rows that cann
 counted on the console.
 """
 
-import gzip
 import importlib
 import random
 from collections import Counter
 from pathlib import Path
 
 from t2g.cli import fail
-from t2g.log import parse_json, read_jsonl
+from t2g.log import parse_json, read_jsonl, read_text
 
 HELDOUT_SHARE = 0.2
 ENDINGS = (".jsonl", ".json", ".parquet")
@@ -30,14 +29,12 @@ def read_rows(data: str, split="train"):
     try:
         if ending == ".parquet":
             return needed("pyarrow.parquet", "a .parquet file").read_table(path).to_pylist()
-        opened = gzip.open if path.suffix == ".gz" else open
-        with opened(path, "rt", encoding="utf-8") as file:
-            rows, replaced = parse_json(file.read())
-        if replaced:
-            print(f"{data} contains half surrogate pairs; each becomes a ?")
-        return rows
-    except (OSError, EOFError, ValueError) as error:
+        rows, replaced = parse_json(read_text(path))
+    except (OSError, ValueError) as error:
         fail(f"{data} cannot be read: {error}")
+    if replaced:
+        print(f"{data} contains half surrogate pairs; each becomes a ?")
+    return rows
 
 
 def read_hub(data: str, split: str) -> list[dict]:

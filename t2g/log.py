@@ -10,6 +10,7 @@ import json
 import os
 import resource
 import sys
+import zlib
 from pathlib import Path
 
 import torch
@@ -135,25 +136,32 @@ def read_json(path) -> dict:
         fail(f"{path} is damaged ({error}); move it away, or start anew with --resume none")
 
 
+def read_text(path) -> str:
+    """Returns the text of a UTF-8 file, which may be gzipped (.gz)."""
+    path = Path(path)
+    if not path.is_file():
+        fail(f"there is no file {path}")
+    try:
+        content = path.read_bytes()
+        return (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        fail(f"{path} cannot be read: {error}")
+
+
 def read_jsonl(path) -> list[dict]:
     """Returns the objects of a .jsonl or .jsonl.gz file. Fails at a line that is not one."""
-    if not Path(path).is_file():
-        fail(f"there is no file {path}")
-    rows, number, replaced = [], 0, 0
-    opened = gzip.open if Path(path).suffix == ".gz" else open
-    try:
-        with opened(path, "rt", encoding="utf-8", newline="\n") as file:
-            for number, line in enumerate(file, 1):  # noqa: B007 (the error below names it)
-                if line.strip():
-                    row, broken = parse_json(line)
-                    if not isinstance(row, dict):
-                        raise ValueError("it is another value")
-                    rows.append(row)
-                    replaced += broken
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        fail(f"{path} cannot be read as UTF-8 text: {error}")
-    except ValueError as error:
-        fail(f"line {number} of {path} is not a JSON object: {error}")
+    rows, replaced = [], 0
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row, broken = parse_json(line)
+        except ValueError as error:
+            fail(f"line {number} of {path} is not a JSON object: {error}")
+        if not isinstance(row, dict):
+            fail(f"line {number} of {path} is not a JSON object")
+        rows.append(row)
+        replaced += broken
     if replaced:
         print(f"{replaced} rows of {path} contain half a surrogate pair, which becomes a ?")
     return rows

@@ -72,6 +72,8 @@ def test_half_a_surrogate_pair_becomes_a_question_mark_and_is_reported(tmp_path,
 DAMAGED = [  # name, content, what the sentence says
     ("a.json", b"[{", "a.json cannot be read"),
     ("a.json.gz", gzip.compress(b"[1]")[:-9], "a.json.gz cannot be read"),
+    ("a.json.gz", gzip.compress(b"[1]" * 99).replace(b"\x8b", b"\xff"), "a.json.gz cannot be read"),
+    ("a.jsonl.gz", gzip.compress(b"{}")[:10] + b"\xff" * 9, "a.jsonl.gz cannot be read"),
     ("a.jsonl.gz", gzip.compress(b"{}\n{"), "a.jsonl.gz is not a JSON object"),
     ("a.jsonl", b'{}\n"x"', "a.jsonl is not a JSON object"),
     ("a.jsonl", b"{}\n\xff", "a.jsonl cannot be read"),
