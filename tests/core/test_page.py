@@ -51,7 +51,7 @@ seen.step = view();
 seen.quote = point(one(".quote", "27 years"));
 seen.token = point(one(".token", "years"));
 seen.lost = point(one(".quote", "severe"));
-seen.metric = point(document.querySelector("#curves [data-says]"));
+seen.metric = point(document.querySelector("#curves [data-note]"));
 seen.away = point(document.body);
 for (const input of form.which) {
   input.click();
