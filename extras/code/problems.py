@@ -1,7 +1,6 @@
 """Reads published problems with unit tests: KodCode and MBPP, or records with tests of their own.
 
-FORMS lists the fields by which a data set is recognised. Rows whose tests cannot run here, or test
-nothing of the solution, are dropped and counted.
+Rows whose tests cannot run here, or test nothing of the solution, are dropped and counted.
 """
 
 import builtins
@@ -20,9 +19,9 @@ def kodcode(row):
     question, infos = data.text(row.get("question")), row.get("test_info") or []
     infos = [info for info in infos if isinstance(info, dict)]
     names = [data.text(info.get("function_declaration")) for info in infos]
-    names = [f"`{name.removesuffix(':')}`" for name in names if name]
+    names = ", ".join(f"`{name.removesuffix(':')}`" for name in names if name)
     if names:
-        question += f"\n\nWrite {', '.join(names)}."
+        question += f"\n\nWrite {names}."
     return example_of(question, row.get("solution"), row.get("test") or row.get("test_code"))
 
 
@@ -30,18 +29,11 @@ def mbpp(row):
     """Reads a text, code and asserts; the first assert shows the name to use."""
     question = data.text(row.get("text") or row.get("prompt"))
     asserts = row.get("test_list") or [""]
-    tests = [*(row.get("test_imports") or []), row.get("test_setup_code") or "", *asserts]
+    parts = [*(row.get("test_imports") or []), row.get("test_setup_code") or "", *asserts]
+    tests = "\n".join(part for part in parts if isinstance(part, str))
     if question:
         question += f"\n\nIt must pass `{asserts[0]}`."
-    return example_of(question, row.get("code"), "\n".join(tests))
-
-
-FORMS = (  # the fields that identify a data set, and its reader
-    (("question", "solution", "test"), kodcode),
-    (("question", "solution", "test_code"), kodcode),
-    (("text", "code", "test_list"), mbpp),
-    (("prompt", "code", "test_list"), mbpp),
-)
+    return example_of(question, row.get("code"), tests)
 
 
 def example_of(question, solution, tests):
@@ -78,10 +70,11 @@ def example_of_record(record) -> Example | None:
 
 def load(args):
     def reader(rows, name):
-        for fields, form in FORMS:
-            if data.has(rows, *fields):
-                return form
-        forms = "; ".join(", ".join(fields) for fields, _ in FORMS)
-        fail(f"{name} has the fields {', '.join(rows[0])}; it needs those of one form: {forms}")
+        if data.has(rows, "question", "solution"):
+            return kodcode
+        if data.has(rows, "code", "test_list"):
+            return mbpp
+        needed = "question, solution, test or text, code, test_list"
+        fail(f"{name} has the fields {', '.join(rows[0])}; it needs {needed}")
 
     return data.load(args, reader)
