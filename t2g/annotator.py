@@ -58,7 +58,7 @@ class Annotation(pydantic.BaseModel, json_schema_extra={"additionalProperties": 
 
 
 SCHEMA = {"name": "annotation", "strict": True, "schema": Annotation.model_json_schema()}
-JSON_SCHEMA = {"type": "json_schema", "json_schema": SCHEMA}
+JSON_SCHEMA, JSON_OBJECT = {"type": "json_schema", "json_schema": SCHEMA}, {"type": "json_object"}
 
 
 class OverBudget(NoAnswer):
@@ -123,9 +123,10 @@ class Annotator:
         self.args, self.criteria = args, criteria
         self.spent, self.pending = spent, []  # pending: the most that each open request may cost
         self.client = server.client(args.base_url, args.timeout, args.max_retries)
-        self.options = {"model": args.model, "max_tokens": args.max_tokens}
-        self.options |= {"temperature": args.annotator_temperature, "response_format": JSON_SCHEMA}
-        self.answered = False  # whether the server has accepted these options
+        usual = {"temperature": args.annotator_temperature, "max_tokens": args.max_tokens}
+        reasoning = {"max_completion_tokens": args.max_tokens}  # the names of reasoning models
+        formats = [{"response_format": JSON_SCHEMA}, {"response_format": JSON_OBJECT}, {}]
+        self.options = [{**names, **form} for names in (usual, reasoning) for form in formats]
 
     def annotate_all(self, records, save):
         """Calls save(record) for each record, as soon as it is finished.
@@ -150,7 +151,7 @@ class Annotator:
                 save(silent.pop())
 
         server.ask_all(self.client, records, annotate, self.args.concurrency)
-        if silent and not self.answered:
+        if silent and len(self.options) > 1:  # which the first answer would have settled
             raise Stop(f"{silent[-1]['reason']}; {server.CHECK}")
         for record in silent:
             save(record)
@@ -184,29 +185,25 @@ class Annotator:
         return finished(record, NOTHING, used, reason)
 
     async def ask(self, messages) -> server.Answer:
-        """Asks once, or again with fewer options where the server refuses them."""
-        options = self.options
-        while True:
+        """Asks with the first options that the server does not refuse, and keeps to these."""
+        for options in self.options:
             try:
-                answer = await self.ask_within_budget(messages=messages, **options)
-                break
-            except Refused as refusal:
-                if self.answered and options is self.options:
-                    raise  # these options are accepted, so the record is at fault
-                options = self.options if self.answered else fewer(options, refusal.param)
-                if not options:
-                    raise
-        if options is not self.options and not self.answered:
-            tqdm.write(f"the server refuses some options; left are {', '.join(options)}")
-            self.options = options
-        self.answered = True
-        return answer
+                answer = await self.ask_within_budget(messages, options)
+            except Refused as error:
+                refusal = error
+                continue
+            if len(self.options) > 1 and options is not self.options[0]:
+                tqdm.write(f"the server refuses some options; left are {', '.join(options)}")
+            self.options = [options]
+            return answer
+        raise refusal
 
-    async def ask_within_budget(self, **request) -> server.Answer:
+    async def ask_within_budget(self, messages, options) -> server.Answer:
         """Asks as soon as the worst case fits the budget; an answer without usage costs as much.
 
         Raises: OverBudget if no open request can make room; and what server.ask() raises.
         """
+        request = {"model": self.args.model, "messages": messages, **options}
         worst = Tokens(len(json.dumps(request)), self.args.max_tokens)  # a token is a byte or more
         while price(sum([*self.pending, worst], self.spent), self.args) > self.args.budget:
             if not self.pending:
@@ -226,18 +223,6 @@ class Annotator:
 def price(tokens: Tokens, args) -> float:
     """Returns the price of tokens; --input_price and --output_price are for a million."""
     return (args.input_price * tokens[0] + args.output_price * tokens[1]) / 1e6
-
-
-def fewer(options, refused) -> dict | None:
-    """Returns the options without the one that the server names, or with a looser answer format."""
-    rest = dict(options)
-    if refused in ("temperature", "max_tokens") and refused in rest:
-        value = rest.pop(refused)
-        return rest | ({"max_completion_tokens": value} if refused == "max_tokens" else {})
-    answer_format = rest.pop("response_format", None)
-    if answer_format == JSON_SCHEMA:
-        rest["response_format"] = {"type": "json_object"}
-    return rest if answer_format else None
 
 
 def finished(record, fields, used: Tokens, reason="") -> dict:

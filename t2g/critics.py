@@ -5,6 +5,7 @@ unreadable. It exchanges only text with the policy, so a reward model may have a
 own. The scalar critic in extras/baselines returns numbers instead of Feedback.
 """
 
+import functools
 import math
 
 from tqdm import tqdm
@@ -20,11 +21,7 @@ BUILT_IN = ("rm", "rule", "openai")
 
 def add_flags(add):
     """Adds the flags that choose a critic, with the add() of cli.flags."""
-    add(
-        "--critic",
-        "rm",
-        "rm: a reward model; rule: the task's program; openai: a server; or FILE.py",
-    )
+    add("--critic", "rm", "rm: reward model; rule: the task's program; openai: a server; or a .py")
     add("--reward_model", None, "a run, folder, hub id, .gguf file, or name on the server")
     add("--base_url", None, "openai: server, such as http://localhost:8000/v1")
     add("--critique_length", 200, "maximum tokens of a critique")
@@ -49,26 +46,29 @@ def load_critic(task, args, root, device):
     The learned reward model lies in root/rm unless --reward_model names another one.
     """
     if args.critic == "rule":
-        return rule_critic(task)
+        return checked(rule_critic(task))
     if args.critic == "openai":
-        return warning(openai_critic(args.base_url, args.reward_model, args.critique_length))
+        return checked(openai_critic(args.base_url, args.reward_model, args.critique_length))
     if args.critic != "rm":
-        return warning(load_critic_file(args.critic).critic(task, args))
+        return checked(load_critic_file(args.critic).critic(task, args))
     tokenizer, model = policy.load(args.reward_model or root / "rm")
     model = dist.frozen(model, args)
-    return warning(reward_model_critic(model, tokenizer, args.critique_length, args.bf16))
+    return checked(reward_model_critic(model, tokenizer, args.critique_length, args.bf16))
 
 
 def load_critic_file(path):
     return load_file(path, "--critic", BUILT_IN, ("critic",))
 
 
-def warning(critic):
-    """Returns the same critic, checked; it warns once if all critiques are unreadable."""
-    warned = False
+@functools.cache
+def print_once(sentence):
+    tqdm.write(sentence)
 
-    def warning_critic(examples, responses):
-        nonlocal warned
+
+def checked(critic):
+    """Returns the same critic, checked; it warns once if all critiques are unreadable."""
+
+    def checked_critic(examples, responses):
         feedback = critic(examples, responses)
         if len(feedback) != len(responses):
             fail(f"the critic returned {len(feedback)} values for {len(responses)} responses")
@@ -76,13 +76,12 @@ def warning(critic):
             finite = isinstance(one, float) and math.isfinite(one)
             if not (one is None or finite or isinstance(one, Feedback)):
                 fail(f"the critic returned {one!r}, not a Feedback, a finite float or None")
-        if not warned and all(one is None for one in feedback):
-            warned = True
+        if all(one is None for one in feedback):
             cause = "check --critique_length and whether train_rm.py made --reward_model"
-            tqdm.write(f"warning: none of the {len(feedback)} critiques is readable; {cause}")
+            print_once(f"warning: no critique of a batch is readable; {cause}")
         return feedback
 
-    return warning_critic
+    return checked_critic
 
 
 def rule_critic(task):
@@ -97,25 +96,22 @@ def rule_critic(task):
 def reward_model_critic(model, tokenizer, critique_length=200, bf16=False, desc=None):
     """Returns a reward model as a critic: it writes z = [critique ; span map] greedily.
 
-    Long prompts are shortened, see fitting_prompt(). Where that is not enough the feedback is None,
-    and the first time the number of such responses is printed. desc labels a progress bar.
+    Long prompts are shortened, see fitting_prompt(). Where that is not enough the feedback is None.
+    desc labels a progress bar.
     """
-    context, warned = policy.context_length(model), False
+    context = policy.context_length(model)
     room = context - critique_length
     if room <= 0:
         fail(f"--critique_length {critique_length} exceeds the critic's context of {context}")
 
     def critic(examples, responses):
-        nonlocal warned
         texts = []
         for example, response in zip(examples, responses):
             text = fitting_prompt(tokenizer, example.prompt, response, room)
             texts.append(text if token_count(tokenizer, text) <= room else None)
-        if None in texts and not warned:
-            warned = True
-            count = f"{texts.count(None)} of {len(texts)} responses"
+        if None in texts:
             limit = f"the critic's context of {context} tokens"
-            tqdm.write(f"{count} are too long for {limit}; such ones count as unreadable")
+            print_once(f"some responses are too long for {limit}; they count as unreadable")
         fitting = [text for text in texts if text is not None]
         options = dict(temperature=0, bf16=bf16, desc=desc)
         answers = iter(respond(model, tokenizer, fitting, critique_length, **options)[0])
@@ -136,14 +132,15 @@ def openai_critic(base_url, model, critique_length=200, timeout=600.0, max_retri
     options = dict(model=model, max_tokens=critique_length, temperature=0)
 
     def critic(examples, responses):
-        texts, errors = [None] * len(responses), []
+        feedback, errors = [None] * len(responses), []
         client = server.client(base_url, timeout, max_retries)
 
         async def ask_one(i):
             content = reward_prompt(examples[i].prompt, responses[i])
             messages = [{"role": "user", "content": content}]
             try:
-                texts[i] = (await server.ask(client, messages=messages, **options)).text
+                answer = await server.ask(client, messages=messages, **options)
+                feedback[i] = parse_or_none(answer.text)
             except server.NoAnswer as error:
                 errors.append(error)
 
@@ -151,17 +148,14 @@ def openai_critic(base_url, model, critique_length=200, timeout=600.0, max_retri
             server.ask_all(client, range(len(responses)), ask_one, concurrency=16)
         except server.Stop as error:
             fail(str(error))
-        if all(text is None for text in texts):
-            reason = errors[-1] if errors else "the answers are not chat completions"
-            fail(f"no critique arrived: {reason}; {server.CHECK}")
-        return list(map(parse_or_none, texts))
+        if len(errors) == len(responses):
+            fail(f"no critique arrived: {errors[-1]}; {server.CHECK}")
+        return feedback
 
     return critic
 
 
-def fitting_prompt(
-    tokenizer, prompt: str, response: str, max_tokens: int, question=reward_prompt
-) -> str:
+def fitting_prompt(tokenizer, prompt, response, max_tokens: int, question=reward_prompt) -> str:
     """Returns question(prompt, response), with a prompt short enough for max_tokens tokens.
 
     Tokens are removed from the middle of the prompt, because the instruction is at its beginning
@@ -189,10 +183,10 @@ def token_count(tokenizer, text: str) -> int:
     return len(tokenizer(chat_text(tokenizer, text), add_special_tokens=False)["input_ids"])
 
 
-def parse_or_none(z: str | None) -> Feedback | None:
-    """Parses feedback; returns None if it is missing or unreadable."""
+def parse_or_none(z: str) -> Feedback | None:
+    """Parses feedback; returns None if it is unreadable."""
     try:
-        return Feedback.parse(z or "")
+        return Feedback.parse(z)
     except FeedbackError:
         return None
 

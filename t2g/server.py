@@ -28,11 +28,7 @@ class NoAnswer(Exception):
 
 
 class Refused(NoAnswer):
-    """The server rejects a request; param is the option that it names as the reason, or None."""
-
-    def __init__(self, status, param):
-        super().__init__(f"the server refused the request with status {status}")
-        self.param = param
+    """The server rejects the request itself, for its texts or its options."""
 
 
 class Tokens(NamedTuple):
@@ -91,7 +87,7 @@ async def ask(client, **request) -> Answer:
             if status in (401, 402, 403, 404, 405) or error.code == "insufficient_quota":
                 raise Stop(f"the server answered with status {status}; {CHECK}") from None
             if status in (400, 415, 422, 501):
-                raise Refused(status, error.param) from None
+                raise Refused(f"the server refused the request with status {status}") from None
             raise NoAnswer(f"the server answered with status {status}") from None
         if answer := read(raw.content):
             return answer

@@ -24,7 +24,6 @@ DEFAULTS = {
     "faults": FAULTS,
     "status": None,  # status of every answer; its body contains the key
     "refuses": [],  # options that get status 400: a name, or a type of response_format
-    "names_them": True,  # whether the error names the refused option
     "usage": [100, 50],  # the tokens of an answer
     "seconds": 0.0,  # the time of an answer
     "poison": None,  # responses with this word get status 500
@@ -71,8 +70,7 @@ class Handler(BaseHTTPRequestHandler):
             error = {"message": f"bad key {self.headers['Authorization']}", "param": None}
             self.send(settings["status"], json.dumps({"error": error}))
         elif refused:
-            param = refused if refused in asked and settings["names_them"] else None
-            self.send(400, json.dumps({"error": {"message": "not supported", "param": param}}))
+            self.send(400, json.dumps({"error": {"message": "not supported"}}))
         elif settings["poison"] and settings["poison"] in response:
             self.send(500, "")
         elif fault in ("429", "500"):

@@ -107,25 +107,26 @@ def test_a_server_that_never_answers_ends_the_run_and_no_record_fails(serve, ann
     assert code == 2 and "check the address" in printed and not written
 
 
-JSON = {"type": "json_object"}
+USUAL = {"max_tokens", "temperature"}
 
 
 @pytest.mark.parametrize(
-    ("refuses", "names_them", "answer_format", "options"),
+    ("refuses", "answer_format", "options"),
     [
-        (["json_schema"], True, JSON, {"max_tokens", "temperature"}),
-        (["response_format"], False, None, {"max_tokens", "temperature"}),
-        (["max_tokens", "temperature"], True, annotator.JSON_SCHEMA, {"max_completion_tokens"}),
+        (["json_schema"], {"type": "json_object"}, USUAL),
+        (["response_format"], None, USUAL),
+        (["max_tokens"], annotator.JSON_SCHEMA, {"max_completion_tokens"}),
+        (["temperature", "response_format"], None, {"max_completion_tokens"}),
     ],
 )
 def test_refused_options_are_dropped_for_all_records(
-    serve, annotate, refuses, names_them, answer_format, options
+    serve, annotate, refuses, answer_format, options
 ):
-    url, log = serve(refuses=refuses, names_them=names_them)
+    url, log = serve(refuses=refuses)
     _, printed, _ = annotate(url, texts(6), "--concurrency", 1)
     assert printed.count("refuses some options") == 1 and "0 failed" in printed
     asked = [line["asked"] for line in requests(log())]
-    assert len(asked) <= 6 + 2 and asked[0]["response_format"] == annotator.JSON_SCHEMA
+    assert len(asked) <= 6 + 5 and asked[0]["response_format"] == annotator.JSON_SCHEMA
     for request in asked[-6:]:
         assert request.get("response_format") == answer_format
         assert set(request) - {"model", "messages", "response_format"} == options

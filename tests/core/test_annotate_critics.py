@@ -178,7 +178,7 @@ def test_long_prompts_are_shortened_and_long_responses_unreadable(monkeypatch, c
         feedback = critic(examples, ["Ana is 27.", "word " * 1200, "Ana is 27."])
         assert feedback[0] and feedback[1] is None and feedback[2]
     assert len(asked) == 4 and all(part in asked[1] for part in ("Head.", " [...] ", "Tail."))
-    assert capsys.readouterr().out.count("1 of 3 responses are too long") == 1
+    assert capsys.readouterr().out.count("some responses are too long") == 1
 
 
 def test_a_critique_longer_than_the_context_is_refused(refused):
@@ -195,7 +195,7 @@ def load_critic(base_url):
 def test_a_batch_without_a_readable_critique_warns_once(serve, capsys):
     critic = load_critic(serve(answer="no feedback")[0])
     assert critic(EXAMPLES, RESPONSES) == critic(EXAMPLES, RESPONSES) == [None] * 4
-    assert capsys.readouterr().out.count("none of the 4 critiques") == 1
+    assert capsys.readouterr().out.count("no critique of a batch") == 1
     assert all(load_critic(serve(answer=WELL.render())[0])(EXAMPLES, RESPONSES))
     assert not capsys.readouterr().out
 
