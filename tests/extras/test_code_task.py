@@ -162,7 +162,9 @@ def test_annotate_judges_records_by_unit_tests_of_their_own(serve, tmp_path, cal
 
     served = tmp_path / "served.jsonl"
     server = (*given, "--out", served, "--model", "m", "--base_url", serve()[0])
-    assert "without --allow_code_execution" in call(*server, "--dry_run")[1]
+    assert "without --allow_code_execution" in call(*server)[1]
+    assert not any("test_log" in row for row in read_jsonl(served))
+    served.unlink()
     call(*server, "--allow_code_execution")
     logs = {row["id"]: row["test_log"] for row in read_jsonl(served)}
     assert "f(3) is 9, not 6" in logs["3"]
