@@ -111,7 +111,7 @@ def critic_of(run, config):
     """The reward model of a run, None if its critic is not one of ours."""
     names = ("critic", "dense_critic", "noisy_critic")  # the latter two wrap another critic
     used = [Path(config.get(name) or "").name for name in names]
-    for critic, folder in (("rm", "rm"), ("scalar_critic.py", "rm_scalar")):
+    for critic, folder in (("rm", "rm"), ("scalar_rm.py", "rm_scalar")):
         if critic in used:
             return config["reward_model"] or run.parent / folder
     return None

@@ -140,8 +140,8 @@ class Objective(NamedTuple):
     collate: Callable  # (rows, pad_token_id, device) -> microbatch, starts with those of as_rollout
     count: Callable  # (*microbatch) -> number of its units
     loss: Callable  # (model, *microbatch, args) -> sum of losses, and sums of other metrics
-    measure: Callable = lambda model, tokenizer, rows, args: {}  # further metrics of held-out rows
     metrics: dict | None = None  # what its metrics mean, if t2g/log.py does not know them
+    dropout: bool = True  # False for a loss relative to a reference, which is computed without it
 
 
 def token_loss(model, batch, trained, args):
@@ -198,7 +198,7 @@ def train(model, tokenizer, rows, heldout, args, folder, desc, objective=NEXT_TO
     batches = in_batches(rows, args.per_device_train_batch_size, args.seed)
     batches = itertools.islice(batches, reached["step"] * accumulate, None)
     bar = tqdm(range(first, args.max_steps + 1), desc, args.max_steps, initial=first - 1)
-    model.train()
+    model.train(objective.dropout)
     for step in bar:
         start = now()
         parts = itertools.islice(batches, accumulate)
@@ -210,9 +210,8 @@ def train(model, tokenizer, rows, heldout, args, folder, desc, objective=NEXT_TO
         if heldout and (step % args.eval_steps == 0 or step == args.max_steps):
             model.eval()
             loss = validation_loss(model, tokenizer, heldout, args, objective)
-            metrics |= objective.measure(model, tokenizer, heldout, args)
             metrics["validation_loss"] = loss
-            model.train()
+            model.train(objective.dropout)
             if loss < reached["best_loss"]:
                 reached |= {"best_step": step, "best_loss": loss}
                 checkpoint.save(folder / BEST, model)

@@ -1,6 +1,8 @@
-"""What the baselines share: flags, the start of a run, and sampling once before training."""
+"""What the baselines share: flags, the start of a run, and responses with their rewards."""
 
 import random
+from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,10 +10,10 @@ import torch
 from tqdm import tqdm
 
 from t2g import cli, critics, policy, stages, tasks
-from t2g.align import resolve, span_rewards, token_offsets
-from t2g.feedback import Feedback
+from t2g.feedback import Feedback, revision_prompt
 from t2g.metrics import token_counts
 from t2g.policy import now
+from t2g.rewards import token_rewards
 from t2g.rollout import sample
 
 
@@ -21,7 +23,7 @@ class Scored(NamedTuple):
     example: tasks.Example
     text: str
     finished: bool  # it ended with EOS
-    feedback: Feedback | None
+    feedback: Feedback | float | None
     reward: float | None  # the sum of delta_t over its tokens, less the penalty of a missing EOS
 
 
@@ -36,6 +38,7 @@ def parse(doc, name, add_own_flags, toy):
     add_own_flags(add)
     task, args = tasks.parse(parser, name, toy=toy)
     args.output_dir = args.output_dir or f"runs/{task.NAME}/{name}"
+    args.span_weights, args.kl_estimator = "uniform", "full"  # flags of train_ppo.py alone
     return task, args
 
 
@@ -64,58 +67,53 @@ def draw_examples(task, args, tokenizer) -> list[tasks.Example]:
     return [example for example in drawn for _ in range(args.samples_per_prompt)]
 
 
-def sample_and_score(examples, prompts, critic, tokenizer, model, args, desc="sampling", size=64):
-    """Samples a response to each prompt, which the critic judges as a response to its example.
+def sample_and_score(examples, critic, tokenizer, model, args, prompts=None, size=64):
+    """Samples a response for each example, and has the critic judge it.
+
+    prompts: what the policy reads instead of the examples' own prompts, which the critic reads.
 
     Returns: a list of Scored, and metrics: seconds in total, and means over the responses.
     """
-    rows, seconds, sums = [], {"seconds_rollout": 0.0, "seconds_critique": 0.0}, {}
-    for start in tqdm(range(0, len(examples), size), desc=desc, unit="batch"):
-        batch, batch_prompts = examples[start : start + size], prompts[start : start + size]
+    own = [example.prompt for example in examples]
+    rows, seconds, sums = [], dict(seconds_rollout=0.0, seconds_critique=0.0), defaultdict(float)
+    shape = args.response_length, args.temperature
+    for first in tqdm(range(0, len(examples), size), desc="sampling", unit="batch"):
+        part = slice(first, first + size)
         clock = [now()]
-        length = args.response_length
-        rollout = sample(model, tokenizer, batch_prompts, length, args.temperature, bf16=args.bf16)
+        rollout = sample(model, tokenizer, (prompts or own)[part], *shape, bf16=args.bf16)
         clock.append(now())
-        feedback = critic(batch, rollout.texts)
+        feedback = critic(examples[part], rollout.texts)
         clock.append(now())
         seconds["seconds_rollout"] += clock[1] - clock[0]
         seconds["seconds_critique"] += clock[2] - clock[1]
-        for row, one in enumerate(feedback):
-            text, finished = rollout.texts[row], bool(rollout.finished[row])
-            reward = total_reward(tokenizer, rollout, row, one, args)
-            rows.append(Scored(batch[row], text, finished, one, reward))
-        counts = token_counts(tokenizer, rollout, feedback)
-        own = tokenizer([example.prompt for example in batch], add_special_tokens=False)
-        prompt_tokens = sum(len(ids) for ids in own["input_ids"]) / len(batch)
-        counts["judged_tokens"] = prompt_tokens + counts["response_tokens"]  # the critic's input
-        for name, mean in counts.items():
-            sums[name] = sums.get(name, 0) + len(batch) * mean
+        rewards = total_rewards(tokenizer, rollout, feedback, args)
+        columns = examples[part], rollout.texts, rollout.finished.tolist(), feedback, rewards
+        rows += map(Scored, *columns)
+        means = token_counts(tokenizer, rollout, feedback)
+        read = tokenizer(own[part], add_special_tokens=False)["input_ids"]
+        means["judged_tokens"] = sum(map(len, read)) / len(read) + means["response_tokens"]
+        for name, mean in means.items():
+            sums[name] += len(read) * mean
     rewards = [row.reward for row in rows if row.reward is not None]
     if not rewards:
         cli.fail(f"none of {len(rows)} critiques is readable; see --critic and --reward_model")
     means = {name: total / len(rows) for name, total in sums.items()}
-    means["unparsable"] = 1 - len(rewards) / len(rows)
-    means["reward"] = sum(rewards) / len(rewards)
+    means |= dict(unparsable=1 - len(rewards) / len(rows), reward=sum(rewards) / len(rewards))
     return rows, {"samples": len(rows), **seconds, **means}
 
 
-def in_words(feedback, args):
-    """Returns the feedback, which must have critiques and not numbers."""
-    if any(isinstance(one, float) for one in feedback):
-        cli.fail(f"--critic {args.critic} gives numbers, but this method reads critiques in words")
-    return feedback
+def total_rewards(tokenizer, rollout, feedback, args) -> list[float | None]:
+    """Returns the sum of delta over each response, less the penalty of a missing EOS."""
+    delta, _ = token_rewards(tokenizer, rollout, feedback, args)
+    penalty = args.missing_eos_penalty * (~rollout.finished).double()
+    totals = (delta.double().sum(1) - penalty).tolist()
+    return [None if one is None else total for one, total in zip(feedback, totals)]
 
 
-def total_reward(tokenizer, rollout, row, feedback, args) -> float | None:
-    """Returns the sum of delta over a response's tokens, less the penalty of a missing EOS.
-
-    Feedback may be a float, the reward of the whole response.
-    """
-    if feedback is None:
-        return None
-    penalty = 0.0 if rollout.finished[row] else args.missing_eos_penalty
+def fitting_revision(model, tokenizer, prompt, response, feedback, length) -> str:
+    """Returns revision_prompt(), its prompt shortened in the middle for a response of length."""
     if isinstance(feedback, float):
-        return feedback - penalty
-    offsets = token_offsets(tokenizer, rollout.ids(row))
-    spans, _ = resolve(rollout.texts[row], feedback)
-    return span_rewards(offsets, spans).sum().item() - penalty
+        cli.fail("the --critic gives numbers, but this method reads critiques in words")
+    room = policy.context_length(model) - length
+    question = partial(revision_prompt, feedback=feedback)
+    return critics.fitting_prompt(tokenizer, prompt, response, room, question)

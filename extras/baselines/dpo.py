@@ -8,7 +8,7 @@ Only the quotes of the feedback count; the critique's words are not read. Pairs 
 before training, and written to pairs.jsonl in the run's folder. --pairs trains on such a file:
 {"prompt", "chosen", "rejected"}, and optionally "chosen_finished" and "rejected_finished", which
 are false for a response that was cut off, so that no EOS is learned after it. There is no
-resampling during training.
+resampling during training, and no dropout.
 
 python -m extras.baselines.dpo                                      # the toy, into runs/toy/dpo
 python -m extras.baselines.dpo --task summarize --policy HUB_ID --data posts.jsonl --critic rule
@@ -74,34 +74,30 @@ def best_and_worst(groups) -> tuple[list[dict], dict]:
     pairs, ties, unpaired = [], 0, 0
     for group in groups:
         readable = [row for row in group if row.reward is not None]
-        if len(readable) < 2:
-            unpaired += 1
-            continue
         ordered = sorted(readable, key=lambda row: row.reward)
-        worst, best = ordered[0], ordered[-1]
-        if worst.reward == best.reward or worst.text == best.text:
+        if len(ordered) < 2:
+            unpaired += 1
+        elif ordered[0].reward == ordered[-1].reward or ordered[0].text == ordered[-1].text:
             ties += 1
-            continue
-        pair = {"prompt": best.example.prompt}
-        for name, row in (("chosen", best), ("rejected", worst)):
-            pair[name] = row.text
-            pair[f"{name}_reward"], pair[f"{name}_finished"] = row.reward, row.finished
-        pairs.append(pair)
+        else:
+            pairs.append({"prompt": group[0].example.prompt})
+            for name, row in (("chosen", ordered[-1]), ("rejected", ordered[0])):
+                pairs[-1][name] = row.text
+                pairs[-1] |= {f"{name}_reward": row.reward, f"{name}_finished": row.finished}
     counts = f"{len(pairs)} pairs, {ties} ties, {unpaired} with too few readable critiques"
     print(f"{len(groups)} prompts: {counts}", flush=True)
+    if not pairs:
+        hint = "raise --num_prompts or --samples_per_prompt, or see --critic"
+        cli.fail(f"none of {len(groups)} prompts gives a pair; {hint}")
     return pairs, {"ties": ties / len(groups), "unpaired": unpaired / len(groups)}
 
 
 def sample_pairs(task, args, tokenizer, model, root) -> tuple[list[dict], dict]:
     """Returns pairs of the policy's own responses, and the metrics of the sampling."""
-    critic = critics.load_critic(task, args, root, policy.device())
+    critic, size = critics.load_critic(task, args, root, policy.device()), args.samples_per_prompt
     examples = common.draw_examples(task, args, tokenizer)
-    prompts, size = [example.prompt for example in examples], args.samples_per_prompt
-    rows, stats = common.sample_and_score(examples, prompts, critic, tokenizer, model, args)
+    rows, stats = common.sample_and_score(examples, critic, tokenizer, model, args)
     pairs, dropped = best_and_worst([rows[i : i + size] for i in range(0, len(rows), size)])
-    if not pairs:
-        hint = "raise --num_prompts or --samples_per_prompt, or see --critic"
-        cli.fail(f"none of {args.num_prompts} prompts gives a pair; {hint}")
     return pairs, stats | dropped
 
 
@@ -116,15 +112,14 @@ def read_pairs(path) -> list[dict]:
     return pairs
 
 
-def encode(tokenizer, pairs) -> list[tuple]:
-    """Returns rows (prompt, chosen, rejected) of token ids, with EOS after finished responses."""
+def encode(tokenizer, pairs) -> list[list]:
+    """Returns rows [prompt, chosen, rejected] of token ids, with EOS after finished responses."""
     sides = []
     for name in ("chosen", "rejected"):
         rows = supervised.encode_pairs(tokenizer, [(pair["prompt"], pair[name]) for pair in pairs])
         finished = [pair.get(f"{name}_finished", True) for pair in pairs]
         sides.append([ids if end else ids[:-1] for (_, ids), end in zip(rows, finished)])
-    prompts = [prompt for prompt, _ in rows]
-    return list(zip(prompts, *sides))
+    return [[prompt, *responses] for (prompt, _), *responses in zip(rows, *sides)]
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -141,6 +136,16 @@ def collate(rows, pad_token_id, device):
     return batch, trained, references.T
 
 
+@torch.no_grad()
+def add_references(rows, tokenizer, model, args):
+    """Appends log ref of the two responses to each row; the reference is the initial policy."""
+    for part in supervised.by_length(rows, args):
+        batch, trained, _ = collate(part, tokenizer.pad_token_id, model.device)
+        logprobs = sequence_logprobs(model, batch, trained, args.bf16)
+        for row, pair in zip(part, torch.stack(logprobs.chunk(2), 1).tolist()):
+            row.extend(pair)
+
+
 def preference_loss(model, batch, trained, references, args):
     """Returns the sum of dpo_loss() over the pairs of a microbatch, and the sums of its stats."""
     logprobs = sequence_logprobs(model, batch, trained, args.bf16)
@@ -154,21 +159,8 @@ METRICS = {
     "pair_accuracy": "share of the batch's pairs whose margin is above 0",
 }
 PREFERENCE = supervised.Objective(
-    "pairs", collate, lambda batch, *_: len(batch) // 2, preference_loss, metrics=METRICS
+    "pairs", collate, lambda batch, *_: len(batch) // 2, preference_loss, METRICS, dropout=False
 )
-
-
-@torch.no_grad()
-def add_references(rows, tokenizer, model, args) -> list[tuple]:
-    """Appends log ref of the two responses to each row; the reference is the initial policy."""
-    references = {}
-    numbered = [(*row, number) for number, row in enumerate(rows)]
-    for part in supervised.by_length(numbered, args):
-        batch, trained, _ = collate([row[:3] for row in part], tokenizer.pad_token_id, model.device)
-        logprobs = sequence_logprobs(model, batch, trained, args.bf16)
-        for row, pair in zip(part, torch.stack(logprobs.chunk(2), 1).tolist()):
-            references[row[3]] = pair
-    return [(*row, *references[number]) for number, row in enumerate(rows)]
 
 
 def add_flags(add):
@@ -183,12 +175,11 @@ def main():
     task, args = common.parse(__doc__, "dpo", add_flags, TOY)
     if args.samples_per_prompt < 2:
         cli.fail("--samples_per_prompt must be at least 2: a pair needs two responses to a prompt")
-    root, tokenizer, model = common.start(args, needs_critic=not args.pairs)
+    pairs, stats = read_pairs(args.pairs) if args.pairs else [], {}  # bad ones fail first
+    root, tokenizer, model = common.start(args, needs_critic=not pairs)
 
     # 1. Pairs of responses of the starting policy.
-    if args.pairs:
-        pairs, stats = read_pairs(args.pairs), {}
-    else:
+    if not pairs:
         pairs, stats = sample_pairs(task, args, tokenizer, model, root)
 
     # 2. Log-probabilities of the reference, computed once.
@@ -196,13 +187,13 @@ def main():
     rows = encode(tokenizer, pairs)
     rows = supervised.drop_long(rows, limit, lambda row: len(row[0]) + max(map(len, row[1:])))
     before = policy.now()
-    rows = add_references(rows, tokenizer, model, args)
-    stats["reference_tokens"] = sum(2 * len(row[0]) + len(row[1]) + len(row[2]) for row in rows)
+    add_references(rows, tokenizer, model, args)
     stats["seconds_reference"] = policy.now() - before
-    random.Random(args.seed).shuffle(rows)  # the samples are sorted by length
-    heldout, rows = supervised.split(rows, args)
+    stats["reference_tokens"] = sum(2 * len(row[0]) + len(row[1]) + len(row[2]) for row in rows)
 
     # 3. Training.
+    random.Random(args.seed).shuffle(rows)  # the samples are sorted by length
+    heldout, rows = supervised.split(rows, args)
     model = adapters.added(model, args)
     with run_folder(args) as folder:
         write_whole(folder / "pairs.jsonl", pairs)

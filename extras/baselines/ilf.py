@@ -15,7 +15,6 @@ import random
 from pathlib import Path
 
 from extras.baselines import common
-from extras.baselines.reflection import fitting_revision
 from t2g import cli, critics, policy, supervised
 from t2g.log import write_json
 
@@ -36,21 +35,21 @@ def main():
     root, tokenizer, model = common.start(args)
     critic = critics.load_critic(task, args, root, policy.device())
     examples = common.draw_examples(task, args, tokenizer)
-    prompts = [example.prompt for example in examples]
-    num_prompts = len(set(prompts))
-    first, stats = common.sample_and_score(examples, prompts, critic, tokenizer, model, args)
+    num_prompts = len({example.prompt for example in examples})
+    shared = critic, tokenizer, model, args
 
-    # A response without a readable critique cannot be revised.
-    first, length = [row for row in first if row.feedback is not None], args.response_length
-    common.in_words([row.feedback for row in first], args)
-    prompts = [
-        fitting_revision(model, tokenizer, row.example.prompt, row.text, row.feedback, length)
-        for row in first
-    ]
-    examples = [row.example for row in first]
-    second, revised = common.sample_and_score(
-        examples, prompts, critic, tokenizer, model, args, desc="revising"
-    )
+    # 1. Responses. One without a readable critique cannot be revised.
+    first, stats = common.sample_and_score(examples, *shared)
+    first = [row for row in first if row.feedback is not None]
+
+    # 2. Revisions, which the critic judges as responses to the same prompts.
+    examples, prompts = [row.example for row in first], []
+    for row in first:
+        parts = row.example.prompt, row.text, row.feedback, args.response_length
+        prompts.append(common.fitting_revision(model, tokenizer, *parts))
+    second, revised = common.sample_and_score(examples, *shared, prompts)
+
+    # 3. Supervised training on the best of them.
     pairs = best_revisions(first, second)
     random.Random(args.seed).shuffle(pairs)  # the samples are sorted by length
     revised["prompts_kept"] = len(pairs) / num_prompts

@@ -12,17 +12,10 @@ import json
 from functools import partial
 from pathlib import Path
 
+from extras.baselines.common import fitting_revision
 from t2g import cli, critics, policy, stages, tasks
-from t2g.feedback import revision_prompt
 from t2g.metrics import evaluate
 from t2g.rollout import respond
-
-
-def fitting_revision(model, tokenizer, prompt, response, feedback, response_length) -> str:
-    """Returns revision_prompt(), with the prompt shortened in the middle to fit the context."""
-    room = policy.context_length(model) - response_length
-    question = partial(revision_prompt, feedback=feedback)
-    return critics.fitting_prompt(tokenizer, prompt, response, room, question)
 
 
 def reflect(model, tokenizer, prompts, response_length, examples, critic, **sampling):
@@ -34,11 +27,11 @@ def reflect(model, tokenizer, prompts, response_length, examples, critic, **samp
     """
     texts, _ = respond(model, tokenizer, prompts, response_length, **sampling)
     feedback, finished = critic(examples, texts), [True] * len(texts)
-    rows = [row for row, one in enumerate(feedback) if one is not None]
-    asked = [
-        fitting_revision(model, tokenizer, prompts[row], texts[row], feedback[row], response_length)
-        for row in rows
-    ]
+    rows, asked = [], []
+    for row, parts in enumerate(zip(prompts, texts, feedback)):
+        if feedback[row] is not None:
+            rows.append(row)
+            asked.append(fitting_revision(model, tokenizer, *parts, response_length))
     revisions = respond(model, tokenizer, asked, response_length, **sampling)
     for row, text, end in zip(rows, *revisions):
         texts[row], finished[row] = text, end
@@ -62,8 +55,8 @@ def main():
         tokenizer, model = policy.load(run, policy.device())
         heldout = tasks.short_enough(examples, tokenizer, args.max_prompt_length)
         heldout, length = heldout[: args.eval_samples], args.response_length
-        way = partial(reflect, examples=heldout, critic=critic)
-        options = dict(bf16=args.bf16, desc=run, seed=args.seed, respond=way)
+        revise = partial(reflect, examples=heldout, critic=critic)
+        options = dict(bf16=args.bf16, desc=run, seed=args.seed, respond=revise)
         scores[run] = evaluate(task, model, tokenizer, heldout, length, **options)
     print(json.dumps(scores))
 

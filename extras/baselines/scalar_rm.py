@@ -1,32 +1,92 @@
 """A scalar reward model, a baseline: one number for a response where train_rm.py's says where.
 
-    L = E[ (score(x, y) - s)^2 ],  s the sum of delta_t over y, from the same annotations
+    score(x, y) = w . h_last(x, y) + b        the value head at the text's last token (policy.py)
+    L = E[ (score(x, y) - s)^2 ]              s: the sum of delta_t over y, from the annotations
 
-The tokens are those of the reward model's tokenizer. Long prompts are shortened in the middle,
-responses never. scalar_critic.py defines the score and is the critic that uses the model.
+The command trains it; as a critic, the file gives the score of each response and no critique. The
+tokens are those of the reward model's tokenizer. Long prompts are shortened in the middle.
 
 python -m extras.baselines.scalar_rm                             # the toy, into runs/toy/rm_scalar
 python -m extras.baselines.scalar_rm --model HUB_ID --annotations notes.jsonl --lora_r 16
+python train_ppo.py --critic extras/baselines/scalar_rm.py --output_dir runs/toy/ppo_head
 """
 
 import random
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.stats import spearmanr
 
-from extras.baselines.scalar_critic import REWARD_UNIT, encode, scores
 from t2g import adapters, cli, critics, policy, stages, supervised, tasks
 from t2g.align import resolve, span_rewards, token_offsets
 from t2g.folder import run_folder
 from t2g.notes import read_annotations
+from t2g.policy import Policy, autocast, response_logits
 
 TOY = dict(
     learning_rate=0.006, max_steps=450, per_device_train_batch_size=32, optimizer="muon",
     validation_share=0.05, eval_steps=150
 )  # fmt: skip
+REWARD_UNIT = "sum of delta over the response's tokens"  # in config.json, marks a scalar model
+
+
+# ---- the score, and the critic -------------------------------------------------------------------
+
+
+def encode(tokenizer, prompts, responses, limit) -> list[tuple[list[int], list[int]]]:
+    """Returns rows (text, EOS) of token ids, with prompts short enough for limit tokens in all."""
+    pairs = []
+    for prompt, response in zip(prompts, responses):
+        text = critics.fitting_prompt(tokenizer, prompt, response, limit - 1)  # 1 for EOS
+        pairs.append((text, ""))
+    return supervised.encode_pairs(tokenizer, pairs)
+
+
+def scores(scorer, batch, bf16=False):
+    """Returns a score (B,) per text, from the hidden state of its last token before EOS."""
+    with autocast(bf16):
+        _, states = response_logits(scorer.model, batch)
+    return scorer.values(states, batch.mask)[:, -1]
+
+
+def load(path, device="cpu"):
+    """Returns the tokenizer and the Policy that main() saved in a local folder."""
+    tokenizer, model = policy.load(path, device)
+    scorer = Policy(model).to(device)
+    scorer.load_value_head(path)
+    unit = getattr(model.config, "reward_unit", None)
+    if unit != REWARD_UNIT or not scorer.value_head.weight.any():
+        cli.fail(f"{path} is no scalar reward model; name one with --reward_model")
+    return tokenizer, scorer
+
+
+def critic(task, args, batch_size=64):
+    """Returns the critic of --reward_model, or of rm_scalar beside the run.
+
+    The reward of a response that does not fit the model's context is None (metric: unparsable).
+    """
+    path = args.reward_model or Path(args.output_dir).parent / "rm_scalar"
+    tokenizer, scorer = load(path, policy.device())
+    context = policy.context_length(scorer.model)
+
+    @torch.no_grad()
+    def scalar_critic(examples, responses):
+        prompts = [example.prompt for example in examples]
+        rows, rewards = encode(tokenizer, prompts, responses, context), [None] * len(responses)
+        fitting = [n for n, row in enumerate(rows) if supervised.length(row) <= context]
+        fitting.sort(key=lambda n: supervised.length(rows[n]))
+        for start in range(0, len(fitting), batch_size):
+            index = fitting[start : start + batch_size]
+            part = [rows[n] for n in index]
+            batch, _ = supervised.as_rollout(part, tokenizer.pad_token_id, policy.device())
+            for n, score in zip(index, scores(scorer, batch, args.bf16).tolist()):
+                rewards[n] = score
+        return rewards
+
+    return scalar_critic
+
+
+# ---- training ------------------------------------------------------------------------------------
 
 
 def target(tokenizer, response, feedback) -> float:
@@ -34,6 +94,24 @@ def target(tokenizer, response, feedback) -> float:
     ids = tokenizer(response, add_special_tokens=False)["input_ids"]
     spans, _ = resolve(response, feedback)
     return span_rewards(token_offsets(tokenizer, ids), spans).sum().item()
+
+
+def read_rows(path, tokenizer, limit, seed) -> tuple[list[tuple], float, float]:
+    """Reads annotations as shuffled rows (text, EOS, standardised target).
+
+    Returns: the rows, and the mean and the standard deviation of the targets.
+    """
+    records = [record for record in read_annotations(path) if record["feedback"]]
+    if not records:
+        cli.fail(f"{path} holds no annotation to learn from")
+    random.Random(seed).shuffle(records)
+    prompts, responses = ([record[key] for record in records] for key in ("prompt", "response"))
+    targets = [target(tokenizer, record["response"], record["feedback"]) for record in records]
+    mean, std = float(np.mean(targets)), float(np.std(targets))
+    if not std:
+        cli.fail(f"all {len(targets)} annotations of {path} have the same reward {mean}")
+    ids = encode(tokenizer, prompts, responses, limit)
+    return [(*row, (reward - mean) / std) for row, reward in zip(ids, targets)], mean, std
 
 
 def collate(rows, pad_token_id, device):
@@ -47,84 +125,30 @@ def squared_error(scorer, batch, _, targets, args):
     return (scores(scorer, batch, args.bf16) - targets).square().sum(), {}
 
 
-@torch.no_grad()
-def agreement(scorer, tokenizer, rows, args) -> dict[str, float]:
-    """Measures how well scores agree with the targets s_i of held-out rows.
-
-        validation_r2 = 1 - sum_i (score_i - s_i)^2 / sum_i (s_i - mean s)^2
-        validation_rank: Spearman's rank correlation
-
-    A number that is undefined, because all targets or all scores are equal, is left out.
-    """
-    device, score, true = next(scorer.parameters()).device, [], []
-    for part in supervised.by_length(rows, args):
-        batch, _, targets = collate(part, tokenizer.pad_token_id, device)
-        score += scores(scorer, batch, args.bf16).tolist()
-        true += targets.tolist()
-    score, true, metrics = np.array(score), np.array(true), {}
-    if np.ptp(true) > 0:
-        error, spread = np.square(score - true).sum(), np.square(true - true.mean()).sum()
-        metrics["validation_r2"] = float(1 - error / spread)
-        if np.ptp(score) > 0:
-            metrics["validation_rank"] = float(spearmanr(score, true).statistic)
-    return metrics
-
-
-METRICS = {
-    "texts": "texts of the batch; the loss is in units of target variance",
-    "validation_r2": "explained variance of the held-out targets",
-    "validation_rank": "rank correlation of scores and held-out targets",
-}
+METRICS = {"texts": "texts of the batch; the loss is in units of the targets' variance"}
 REGRESSION = supervised.Objective(
-    "texts", collate, lambda batch, *_: len(batch), squared_error, agreement, METRICS
+    "texts", collate, lambda batch, *_: len(batch), squared_error, metrics=METRICS
 )
-
-
-def read_rows(path, tokenizer, limit, seed) -> tuple[list[tuple], float, float]:
-    """Reads annotations as shuffled rows (text, EOS, standardised target).
-
-    Returns: the rows, and the mean and the standard deviation of the targets.
-    """
-    records = [record for record in read_annotations(path) if record["feedback"]]
-    if not records:
-        cli.fail(f"{path} holds no annotation to learn from")
-    random.Random(seed).shuffle(records)
-    texts, targets = [], []
-    for record in records:
-        prompt, response = record["prompt"], record["response"]
-        texts.append(critics.fitting_prompt(tokenizer, prompt, response, limit - 1))  # 1 for EOS
-        targets.append(target(tokenizer, response, record["feedback"]))
-    mean, std = float(np.mean(targets)), float(np.std(targets))
-    if not std:
-        cli.fail(f"all {len(targets)} annotations of {path} have the same reward {mean}")
-    pairs = zip(encode(tokenizer, texts), targets)
-    return [(*ids, (reward - mean) / std) for ids, reward in pairs], mean, std
-
-
-def parse_args():
-    parser = cli.parser(__doc__)
-    add = cli.flags(parser)
-    tasks.add_flags(add)
-    add("--model", None, "initial model: run, folder, hub id or .gguf file (default: sft)")
-    add("--annotations", None, "records of annotate.py (default: annotations.jsonl)")
-    add("--output_dir", None, "folder of the run (default: runs/TASK/rm_scalar)")
-    supervised.add_flags(add, validation_share=0.05)
-    task, args = tasks.parse(parser, "scalar_rm", toy=TOY)
-    args.output_dir = args.output_dir or f"runs/{task.NAME}/rm_scalar"
-    return args
 
 
 @cli.friendly_errors()
 def main():
-    args = parse_args()
+    parser = cli.parser(__doc__)
+    add = cli.flags(parser)
+    tasks.add_flags(add)
+    add("--model", None, "initial model: run, folder, hub id or .gguf file; sft if not given")
+    add("--annotations", None, "records; annotations.jsonl beside --output_dir if not given")
+    add("--output_dir", None, "folder of the run; runs/TASK/rm_scalar if not given")
+    supervised.add_flags(add, validation_share=0.05)
+    task, args = tasks.parse(parser, "scalar_rm", toy=TOY)
+    args.output_dir = args.output_dir or f"runs/{task.NAME}/rm_scalar"
     root = Path(args.output_dir).parent
     if not args.annotations:
         stages.ensure(["sft", "annotate"], args, root, args.model)
-    start = time.perf_counter()
 
     torch.manual_seed(args.seed)
     tokenizer, model = policy.load(args.model or root / "sft", policy.device())
-    scorer = policy.Policy(model).to(policy.device())
+    scorer = Policy(model).to(policy.device())
     limit = supervised.longest_text(model, args)
     path = args.annotations or root / "annotations.jsonl"
     rows, mean, std = read_rows(path, tokenizer, limit, args.seed)
@@ -138,7 +162,7 @@ def main():
             scorer.value_head.bias.mul_(std).add_(mean)
         model.config.reward_unit = REWARD_UNIT
         saved = supervised.save(scorer.model, tokenizer, folder, step, args, scorer.value_head)
-    print(f"scalar reward model: {saved} ({time.perf_counter() - start:.0f} s)")
+    print(f"scalar reward model: {saved}")
 
 
 if __name__ == "__main__":

@@ -13,19 +13,16 @@ python -m extras.baselines.sdpo                                     # the toy, i
 python -m extras.baselines.sdpo --task summarize --policy HUB_ID --data posts.jsonl --critic rule
 """
 
-import argparse
 import copy
 import math
 from collections import defaultdict
 from dataclasses import replace
-from functools import partial
 
 import torch
 from tqdm import tqdm
 
 from extras.baselines import common
 from t2g import cli, critics, policy, tasks
-from t2g.feedback import revision_prompt
 from t2g.log import Logger
 from t2g.metrics import mean_scores, shift, summary, token_counts
 from t2g.policy import Policy, autocast, context_length, now, response_logits
@@ -45,12 +42,11 @@ METRICS = {
     "too_long": "share of responses whose critique does not fit the teacher's context",
 }
 STATUS = "reward {reward:+.2f} kl {kl:.2f} divergence {divergence:.4f}"
-DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
 
 
 def add_flags(add):
     add("--tensorboard", False, "also write TensorBoard files")
-    add("--divergence", "reverse_kl", "D, from policy to teacher", DIVERGENCES)
+    add("--divergence", "reverse_kl", "D, from policy to teacher", tuple(DIVERGENCES))
     rate = "step of the teacher towards the policy: 1 is the policy, 0 the starting policy"
     add("--teacher_update_rate", 0.05, rate, cli.between(0, 1))
     add_step_flags(add, num_ppo_epochs=1)
@@ -74,7 +70,6 @@ def train(task, args, tokenizer, model, critic, pool):
     teacher = model if args.teacher_update_rate == 1 else copy.deepcopy(reference)
     actor = Policy(model).to(model.device)  # score() wants one; its values are not used
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
-    metric_args = argparse.Namespace(**vars(args), kl_estimator="full", span_weights="uniform")
     folder = cli.fresh_folder(args.output_dir)
     log = Logger(folder, args, task.METRICS | METRICS, args.tensorboard)
     bar = tqdm(range(1, args.max_steps + 1), desc="SDPO", unit="step")
@@ -92,7 +87,7 @@ def train(task, args, tokenizer, model, critic, pool):
         clock.append(now())
 
         # 2. Critique: None is unreadable, and masked out of the loss.
-        feedback = common.in_words(critic(examples, rollout.texts), args)
+        feedback = critic(examples, rollout.texts)
         clock.append(now())
 
         # 3. Hindsight: the same responses after prompts that show response and critique.
@@ -100,43 +95,41 @@ def train(task, args, tokenizer, model, critic, pool):
         mask = rollout.mask & fits[:, None]
 
         # 4. Token rewards and KL, which are logged and not learned from.
-        delta, quotes = token_rewards(tokenizer, rollout, feedback, metric_args)
-        old = score(actor, reference, rollout, metric_args)
+        delta, quotes = token_rewards(tokenizer, rollout, feedback, args)
+        old = score(actor, reference, rollout, args)
         clock.append(now())
 
-        # 5. Distillation: minibatches of the divergence from the teacher.
+        # 5. Distillation by minibatches; then the teacher follows the policy.
         batch = rollout, hindsight, mask
         stats = update(model, teacher, optimizer, *batch, args) if mask.any() else {}
-
-        # 6. The teacher follows the policy.
         move_teacher(teacher, model, args.teacher_update_rate)
         clock.append(now())
 
-        # 7. Did the criticised tokens move?
+        # 6. Did the criticised tokens move?
         change = (response_logprobs(actor, rollout, args) - old.logprobs) * mask
         clock.append(now())
         stats |= shift(change, delta, mask) | summary(mask, delta, quotes, old.kl, old.entropy)
         stats |= token_counts(tokenizer, rollout, feedback) | seconds_of(clock)
         stats |= mean_scores(task, examples, rollout.texts) | {"learning_rate": rate}
-        log(step, stats | dropped_share(feedback, fits))
+        stats["unparsable"] = feedback.count(None) / len(feedback)
+        stats["too_long"] = (~fits).sum().item() / len(feedback) - stats["unparsable"]
+        log(step, stats)
         bar.set_postfix_str(STATUS.format_map(defaultdict(float, stats)))
 
 
 def add_critiques(tokenizer, model, prompts, rollout, feedback):
     """Returns the rollout as the teacher reads it: after prompts that ask for a revision.
 
-    A prompt that is too long for the model's context is shortened in the middle. A row without a
-    readable critique, or without room for it, keeps its own prompt.
+    A row without a readable critique, or without room for it, keeps its own prompt.
 
     Returns: the rollout, and the rows that have their critique, (B,) bool.
     """
-    room, asked, fits = context_length(model) - rollout.response.shape[1], [], []
+    width, asked, fits = rollout.response.shape[1], [], []
     for prompt, response, one in zip(prompts, rollout.texts, feedback):
-        text, fit = prompt, False
-        if one is not None:
-            question = partial(revision_prompt, feedback=one)
-            text = critics.fitting_prompt(tokenizer, prompt, response, room, question)
-            fit = critics.token_count(tokenizer, text) <= room
+        text, fit = prompt, one is not None
+        if fit:
+            text = common.fitting_revision(model, tokenizer, prompt, response, one, width)
+            fit = critics.token_count(tokenizer, text) <= context_length(model) - width
         asked.append(text if fit else prompt)
         fits.append(fit)
     prompt, prompt_mask = encode_prompts(tokenizer, asked, rollout.response.device)
@@ -144,34 +137,29 @@ def add_critiques(tokenizer, model, prompts, rollout, feedback):
     return hindsight, torch.tensor(fits, device=prompt.device)
 
 
-def dropped_share(feedback, fits) -> dict[str, float]:
-    """Returns the shares of rows without a readable critique, and without room for theirs."""
-    unreadable, dropped = feedback.count(None), (~fits).sum().item()
-    too_long = (dropped - unreadable) / len(feedback)
-    return {"unparsable": unreadable / len(feedback), "too_long": too_long}
+def reverse_kl(logprobs, teacher_logprobs):
+    """Returns KL(p || q) = sum_v p(v) (log p(v) - log q(v)), of policy p and teacher q, in nats.
 
-
-def divergence(logprobs, teacher_logprobs, kind):
-    """Returns the divergence of policy p from teacher q in nats (SDPO, eq. 1 and sec. 2.3).
-
-        reverse_kl    KL(p || q) = sum_v p(v) (log p(v) - log q(v))
-        forward_kl    KL(q || p)
-        jsd           (KL(p || m) + KL(q || m)) / 2,  m = (p + q) / 2        at most log 2
-
-    The gradient of reverse_kl is sum_v p(v) (log p(v) - log q(v)) grad log p(v): a policy gradient
-    in which every token v of the vocabulary has the advantage log q(v) - log p(v).
+    Its gradient is sum_v p(v) (log p(v) - log q(v)) grad log p(v): a policy gradient in which every
+    token v of the vocabulary has the advantage log q(v) - log p(v).
 
     Args: (..., V) log-softmaxes. Returns: (...).
     """
-    if kind == "reverse_kl":
-        return kl_penalty(logprobs, teacher_logprobs, "full")
-    if kind == "forward_kl":
-        return kl_penalty(teacher_logprobs, logprobs, "full")
-    if kind == "jsd":
-        middle = torch.logaddexp(logprobs, teacher_logprobs) - math.log(2)
-        of_policy = kl_penalty(logprobs, middle, "full")
-        return (of_policy + kl_penalty(teacher_logprobs, middle, "full")) / 2
-    raise ValueError(f"unknown divergence {kind!r}: use {', '.join(DIVERGENCES)}")
+    return kl_penalty(logprobs, teacher_logprobs, "full")
+
+
+def forward_kl(logprobs, teacher_logprobs):
+    """Returns KL(q || p)."""
+    return reverse_kl(teacher_logprobs, logprobs)
+
+
+def jsd(logprobs, teacher_logprobs):
+    """Returns (KL(p || m) + KL(q || m)) / 2 with m = (p + q) / 2, at most log 2."""
+    middle = torch.logaddexp(logprobs, teacher_logprobs) - math.log(2)
+    return (reverse_kl(logprobs, middle) + reverse_kl(teacher_logprobs, middle)) / 2
+
+
+DIVERGENCES = {"reverse_kl": reverse_kl, "forward_kl": forward_kl, "jsd": jsd}  # SDPO, sec. 2.3
 
 
 def token_divergence(model, teacher, rollout, hindsight, args):
@@ -180,9 +168,8 @@ def token_divergence(model, teacher, rollout, hindsight, args):
         teacher_logits, _ = response_logits(teacher, hindsight)
     with autocast(args.bf16):
         logits, _ = response_logits(model, rollout)
-    logprobs = (logits.float() / args.temperature).log_softmax(-1)
-    teacher_logprobs = (teacher_logits.float() / args.temperature).log_softmax(-1)
-    return divergence(logprobs, teacher_logprobs, args.divergence)
+    both = [(x.float() / args.temperature).log_softmax(-1) for x in (logits, teacher_logits)]
+    return DIVERGENCES[args.divergence](*both)
 
 
 def update(model, teacher, optimizer, rollout, hindsight, mask, args) -> dict[str, float]:
@@ -197,9 +184,8 @@ def update(model, teacher, optimizer, rollout, hindsight, mask, args) -> dict[st
                 loss = per_token.masked_fill(~mask[rows], 0).sum() / token_count
                 loss.backward()
                 sums["divergence"] += loss.item() / optimizer_steps
-            norm = torch.nn.utils.clip_grad_norm_(
-                model.parameters(), args.max_grad_norm, error_if_nonfinite=True
-            )
+            weights, limit = model.parameters(), args.max_grad_norm
+            norm = torch.nn.utils.clip_grad_norm_(weights, limit, error_if_nonfinite=True)
             sums["grad_norm"] += norm.item() / optimizer_steps
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from running import noisy_examples, refused, run
 from torch.testing import assert_close
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from extras.baselines import dpo
 from extras.baselines.common import Scored
@@ -65,20 +66,24 @@ def naive_logprob(model, prompt, response):
     return logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None]).sum()
 
 
+def referenced(tokenizer, model):
+    rows = dpo.encode(tokenizer, PAIRS)
+    dpo.add_references(rows, tokenizer, model, ARGS)
+    return rows
+
+
 def test_references_are_the_log_probabilities_of_each_response_alone(fresh):
     tokenizer, model = fresh()
-    rows = dpo.encode(tokenizer, PAIRS)
+    rows = referenced(tokenizer, model)
     assert len({len(row[1]) for row in rows}) > 2
-    for row, with_references in zip(rows, dpo.add_references(rows, tokenizer, model, ARGS)):
-        prompt, *responses = row
-        naive = [naive_logprob(model, prompt, response) for response in responses]
-        assert with_references[:3] == row
-        assert_close(torch.tensor(with_references[3:]), torch.stack(naive).detach())
+    for prompt, chosen, rejected, *references in rows:
+        naive = [naive_logprob(model, prompt, response) for response in (chosen, rejected)]
+        assert_close(torch.tensor(references), torch.stack(naive).detach())
 
 
 def test_eos_is_learned_after_finished_responses_only(fresh):
     tokenizer, _ = fresh()
-    [(_, chosen, rejected)] = dpo.encode(tokenizer, [{**PAIRS[0], "rejected_finished": False}])
+    [[_, chosen, rejected]] = dpo.encode(tokenizer, [{**PAIRS[0], "rejected_finished": False}])
     assert chosen[-1] == tokenizer.eos_token_id != rejected[-1]
     assert tokenizer.decode(rejected) == PAIRS[0]["rejected"]
 
@@ -87,8 +92,8 @@ def test_a_step_is_the_same_however_its_pairs_are_split_into_microbatches(fresh)
     gradients, metrics = [], []
     for sizes in ([6], [1, 3, 2]):
         tokenizer, model = fresh()
-        rows = dpo.add_references(dpo.encode(tokenizer, PAIRS), tokenizer, model, ARGS)
-        rows = iter([(*row[:3], row[3] + n, row[4]) for n, row in enumerate(rows)])  # weights vary
+        rows = referenced(tokenizer, model)
+        rows = iter([[*row[:3], row[3] + n, row[4]] for n, row in enumerate(rows)])  # weights vary
         parts = [[next(rows) for _ in range(size)] for size in sizes]
         microbatches = [dpo.collate(part, tokenizer.pad_token_id, "cpu") for part in parts]
         metrics.append(supervised.train_step(model, microbatches, ARGS, dpo.PREFERENCE))
@@ -100,7 +105,7 @@ def test_a_step_is_the_same_however_its_pairs_are_split_into_microbatches(fresh)
 
 def test_a_step_down_the_gradient_prefers_the_chosen_responses(fresh):
     tokenizer, model = fresh()
-    rows = dpo.add_references(dpo.encode(tokenizer, PAIRS), tokenizer, model, ARGS)
+    rows = referenced(tokenizer, model)
     batch = dpo.collate(rows, tokenizer.pad_token_id, "cpu")
     dpo.preference_loss(model, *batch, ARGS)[0].backward()
     with torch.no_grad():
@@ -141,6 +146,21 @@ def test_two_steps_of_the_command_and_again_from_its_pairs(fresh, tmp_path):
     run(f"dpo {training}", output_dir=tmp_path / "again", pairs=pairs)
     names = [tmp_path / name / "checkpoint-2" / "model.safetensors" for name in ("dpo", "again")]
     assert names[0].read_bytes() == names[1].read_bytes()
+
+
+def test_dropout_does_not_part_policy_and_reference(fresh, tmp_path):
+    """At step 1 they are equal, so the margin is 0, which GPT-2's dropout of 0.1 would move."""
+    tokenizer, _ = fresh()
+    ids = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    shape = dict(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, bos_token_id=None)
+    policy.save(GPT2LMHeadModel(GPT2Config(**shape, **ids)), tokenizer, tmp_path / "sft", 1)
+    pairs = [PAIRS[0] | {"chosen": "half an emoji \ud83d"}, PAIRS[1]]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    flags = "dpo --max_steps 1 --per_device_train_batch_size 2 --validation_share 0"
+    run(flags, output_dir=tmp_path / "dpo", pairs=tmp_path / "pairs.jsonl")
+    [line] = read_jsonl(tmp_path / "dpo" / "metrics.jsonl")
+    assert line["pair_margin"] == pytest.approx(0, abs=1e-5)
+    assert read_jsonl(tmp_path / "dpo" / "pairs.jsonl")[0]["chosen"] == "half an emoji ?"
 
 
 def test_bad_pairs_and_flags_end_in_one_sentence(fresh, tmp_path, capsys):

@@ -29,13 +29,14 @@ def test_the_reward_of_a_sample_is_the_sum_of_its_token_rewards(untrained):
     examples = [example for example, _ in noisy_examples(random.Random(0), 3)]
     prompts = [example.prompt for example in examples]
     args = dict(response_length=6, temperature=1.0, bf16=False, missing_eos_penalty=0.25)
+    args |= dict(span_weights="uniform")
 
     def critic(examples, texts):
         return [Feedback("All.", [], [text]) if text.strip() else None for text in texts]
 
     torch.manual_seed(0)
     rows, stats = common.sample_and_score(
-        examples, prompts, critic, tokenizer, model, argparse.Namespace(**args), size=2
+        examples, critic, tokenizer, model, argparse.Namespace(**args), size=2
     )
     torch.manual_seed(0)
     rollouts = [sample(model, tokenizer, part, 6) for part in (prompts[:2], prompts[2:])]
