@@ -49,9 +49,8 @@ def content(fault, response):
         "many quotes": {"good_spans": fields["poor_spans"] * 9},
     }
     text = json.dumps(fields | changes.get(fault, {}))
-    return {"no json": text[:-9], "no content": "", "too long": text[:-1]}.get(
-        fault, text[:-5] if fault == "length" else text
-    )
+    cut = {"no json": -9, "no content": 0, "too long": -1, "length": -5}
+    return text[: cut.get(fault)]
 
 
 class Handler(BaseHTTPRequestHandler):

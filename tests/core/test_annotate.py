@@ -5,7 +5,6 @@ import os
 import random
 import resource
 import signal
-import threading
 import time
 
 import pytest
@@ -39,8 +38,7 @@ def test_three_kills_and_a_failing_server_lose_nothing_and_repeat_nothing(serve,
     """30% of the requests fail, in all ways. No record that was written is asked about again."""
     records, rng, kills = texts(count), random.Random(0), []
     url, log = serve(rate=0.3)
-    task = ("--task", "summarize")  # it loads faster than the toy
-    arguments = flags(url, tmp_path, records, "--max_retries", 8, *task)
+    arguments = flags(url, tmp_path, records, "--max_retries", 8, "--task", "summarize")
     out, ids = tmp_path / "out.jsonl", {record["response"]: record["id"] for record in records}
     for wanted in sorted(rng.sample(range(20, count - 20), 3)):
         process = forked("annotate", arguments, errors=os.devnull)
@@ -53,12 +51,12 @@ def test_three_kills_and_a_failing_server_lose_nothing_and_repeat_nothing(serve,
         lines = out.read_bytes().split(b"\n")[:-1]
         kills.append(({json.loads(line)["id"] for line in lines}, len(log())))
         assert wanted <= len(kills[-1][0]) == len(lines) < count
-    process = forked("annotate", arguments, errors=tmp_path / "errors")
+    process = forked("annotate", arguments)
     process.join()
-    assert process.exitcode == 0, (tmp_path / "errors").read_text()[-3000:]
-
     written = read_jsonl(out)
-    assert len(written) == count and {record["id"] for record in written} == set(ids.values())
+    assert process.exitcode == 0 and sorted(record["id"] for record in written) == sorted(
+        ids.values()
+    )
     for kept, before in kills:
         assert not kept & {ids[line["response"]] for line in requests(log()[before:])}
     assert {line["fault"] for line in requests(log())} == {None, *FAULTS}
@@ -162,15 +160,12 @@ def test_an_answer_without_plausible_usage_costs_the_worst_case(serve, annotate)
     url, _ = serve(usage=["7", None])
     usage = annotate(url, texts(1), "--max_tokens", 60)[2][0]["usage"]
     assert usage["completion_tokens"] == 60 and usage["prompt_tokens"] > 1000
-
-
-@pytest.mark.parametrize("count", [10**400, -1, True, "7", None, float("inf"), 2e9])
-def test_an_implausible_usage_is_ignored(count):
-    usage = {"prompt_tokens": 3.0, "completion_tokens": 4}
-    body = {"choices": [{"message": {"content": ""}}], "usage": usage}
+    for count in [10**400, -1, True, "7", None, float("inf"), 2e9]:
+        usage = {"prompt_tokens": 3.0, "completion_tokens": count}
+        body = {"choices": [{"message": {"content": ""}}], "usage": usage}
+        assert server.read(json.dumps(body).encode()).tokens is None
+    usage["completion_tokens"] = 4
     assert server.read(json.dumps(body).encode()).tokens == (3, 4)
-    usage["completion_tokens"] = count
-    assert server.read(json.dumps(body).encode()).tokens is None
 
 
 # ---- the file ----------------------------------------------------------------------------------
@@ -188,20 +183,15 @@ def test_a_half_written_last_line_is_cut_off_and_asked_again(serve, annotate, tm
     assert len(log()) == count + 2 * (cut != -1)
 
 
-def test_a_file_of_other_records_is_refused(serve, annotate, tmp_path):
+def test_a_file_of_other_records_or_of_another_process_is_refused(serve, annotate, tmp_path):
     url, log = serve()
     written, asked = annotate(url, texts(2))[2], len(log())
     code, printed, after = annotate(url, [{**texts(2)[0], "response": "another one"}])
     assert code == 2 and "another prompt or response" in printed and after == written
+    with Notes(tmp_path / "out.jsonl"):
+        assert "another process" in annotate(url, texts(2))[1]
     write(tmp_path / "out.jsonl", [{"text": "a"}])
     assert "no id" in annotate(url, texts(2))[1] and len(log()) == asked
-
-
-def test_two_processes_do_not_write_one_file(serve, annotate, tmp_path):
-    url, log = serve()
-    with Notes(tmp_path / "out.jsonl"):
-        code, printed, _ = annotate(url, texts(2))
-    assert code == 2 and "another process" in printed and not log()
 
 
 def test_a_full_disk_ends_the_run_and_the_next_run_continues(serve, call, annotate, tmp_path):
@@ -217,17 +207,17 @@ def test_a_full_disk_ends_the_run_and_the_next_run_continues(serve, call, annota
     assert "half-written" in printed and len(written) == 20
 
 
-def test_ctrl_c_stops_and_the_same_command_continues(serve, annotate, tmp_path):
+def test_ctrl_c_stops_and_the_same_command_continues(serve, annotate, monkeypatch):
     url, log = serve(seconds=0.1)
-    out = tmp_path / "out.jsonl"
+    add = Notes.add
 
-    def interrupt():
-        while not out.exists() or out.read_bytes().count(b"\n") < 8:
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGINT)
+    def interrupted(notes, record):
+        add(notes, record)
+        if len(notes.records) == 8:
+            signal.raise_signal(signal.SIGINT)
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it
-    threading.Thread(target=interrupt, daemon=True).start()
+    monkeypatch.setattr(Notes, "add", interrupted)
     code, printed, written = annotate(url, texts(40), "--concurrency", 4)
     before, responses = len(log()), {record["response"] for record in written}
     assert code == 130 and "same command" in printed and 8 <= len(written) < 40
