@@ -5,13 +5,12 @@ python -m extras.reproduce --recipe toy --rows scalar text2grad --seeds 0 1 2 4 
 python -m extras.reproduce --recipe toy_quick                     # a taste of it in ten minutes
 python -m extras.reproduce --recipe slf5k_8b --dry_run            # print the commands, run none
 
-A recipe is a file recipes/NAME.toml: the [stages.*] are shared by the rows of a seed, each of the
-[rows.*] is trained by its `run` and measured by its `measure` or the recipe's, and [words] replace
-their {names}. Kill it at any moment: the same command goes on with what is not done. The last line
-printed is a JSON object. To sweep learning rates, repeat it with --scale_learning_rates.
+A recipe is a file recipes/NAME.toml. The rows of a seed share its [stages.*]. Each of the [rows.*]
+is trained by its `run` and measured by its `measure` or the recipe's, and [words] replace their
+{names}. Kill it at any moment: the same command resumes it. The last line printed is a JSON object.
+To sweep learning rates, repeat it with --scale_learning_rates.
 """
 
-import argparse
 import json
 import os
 import shlex
@@ -20,17 +19,16 @@ import sys
 import time
 import tomllib
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from tqdm import tqdm
 
 from extras import table
-from t2g.cli import Help, fail, flags, make_folder, positive
+from t2g.cli import fail, flags, make_folder, parser, positive
 from t2g.log import write_json
 
-HERE = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 NEEDED = {"title", "metrics", "main", "main_title", "curves", "measure", "rows"}
 
 
@@ -46,22 +44,22 @@ class Job(NamedTuple):
     def __str__(self):
         return f"{self.name} of seed {self.seed}"
 
+    @property
+    def result(self) -> Path:
+        return self.folder / f"{self.name}.done.json"
 
-def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, allow_abbrev=False)
-    add = flags(parser)
-    parser.add_argument("--recipe", required=True, help="a name in recipes/ or a .toml file")
-    parser.add_argument("--rows", nargs="+", metavar="ROW", help="all rows if not given")
-    parser.add_argument("--seeds", nargs="+", type=int, help="the recipe's if not given")
+
+def main():
+    arguments = parser(__doc__)
+    add = flags(arguments)
+    arguments.add_argument("--recipe", required=True, help="a name in recipes/ or a .toml file")
+    arguments.add_argument("--rows", nargs="+", metavar="ROW", help="all rows if not given")
+    arguments.add_argument("--seeds", nargs="+", type=int, help="the recipe's if not given")
     add("--jobs", None, "commands at once, each with its share of the cores", positive(int))
     add("--output_dir", None, "where all runs go; runs/reproduce/RECIPE if not given")
     add("--scale_learning_rates", 1.0, "factor on the learning rate of every row")
     add("--dry_run", False, "print the commands of the first seed and run none")
-    return parser.parse_args()
-
-
-def main():
-    args = parse_args()
+    args = arguments.parse_args()
     recipe = read_recipe(args.recipe)
     if unknown := set(args.rows or []) - set(recipe["rows"]):
         fail(f"no row {', '.join(sorted(unknown))}; the rows are {', '.join(recipe['rows'])}")
@@ -70,13 +68,7 @@ def main():
     root = Path(args.output_dir or f"runs/reproduce/{Path(args.recipe).stem}")
     by_seed = [jobs_of(recipe, rows, s, root, args.scale_learning_rates) for s in seeds]
     if args.dry_run:
-        print(f"# {recipe['title']}")
-        for job in by_seed[0]:
-            paper = rows.get(job.name, {}).get("paper", {})
-            print(f"# {job}" + "".join(f"; paper: {name} {x}" for name, x in paper.items()))
-            for line in job.commands:
-                print(line if line.startswith("torchrun") else f"python {line}")
-        return
+        return show(recipe, rows, by_seed[0])
     make_folder(root, "--output_dir")
     jobs = [job for same in zip(*by_seed) for job in same]
     jobs.sort(key=lambda job: job.name in rows)  # what others wait for comes first
@@ -86,10 +78,20 @@ def main():
     print(json.dumps(result))
 
 
+def show(recipe, rows, jobs):
+    """Prints the commands of jobs, and the paper's figures for their rows."""
+    print(f"# {recipe['title']}")
+    for job in jobs:
+        paper = rows.get(job.name, {}).get("paper", {})
+        print(f"# {job}" + "".join(f"; paper: {name} {x}" for name, x in paper.items()))
+        for line in job.commands:
+            print(line if line.startswith("torchrun") else f"python {line}")
+
+
 def read_recipe(name) -> dict:
-    path = Path(name) if name.endswith(".toml") else HERE / "recipes" / f"{name}.toml"
+    path = Path(name) if name.endswith(".toml") else ROOT / "recipes" / f"{name}.toml"
     if not path.is_file():
-        known = sorted(path.stem for path in HERE.glob("recipes/*.toml"))
+        known = sorted(path.stem for path in ROOT.glob("recipes/*.toml"))
         fail(f"there is no recipe {name!r}; the recipes are {', '.join(known)}")
     try:
         recipe = {"stages": {}, "words": {}} | tomllib.loads(path.read_text(encoding="utf-8"))
@@ -105,7 +107,7 @@ def read_recipe(name) -> dict:
 
 
 def jobs_of(recipe, rows, seed, root, scale=1.0) -> list[Job]:
-    """The jobs of one seed in order: the stages that its rows need, then the rows."""
+    """Returns the jobs of one seed in order: each after the stages that it needs."""
     jobs, folder = {}, Path(root) / f"seed-{seed}"
 
     def add_job(name, part, lines):
@@ -129,71 +131,61 @@ def jobs_of(recipe, rows, seed, root, scale=1.0) -> list[Job]:
 
 def run_all(jobs, at_once):
     """Runs the jobs, which are sorted so that each comes after those that it needs."""
-    done, futures, failed = [is_done(job) for job in jobs], {}, []
+    left = [job for job in jobs if not is_done(job)]
+    futures, failed = {}, []
     pool = ThreadPoolExecutor(at_once)
     try:
-        for job, is_over in zip(jobs, done):
-            needs = [futures[job.seed, need] for need in job.needs]
-            run = (lambda: True) if is_over else partial(run_job, job, needs, at_once)
-            futures[job.seed, job.name] = pool.submit(run)
-        names = {future: job for job, future in zip(jobs, futures.values())}
-        for future in tqdm(as_completed(names), total=len(jobs), unit="job"):
-            if not future.result():
-                failed.append(str(names[future]))
+        for job in left:
+            needs = [futures[job.seed, n] for n in job.needs if (job.seed, n) in futures]
+            futures[job.seed, job.name] = pool.submit(run_job, job, needs, at_once)
+        bar = tqdm(as_completed(futures.values()), "jobs", len(jobs), initial=len(jobs) - len(left))
+        failed = [str(future.result()) for future in bar if future.result()]
     finally:
         pool.shutdown(cancel_futures=True)
     if failed:
         fail(f"{', '.join(failed)} failed; see the logs. The same command goes on with the rest")
 
 
-def run_job(job, needs, at_once) -> bool:
-    """Runs the commands with a log, and keeps what the last one printed last for the table."""
-    if not all(need.result() for need in needs):
-        return False
+def run_job(job, needs, at_once):
+    """Runs the commands with a log, and writes what the last one printed. Returns a failed job."""
+    if any(need.result() for need in needs):
+        return job
     threads = str(max(1, (os.cpu_count() or 1) // at_once))
-    env = os.environ | {"OMP_NUM_THREADS": threads, "PYTHONPATH": str(HERE)}
-    start, output = time.perf_counter(), ""
-    with open(job.folder / f"{job.name}.log", "w", encoding="utf-8") as log:
+    env = os.environ | {"OMP_NUM_THREADS": threads, "PYTHONPATH": str(ROOT)}
+    start, log_file = time.perf_counter(), job.folder / f"{job.name}.log"
+    with open(log_file, "w", encoding="utf-8") as log:
         for line in job.commands:
             pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log)
-            done = subprocess.run([sys.executable, *argv(line)[1:]], env=env, text=True, **pipes)
-            output = done.stdout
-            log.write(output)
+            done = subprocess.run([sys.executable, *argv(line)], env=env, text=True, **pipes)
+            log.write(done.stdout)
             log.flush()
             if done.returncode:
-                tqdm.write(f"{job} failed: see {job.folder}/{job.name}.log")
-                return False
-    last, seconds = output.rstrip().rpartition("\n")[2], time.perf_counter() - start
-    write_json(marker(job), {"commands": job.commands, "seconds": seconds, "result": last})
-    return True
+                tqdm.write(f"{job} failed: see {log_file}")
+                return job
+    last, seconds = done.stdout.rstrip().rpartition("\n")[2], time.perf_counter() - start
+    write_json(job.result, {"commands": job.commands, "seconds": seconds, "result": last})
 
 
 def argv(line) -> list[str]:
-    """The words of a command, with scripts in the folder of the project.
+    """Returns the arguments of python for a command, whose scripts are the project's.
 
-    >>> argv("torchrun --nproc_per_node 8 train.py")[:4]
-    ['python', '-m', 'torch.distributed.run', '--nproc_per_node']
+    >>> argv("torchrun --nproc_per_node 8 -m extras.a")
+    ['-m', 'torch.distributed.run', '--nproc_per_node', '8', '-m', 'extras.a']
     """
-    words = [str(HERE / w) if w.endswith(".py") else w for w in shlex.split(line)]
-    if words[0] == "torchrun":
-        words[:1] = ["-m", "torch.distributed.run"]
-    return ["python", *words]
+    words = [str(ROOT / word) if word.endswith(".py") else word for word in shlex.split(line)]
+    return ["-m", "torch.distributed.run", *words[1:]] if words[0] == "torchrun" else words
 
 
 def is_done(job) -> bool:
-    """Whether the job was done before, by the same commands."""
+    """Returns True if the job was done before; fails if other commands did it."""
     job.folder.mkdir(parents=True, exist_ok=True)
-    if not marker(job).is_file():
+    if not job.result.is_file():
         return False
-    before = json.loads(marker(job).read_text(encoding="utf-8"))["commands"]
+    before = json.loads(job.result.read_text(encoding="utf-8"))["commands"]
     if before != job.commands:
         other = "; ".join(before)
         fail(f"{job} in {job.folder} was made by {other}; move it away or change --output_dir")
     return True
-
-
-def marker(job) -> Path:
-    return job.folder / f"{job.name}.done.json"
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from t2g import adapters
-from t2g.cli import fail
+from t2g.data import needed
 from t2g.log import read_jsonl, write_json
 from t2g.metrics import interval
 from t2g.policy import latest_checkpoint, pretrained
@@ -27,7 +27,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 
 
 def write(root, folders, recipe, rows, jobs) -> dict:
-    """Writes table.json, table.md and curves.png of the seeds in `folders`; returns the table."""
+    """Writes table.json, table.md and curves.png of the seeds in folders; returns the table."""
     logged = recipe.get("curve", recipe["main"])
     cells = {name: [read_cell(folder, name, logged) for folder in folders] for name in rows}
     stages = {}
@@ -48,7 +48,7 @@ def read_done(folder, name) -> dict:
 
 
 def read_cell(folder, name, logged) -> dict:
-    """A row of one seed: its scores, seconds and ledger, and its curves of a metric and of KL."""
+    """Returns the scores, seconds, ledger and curves of one seed; logged: the curve's metric."""
     done, run = read_done(folder, name), folder / name
     measured = json.loads(done["result"])
     [scores] = measured.get("scores", measured).values()
@@ -57,17 +57,14 @@ def read_cell(folder, name, logged) -> dict:
     trained = (run / "metrics.jsonl").is_file()
     steps = read_jsonl(run / "metrics.jsonl") if trained else []
     online = [row for row in steps if logged in row and "kl" in row]
-    return {
-        "scores": scores,
-        "seconds": done["seconds"],
-        "ledger": ledger(run, steps) if trained else {},
-        "curve": smooth([row[logged] for row in online]),
-        "kl": smooth([row["kl"] for row in online]),
-    }
+    curves = {"curve": smooth([row[logged] for row in online])}
+    curves["kl"] = smooth([row["kl"] for row in online])
+    costs = ledger(run, steps) if trained else {}
+    return {"scores": scores, "seconds": done["seconds"], "ledger": costs, **curves}
 
 
 def smooth(curve) -> list[float]:
-    """Means over SMOOTH steps, each at its last step."""
+    """Returns means over SMOOTH steps, each at its last step."""
     return [float(np.mean(curve[max(0, end - SMOOTH) : end])) for end in range(1, len(curve) + 1)]
 
 
@@ -75,7 +72,7 @@ def smooth(curve) -> list[float]:
 
 
 def ledger(run, steps) -> dict[tuple[str, str], float]:
-    """Seconds, tokens and FLOPs of the parts of a training run."""
+    """Returns the seconds, tokens and FLOPs of the parts of a training run."""
     config = json.loads((run / "config.json").read_text(encoding="utf-8"))
     size, critic_size = parameters(run), parameters(critic_of(run, config))
     file = run / "sampling.json"  # of methods that sample before they train
@@ -108,7 +105,7 @@ def ledger(run, steps) -> dict[tuple[str, str], float]:
 
 
 def critic_of(run, config):
-    """The reward model of a run, None if its critic is not one of ours."""
+    """Returns the reward model of a run, None if its critic is not one of ours."""
     names = ("critic", "dense_critic", "noisy_critic")  # the latter two wrap another critic
     used = [Path(config.get(name) or "").name for name in names]
     for critic, folder in (("rm", "rm"), ("scalar_rm.py", "rm_scalar")):
@@ -118,7 +115,7 @@ def critic_of(run, config):
 
 
 def parameters(run) -> int:
-    """The number of weights of a run's model, adapters apart; 0 if run is None."""
+    """Returns the number of weights of a run's model without adapters, 0 if run is None."""
     if not run:
         return 0
     path = str(latest_checkpoint(run) or run)
@@ -132,16 +129,14 @@ def parameters(run) -> int:
 
 
 def summarise(cells, recipe, rows) -> dict:
-    """{row: {metric: interval()}} of {row: its cell of each seed}."""
+    """Returns {row: {metric: interval()}} of {row: the cell of each seed}."""
     main, table = recipe["main"], {}
     for name, ours in cells.items():
         against = rows[name].get("against", recipe.get("against"))
         theirs = cells.get(against) if against != name else None
-        columns = {
-            metric: [cell["scores"][metric] for cell in ours] for metric in ours[0]["scores"]
-        }
+        columns = {key: [cell["scores"][key] for cell in ours] for key in ours[0]["scores"]}
         if theirs:
-            pairs = [(a["scores"][main], b["scores"][main]) for a, b in zip(ours, theirs)]
+            pairs = zip(columns[main], [cell["scores"][main] for cell in theirs])
             columns["difference"] = [a - b for a, b in pairs]
         if ours[0]["curve"]:
             columns["kl"] = [cell["kl"][-1] for cell in ours]
@@ -158,7 +153,7 @@ def summarise(cells, recipe, rows) -> dict:
 
 
 def gain_at_equal_kl(ours, theirs) -> float:
-    """The difference of two curves at the KL that both runs reach.
+    """Returns the difference of two curves at the KL that both runs reach.
 
     A run is read where it first had that KL, even if it came back later.
     """
@@ -168,18 +163,18 @@ def gain_at_equal_kl(ours, theirs) -> float:
 
 
 def rollouts_to_end(curve, rival) -> int | None:
-    """The rollouts until a curve is as far as its rival's last value; None if it never is.
+    """Returns the rollouts until a curve is as far as its rival's last value, None if it never is.
 
     >>> rollouts_to_end([0.1, 0.5, 0.4], [0.2, 0.3, 0.4]), rollouts_to_end([9, 8], [9, 7])
     (2, None)
     """
-    way = np.sign(rival[-1] - rival[0])  # of some metrics less is better
-    reached = (np.array(curve) - rival[-1]) * way >= 0
+    direction = np.sign(rival[-1] - rival[0])  # of some metrics less is better
+    reached = (np.array(curve) - rival[-1]) * direction >= 0
     return int(reached.argmax()) + 1 if reached.any() else None
 
 
 def markdown(result, recipe, rows) -> str:
-    """The table, and below it the ledger."""
+    """Returns the table, and below it the ledger."""
     titles = {name: row["title"] for name, row in rows.items()}
     rival = titles.get(recipe.get("against"), "another row")
     logged = recipe.get("curve", recipe["main"])
@@ -189,35 +184,44 @@ def markdown(result, recipe, rows) -> str:
         "difference_at_equal_kl": f"{logged} in rollouts at equal KL, difference",
         "rollouts_to_rival": f"rollouts to the final {logged} of {rival}",
     }
-    lines = ["| | " + " | ".join(heads.values()) + " |", "|---" * (len(heads) + 1) + "|"]
+    scores, costs = [], []
     for name, row in result["rows"].items():
         title, other = titles[name], rows[name].get("against")
         title += f" (differences to {titles.get(other, other)})" if other else ""
-        cells = [shown(row.get(head), head) for head in heads]
+        seeds, cells = row["seconds"]["seeds"], [shown(row.get(head), head) for head in heads]
         reached = row.get("rollouts_to_rival", row["seconds"])["seeds"]
-        if reached < row["seconds"]["seeds"]:
-            cells[-1] += f", reached by {reached} of {row['seconds']['seeds']} seeds"
-        lines.append(f"| {title} | {' | '.join(cells)} |")
-    heads = [f"{part}, {UNITS[unit][0]}" for part, unit in LEDGER]
-    lines += ["", f"| | {' | '.join(heads)} | all, s |", "|---" * (len(heads) + 2) + "|"]
-    for name, row in result["rows"].items():
-        costs = {(part, unit): row.get(f"{part}_{unit}") for part, unit in LEDGER}
-        cells = [f"{c['mean'] / UNITS[unit][1]:.3g}" if c else "" for (_, unit), c in costs.items()]
-        lines.append(f"| {titles[name]} | {' | '.join(cells)} | {row['seconds']['mean']:.0f} |")
+        cells[-1] += f", reached by {reached} of {seeds} seeds" if reached < seeds else ""
+        scores.append([title, *cells])
+        cells = [row.get(f"{part}_{unit}") for part, unit in LEDGER]
+        sizes = [UNITS[unit][1] for _, unit in LEDGER]
+        cells = [f"{cell['mean'] / size:.3g}" if cell else "" for cell, size in zip(cells, sizes)]
+        costs.append([titles[name], *cells, f"{row['seconds']['mean']:.0f}"])
+    units = [f"{part}, {UNITS[unit][0]}" for part, unit in LEDGER]
     stages = ", ".join(f"{name} {cell['mean']:.0f}" for name, cell in result["stages"].items())
-    return "\n".join([*lines, "", f"Seconds of shared stages per seed: {stages or 'none'}.", ""])
+    last = f"Seconds of shared stages per seed: {stages or 'none'}.\n"
+    return "\n".join([pipes(heads.values(), scores), pipes([*units, "all, s"], costs), last])
+
+
+def pipes(heads, rows) -> str:
+    """Returns a table in Markdown; the first column has no head.
+
+    >>> print(pipes(["kl"], [["PPO", "3"]]), end="")
+    | | kl |
+    |---|---|
+    | PPO | 3 |
+    """
+    heads = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    return "\n".join([*heads, *(f"| {' | '.join(row)} |" for row in rows), ""])
 
 
 def shown(cell, head) -> str:
-    """A cell of the table. If its interval leaves [0, 1] and its seeds do not, it shows the seeds.
+    """Returns a cell as text; a share whose interval leaves [0, 1] shows its seeds instead.
 
     >>> shown(interval([0.5, 0.7]), "perfect"), shown(interval([0.5, 0.7]), "difference")
     ('0.60 (0.50, 0.70)', '0.60 [-0.67, 1.87]')
     """
-    if not cell:
-        return ""
-    if cell["seeds"] == 1:
-        return f"{cell['mean']:.2f}"
+    if not cell or cell["seeds"] == 1:
+        return f"{cell['mean']:.2f}" if cell else ""
     low, high, values = cell["low"], cell["high"], cell["values"]
     share = min(values) >= 0 and max(values) <= 1 and not head.startswith("difference")
     if share and not 0 <= low <= high <= 1:
@@ -226,29 +230,28 @@ def shown(cell, head) -> str:
 
 
 def plot(path, cells, recipe, rows):
-    """Learning curves of the rows under `curves`: their means, and a thin line per seed for two.
+    """Draws the learning curves of the rows under "curves": their means over seeds.
 
-    Those two are the first row and the one that it is compared with. Rows that sample once have no
-    curve: their seeds are dots at the right edge.
+    The first row and its rival also show a thin line per seed. Rows that sample once have no curve:
+    their seeds are dots at the right edge.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        fail("the curves need the package matplotlib: pip install matplotlib")
+    needed("matplotlib", "the plot of the curves")
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9, 4.8), layout="constrained")
     axes = figure.subplots()
     names = [name for name in recipe["curves"] if name in cells]
     pair = {name for name in (*names[:1], recipe.get("against"))}
     edge = max((len(cells[name][0]["curve"]) for name in names), default=0) + 1
     for name, colour in zip(names, cycle(COLOURS)):
-        curves = [cell["curve"] for cell in cells[name]]
-        label = rows[name]["title"]
-        if curves[0]:
-            steps = range(1, min(map(len, curves)) + 1)
-            mean = np.mean([curve[: len(steps)] for curve in curves], axis=0)
+        curves, label = [cell["curve"] for cell in cells[name]], rows[name]["title"]
+        length = min(map(len, curves))
+        if length:
+            mean = np.mean([curve[:length] for curve in curves], axis=0)
+            steps = range(1, length + 1)
             axes.plot(steps, mean, color=colour, linewidth=2.2, label=label)
             for curve in curves if name in pair else []:
-                axes.plot(steps, curve[: len(steps)], color=colour, linewidth=0.8, alpha=0.5)
+                axes.plot(steps, curve[:length], color=colour, linewidth=0.8, alpha=0.5)
         else:
             ends = [cell["scores"][recipe["main"]] for cell in cells[name]]
             label += ", held out"
@@ -258,7 +261,6 @@ def plot(path, cells, recipe, rows):
     axes.set(xlabel="rollouts", ylabel=f"{title}\nin training rollouts, mean of {SMOOTH}")
     axes.set_title("thick: mean over seeds; thin: each seed", loc="left", fontsize=10)
     axes.grid(axis="y", alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
     if names:
         figure.legend(loc="outside right center", frameon=False)
     figure.savefig(path, dpi=160)

@@ -11,7 +11,7 @@ import argparse
 import re
 from pathlib import Path
 
-from t2g import critics, policy
+from extras.studies.noisy import wrapped
 from t2g.align import resolve
 from t2g.critics import quote_of
 from t2g.feedback import Feedback, Span
@@ -25,32 +25,24 @@ def add_flags(add):
 
 
 def critic(task, args):
-    inner_args = argparse.Namespace(**vars(args) | {"critic": args.dense_critic})
-    inner = critics.load_critic(task, inner_args, Path(args.output_dir).parent, policy.device())
+    def with_dense_labels(example, response, feedback):
+        return dense_feedback(response, feedback)
 
-    def dense_critic(examples, responses):
-        feedback = inner(examples, responses)
-        return [
-            dense_feedback(response, one) if isinstance(one, Feedback) else one
-            for response, one in zip(responses, feedback)
-        ]
-
-    return dense_critic
+    return wrapped(task, args, args.dense_critic, with_dense_labels)
 
 
 def dense(spans, text: str) -> list[Span]:
     """Returns a span per labelled word; labels spread until SHARE of the words have one."""
     words = [word.span() for word in re.finditer(r"\S+", text)]
-    labels = [
-        min((score for s, e, score in spans if s < end and start < e), default=0)
-        for start, end in words
-    ]
+    labels = []
+    for start, end in words:
+        touching = [score for s, e, score in spans if s < end and start < e]
+        labels.append(min(touching, default=0))
     missing = SHARE * len(words) - sum(map(bool, labels))
     while missing > 0 and any(labels):
         before = labels.copy()
         for i, label in enumerate(before):
-            neighbours = [*before[max(i - 1, 0) : i], *before[i + 1 : i + 2]]
-            nearby = [neighbour for neighbour in neighbours if neighbour]
+            nearby = [other for other in before[max(i - 1, 0) : i + 2] if other]
             if not label and nearby and missing > 0:
                 labels[i] = nearby[0]
                 missing -= 1

@@ -1,9 +1,9 @@
-"""train_ppo.py with one detail of the official code in place of ours, to measure what it is worth.
+"""Runs train_ppo.py with one detail of the official code instead of ours, to measure its effect.
 
 python -m extras.reproduce --recipe deviations        # the table of all details: a minute per run
 python -m extras.studies.deviations encoded_again --critic rule --output_dir runs/toy/encoded_again
 
-The words behind the name of the detail are flags of train_ppo.py. A detail is a function here that
+The flags after the name of the detail are those of train_ppo.py. A detail is a function here that
 replaces functions of train_ppo.py for one process.
 """
 
@@ -18,7 +18,7 @@ from t2g.cli import fail
 
 
 def neutral_plus_one():
-    """Rewards a token that nobody mentions with +1, as the official recipe for code does."""
+    """Rewards tokens outside all spans with +1, as the official recipe for code does."""
     ours = train_ppo.token_rewards
 
     def token_rewards(tokenizer, rollout, *rest):
@@ -29,7 +29,7 @@ def neutral_plus_one():
 
 
 def masked_punctuation():
-    """Gives tokens of punctuation no gradient, and starts GAE anew behind each of them."""
+    """Masks tokens of punctuation out of the loss, and restarts GAE after each of them."""
     ours_sample, ours_whiten = train_ppo.sample, train_ppo.whiten
     latest = {}
 
@@ -58,7 +58,7 @@ def masked_punctuation():
 
 
 def encoded_again():
-    """Decodes the response and encodes it again, and trains on the tokens that come out of that."""
+    """Trains on the tokens of the decoded and re-encoded response."""
     ours = train_ppo.sample
 
     def sample(model, tokenizer, *args, **kwargs):
@@ -97,7 +97,7 @@ def narrow_sampling():
 
 
 def whitened_apart():
-    """Whitens eight parts of the rollout apart, with variances over n - 1."""
+    """Whitens each of eight parts of the rollout by itself, with variances over n - 1."""
     ours = train_ppo.whiten
 
     def whiten(x, mask):
@@ -125,21 +125,17 @@ def means_of_microbatches():
     sys.argv += ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "8"]
 
 
-DETAILS = {
-    detail.__name__: detail
-    for detail in (
-        *(neutral_plus_one, masked_punctuation, encoded_again, narrow_sampling),
-        *(whitened_apart, means_of_microbatches),
-    )
-}
+DETAILS = (neutral_plus_one, masked_punctuation, encoded_again, narrow_sampling)
+DETAILS += (whitened_apart, means_of_microbatches)
 
 
 def main():
+    details = {detail.__name__: detail for detail in DETAILS}
     name = sys.argv[1] if len(sys.argv) > 1 else ""
-    if name not in DETAILS:
-        fail(f"no detail {name!r}; give one of {', '.join(DETAILS)}, then flags of train_ppo.py")
+    if name not in details:
+        fail(f"no detail {name!r}; give one of {', '.join(details)}, then flags of train_ppo.py")
     sys.argv[:2] = ["train_ppo.py"]
-    DETAILS[name]()
+    details[name]()
     train_ppo.main()
 
 

@@ -6,7 +6,6 @@ python -m extras.studies.healthy runs/toy/ppo --beside "too fast" runs/toy/fast 
 It prints means over runs. Metrics that some step lacks are left out; `coverage` is the toy's own.
 """
 
-import argparse
 import json
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from extras.table import COLOURS
-from t2g.cli import Help, fail
+from t2g import cli
 from t2g.log import read_jsonl
 
 WORRY = {  # when to worry, by metric; the first eight are drawn
@@ -35,33 +34,29 @@ WORRY = {  # when to worry, by metric; the first eight are drawn
 def read(folder) -> list[dict]:
     rows = read_jsonl(Path(folder) / "metrics.jsonl")
     if len(rows) < 10 or not all({"kl", "response_tokens"} <= row.keys() for row in rows):
-        fail(f"{folder} is no run of train_ppo.py of ten steps or more")
+        cli.fail(f"{folder} is no run of train_ppo.py of ten steps or more")
     return [row | {"kl / response_tokens": row["kl"] / row["response_tokens"]} for row in rows]
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
-    add = parser.add_argument
-    add("runs", nargs="+", help="healthy runs, one per seed")
+    parser = cli.parser(__doc__)
+    parser.add_argument("runs", nargs="+", help="healthy runs, one per seed")
     beside = dict(nargs="+", action="append", default=[], metavar="WORD")
-    add("--beside", **beside, help="a label, then runs of its own")
-    add(
-        "--plot", help="a .png file for the curves: thin lines for runs, a thick one for their mean"
-    )
+    parser.add_argument("--beside", **beside, help="a label, then runs of its own")
+    cli.flags(parser)("--plot", None, "a .png file for the curves of the runs and their means")
     args = parser.parse_args()
     curves, result = {}, {}
     for label, *folders in [["healthy", *args.runs], *args.beside]:
         if not folders:
-            fail(f"--beside {label!r} needs runs behind its label")
+            cli.fail(f"--beside {label!r} needs runs after its label")
         runs = [read(folder) for folder in folders]
         steps = min(map(len, runs))
         rows = [row for run in runs for row in run]
         known = [name for name in WORRY if all(name in row for row in rows)]
-        curves[label], means = {}, {}
-        for name in known:
-            values = np.array([[row[name] for row in run[:steps]] for run in runs])
-            curves[label][name] = values
-            means[name] = values[:, [0, 9, -1]].mean(0).tolist()
+        curves[label] = {
+            name: np.array([[row[name] for row in run[:steps]] for run in runs]) for name in known
+        }
+        means = {name: x[:, [0, 9, -1]].mean(0).tolist() for name, x in curves[label].items()}
         result[f"{label}: step 1 → 10 → {steps}"] = means
     print(f"| metric | {' | '.join(result)} | worry when |\n|---" + "|---" * len(result) + "|---|")
     for name, worry in WORRY.items():

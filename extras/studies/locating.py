@@ -1,12 +1,12 @@
-"""A task made to ask where locating pays: lists of any length, of which a rule marks so many items.
+"""A task for measuring where locating pays: lists of any length, in which a rule marks some items.
 
 python -m extras.reproduce --recipe locating               # the study: half an hour on 2 cores
 python train_ppo.py --task extras/studies/locating.py --length 150 --spans 8 --critic rule
 
-A prompt asks for so many numbered items of a word. Which item is right follows from the word and
-the last digit of the number, so there is as much to learn however long the list is. The starting
-policy gets each of them right at a rate of its own. The rule marks some items, drawn at random, and
-each mark weighs 1 / their number. With --kl_coef 1 / LENGTH all settings have the same optimum.
+A prompt names a word and asks for a number of items. Which item is right follows from the word and
+the last digit of its number, so a long list takes no more learning than a short one. The starting
+policy gets each of them right at a rate of its own. With --kl_coef 1 / LENGTH all settings have the
+same optimum.
 """
 
 import random
@@ -33,23 +33,10 @@ METRICS = {
     "right": "share of the items asked for that stand in their place and are right",
     "items": "items of the response",
 }
-DEFAULTS = {
-    "train_sft": {
-        "learning_rate": 0.01,
-        "max_steps": 400,
-        "per_device_train_batch_size": 32,
-        "optimizer": "muon",
-    },
-    "train_ppo": {
-        "max_steps": 30,
-        "per_device_train_batch_size": 16,
-        "num_mini_batches": 2,
-        "num_ppo_epochs": 2,
-        "eval_samples": 64,
-        "span_weights": "severity",
-    },
-    "eval": {"eval_samples": 64},
-}
+SFT = dict(learning_rate=0.01, max_steps=400, per_device_train_batch_size=32, optimizer="muon")
+PPO = dict(max_steps=30, per_device_train_batch_size=16, num_mini_batches=2, num_ppo_epochs=2)
+PPO |= dict(eval_samples=64, span_weights="severity")
+DEFAULTS = {"train_sft": SFT, "train_ppo": PPO, "eval": dict(eval_samples=64)}
 
 
 def add_flags(add):
@@ -65,17 +52,14 @@ def load(args):
 
 
 def habits(seed) -> dict:
-    """(key, slot) -> the right word, the wrong word, and how often the starting policy is right."""
+    """Returns {(key, slot): (right word, wrong word, how often the starting policy is right)}."""
     rng = random.Random(f"habits {seed}")
-    table = {}
-    for key in KEYS:
-        for slot in range(SLOTS):
-            table[key, slot] = (*rng.sample(WORDS, 2), rng.uniform(0.3, 0.9))
-    return table
+    places = [(key, slot) for key in KEYS for slot in range(SLOTS)]
+    return {place: (*rng.sample(WORDS, 2), rng.uniform(0.3, 0.9)) for place in places}
 
 
 def judged(example, response) -> list[tuple[int, int, bool]]:
-    """The characters of each item, and whether its number and its word are right."""
+    """Returns the characters of each item, and whether its number and its word are right."""
     key, asked = example.prompt.split()
     items = []
     for place, item in enumerate(re.finditer(r"(?:([a-z]+) )?(\d+)|\S+", response), 1):
@@ -87,6 +71,7 @@ def judged(example, response) -> list[tuple[int, int, bool]]:
 
 
 def critique(example, response) -> Feedback:
+    """Marks --spans of the items, drawn at random; each mark weighs 1 / their number."""
     rng = random.Random(f"marks {example.prompt} {response}")
     items, asked = judged(example, response), int(example.prompt.split()[1])
     spans, good, poor = example.facts["spans"], [], []
@@ -97,9 +82,8 @@ def critique(example, response) -> Feedback:
             start, end, right = items[place]
             quote = {"text": quote_of(response, start, end), "severity": 1 / count}
             (good if right else poor).append(quote)
-    total = len(good) + len(poor)
-    words = f"{len(poor)} of the {total} items that I looked at are wrong."
-    return Feedback(words, good, poor)
+    critique = f"{len(poor)} of the {len(good) + len(poor)} items that I looked at are wrong."
+    return Feedback(critique, good, poor)
 
 
 def score(example, response):
@@ -109,7 +93,7 @@ def score(example, response):
 
 
 def sft_pairs(args, examples):
-    """Lists with wrong items at the rate of each habit."""
+    """Returns lists whose items are right at the rates of habits()."""
     rng, pairs = random.Random(f"noise {args.seed}"), []
     for _ in range(args.max_steps * args.per_device_train_batch_size):
         example = rng.choice(examples)
@@ -123,7 +107,7 @@ def sft_pairs(args, examples):
 
 
 def new_model(seed):
-    """A tokenizer with one token per word and per number, and a Llama of two layers."""
+    """Returns a tokenizer with one token per word and number, and a Llama of two layers."""
     special = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|unknown|>"]
     vocabulary = [*special, *KEYS, *WORDS, *map(str, range(1, MAX_ITEMS + 1))]
     numbers = {word: i for i, word in enumerate(vocabulary)}
@@ -134,17 +118,9 @@ def new_model(seed):
     tokenizer.add_special_tokens({"additional_special_tokens": special[2:4]})
     tokenizer.chat_template = CHAT_TEMPLATE
     config = LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=64,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        rope_theta=10000.0,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+        vocab_size=len(vocabulary), hidden_size=64, intermediate_size=192, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=512,
+        tie_word_embeddings=True, rope_theta=10000.0, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
     return tokenizer, LlamaForCausalLM(config)

@@ -34,27 +34,29 @@ def kind_and_rate(text: str) -> tuple[str, float]:
     """An argument type: "flip:0.3" -> ("flip", 0.3)."""
     match = re.fullmatch(rf"({'|'.join(KINDS)}):(\d*\.?\d+)", text)
     if not match or float(match[2]) > 1:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not KIND:RATE with a kind of {', '.join(KINDS)} and a rate in [0, 1]"
-        )
+        wanted = f"KIND:RATE with a kind of {', '.join(KINDS)} and a rate in [0, 1]"
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
     return match[1], float(match[2])
 
 
 def critic(task, args):
-    inner_args = argparse.Namespace(**vars(args) | {"critic": args.noisy_critic})
+    def with_errors(example, response, feedback):
+        rng = random.Random(f"{args.seed} {example.prompt} {response}")
+        return spoil(response, feedback, *args.noise, rng)
+
+    return wrapped(task, args, args.noisy_critic, with_errors)
+
+
+def wrapped(task, args, name, change):
+    """Returns the critic called name, with change(example, response, feedback) of its feedback."""
+    inner_args = argparse.Namespace(**vars(args) | {"critic": name})
     inner = critics.load_critic(task, inner_args, Path(args.output_dir).parent, policy.device())
 
-    def noisy_critic(examples, responses):
-        spoilt = []
-        feedback = inner(examples, responses)
-        for example, response, one in zip(examples, responses, feedback):
-            if isinstance(one, Feedback):
-                rng = random.Random(f"{args.seed} {example.prompt} {response}")
-                one = spoil(response, one, *args.noise, rng)
-            spoilt.append(one)
-        return spoilt
+    def critic(examples, responses):
+        rows = zip(examples, responses, inner(examples, responses))
+        return [change(*row) if isinstance(row[2], Feedback) else row[2] for row in rows]
 
-    return noisy_critic
+    return critic
 
 
 def spoil(text: str, feedback: Feedback, kind: str, rate: float, rng) -> Feedback:
@@ -81,10 +83,8 @@ def moved(text: str, quote, kind: str, rng):
         return quote
     start, end, _ = spans[0]
     size = end - start
-    if kind == "shift":
-        start += rng.choice((-size, size))
-    else:
-        start = rng.randint(0, len(text) - size)
-    start = min(max(start, 0), len(text) - size)
+    last = len(text) - size
+    start = start + rng.choice((-size, size)) if kind == "shift" else rng.randint(0, last)
+    start = min(max(start, 0), last)
     place = quote_of(text, start, start + size)
     return place if isinstance(quote, str) else {"text": place, "severity": quoted(quote)[1]}

@@ -199,21 +199,21 @@ def flags_of(*files) -> set[str]:
 
 
 def test_every_recipe_names_rows_scripts_and_flags_that_exist():
-    core = flags_of(*(reproduce.HERE / "t2g").rglob("*.py"))
-    for path in (reproduce.HERE / "recipes").iterdir():
+    core = flags_of(*(reproduce.ROOT / "t2g").rglob("*.py"))
+    for path in (reproduce.ROOT / "recipes").iterdir():
         recipe = reproduce.read_recipe(path.stem)
         others = [row["against"] for row in (recipe, *recipe["rows"].values()) if "against" in row]
         assert {*recipe["curves"], *others} <= set(recipe["rows"])
         for job in reproduce.jobs_of(recipe, recipe["rows"], 0, Path("out")):
             for line in job.commands:
                 words = line.split()
-                files = [reproduce.HERE / word for word in words if word.endswith(".py")]
+                files = [reproduce.ROOT / word for word in words if word.endswith(".py")]
                 if module := re.search(r"-m (extras[\w.]*)", line):
-                    package = reproduce.HERE.joinpath(*module[1].split("."))
+                    package = reproduce.ROOT.joinpath(*module[1].split("."))
                     folder = package if package.is_dir() else package.parent
                     files += folder.glob("*.py")
                 if "extras.studies.deviations" in line:  # it takes the flags of train_ppo.py
-                    files.append(reproduce.HERE / "train_ppo.py")
+                    files.append(reproduce.ROOT / "train_ppo.py")
                 assert files and all(file.is_file() for file in files), line
                 flags = set(re.findall(r"(--\w+)", line)) - {"--nproc_per_node"}
                 assert flags <= core | flags_of(*files), line
