@@ -122,7 +122,7 @@ def shift(change, delta, mask) -> dict[str, float]:
 
 
 def interval(values) -> dict:
-    """Returns the mean of independent runs and its 95% interval by Student's t; None for one run."""
+    """Returns the mean of independent runs and its 95% interval (Student's t; None for one run)."""
     from scipy.stats import t
 
     values = [float(value) for value in values]

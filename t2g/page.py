@@ -42,7 +42,7 @@ class Samples:
             truncate(self.folder / "samples.jsonl", keep_until)
 
     def add(self, step, tokenizer, examples, rollout, feedback, heldout=False, **at_tokens):
-        """Writes some rows of a rollout, if the step is shown; at_tokens: (B, T) tensors by name."""
+        """Writes some rows of a rollout, if the step is shown. at_tokens: (B, T) tensors."""
         if step not in self.steps:
             return
         at_tokens = {name: tensor.cpu() for name, tensor in at_tokens.items()}

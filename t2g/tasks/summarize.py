@@ -4,8 +4,8 @@
 its fields, or any rows with a text and a summary under --source_field and --reference_field.
 
 The rule of this task works for any English text. It marks as poor the names, numbers and quotations
-that the source does not contain, repetitions, an unfinished end, and all words after MAX_WORDS. Good
-are content words of the human summary, at most MAX_GOOD, so that listing words does not pay.
+that the source does not contain, repetitions, an unfinished end, and all words after MAX_WORDS.
+Good are content words of the human summary, at most MAX_GOOD, so that listing words does not pay.
 """
 
 import re

@@ -1,8 +1,8 @@
 """The toy task: summarise a post by the six facts of its writer, not those of the writer's friend.
 
-The task needs no data: it makes the posts, noisy summaries, a rule that criticises them, and a small
-Llama with its tokenizer. The noise (the friend's facts, vague words, filler, repetition) teaches the
-policy local mistakes: a critique can point at them, a single number cannot.
+The task needs no data: it makes posts, noisy summaries, a rule that criticises them, and a small
+Llama with its tokenizer. The noise (the friend's facts, vague words, filler, repetition) teaches
+the policy local mistakes: a critique can point at them, a single number cannot.
 """
 
 import random
@@ -139,7 +139,7 @@ def sft_pairs(args, examples):
 
 
 def revision_pair(example, rng):
-    """Returns a prompt to revise a noisy summary by a critique that may miss faults, and the result."""
+    """Returns a prompt to revise a noisy summary by an incomplete critique, and the result."""
     response, remarks = noisy_summary(example, rng), []
     for remark in judge(example, response):
         if remark.kind == "good" or rng.random() < 0.8:
@@ -170,7 +170,7 @@ class Remark(NamedTuple):
 
 
 def critique(example, response: str) -> Feedback:
-    """Writes a sentence about each clause, in the order of the text, and one about what is missing."""
+    """Writes a sentence about each clause in order, and one about what is missing."""
     good, poor, remarks = [], [], judge(example, response)
     for start, end, kind, _, _ in remarks:
         quote, severity = quote_of(response, start, end), SEVERITY.get(kind)
