@@ -20,7 +20,7 @@ from t2g.notes import read_annotations
 
 
 def read_targets(path, no_critique=False) -> list[tuple[str, str, str]]:
-    """Returns (prompt, response, z) of the annotations whose status is "ok"."""
+    """The (prompt, response, z) of the annotations whose status is "ok"."""
     targets, records = [], read_annotations(path)
     for record in records:
         feedback = record["feedback"]

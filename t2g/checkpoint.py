@@ -157,7 +157,7 @@ def resume(actor, optimizer, args, examples) -> dict:
 
 
 def size_of(module) -> float:
-    """The sum of |w| over all weights of all ranks: it tells one model from another. Collective."""
+    """The sum of |w| over all weights of all ranks, by which models are told apart. Collective."""
     weights = [dist.local(weight).double().abs().sum() for weight in module.parameters()]
     return dist.totals({"size": sum(weights).item()})["size"]
 
@@ -184,7 +184,7 @@ def commit() -> str | None:
 
 @contextmanager
 def sigterm():
-    """A list that gets an element on SIGTERM, which schedulers send some time before they kill."""
+    """A list that gets an element on SIGTERM, which schedulers send a while before they kill."""
     received = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
     try:

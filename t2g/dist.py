@@ -2,9 +2,8 @@
 
     torchrun --nproc_per_node 8 train_ppo.py ...
 
-This is the only file that knows torch.distributed. One process takes the same path as many and has
-nothing to share: its model stays unsharded. A function marked *collective* must be called the same
-number of times on every rank.
+Only this file knows torch.distributed. One process takes the same path as many, with an unsharded
+model. Collective functions must be called the same number of times on every rank.
 """
 
 import os
@@ -28,11 +27,11 @@ from t2g.cli import fail, friendly_errors
 
 @contextmanager
 def session(cpu_offload=False, first=None):
-    """Joins the processes that torchrun started, if it did; they leave together, whatever happens.
+    """Joins the processes that torchrun started, if it did, and ends them together.
 
     Rank 0 runs first() before the others go on, for weeks if need be; its result is yielded there,
-    None elsewhere. An error on one rank, SystemExit included, ends all ranks at once: those that
-    wait for it in a collective would otherwise wait for an hour.
+    None elsewhere. An error on one rank, SystemExit included, ends all ranks at once: the others
+    would otherwise wait for it in a collective for an hour.
     """
     if cpu_offload and not ("WORLD_SIZE" in os.environ and torch.cuda.is_available()):
         fail("--cpu_offload moves weights off a GPU and needs torchrun; leave it out")
@@ -161,8 +160,8 @@ def gather(x):
         return x
     longest = torch.tensor(x.shape[1], device=x.device)
     distributed.all_reduce(longest, distributed.ReduceOp.MAX)
-    padding = int(longest) - x.shape[1]
-    mine = F.pad(x.to(torch.uint8) if x.dtype == torch.bool else x, (0, padding)).contiguous()
+    numbers = x.to(torch.uint8) if x.dtype == torch.bool else x
+    mine = F.pad(numbers, (0, int(longest) - x.shape[1])).contiguous()
     rows = [torch.empty_like(mine) for _ in range(size())]
     distributed.all_gather(rows, mine)
     return torch.cat(rows).to(x.dtype)

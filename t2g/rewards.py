@@ -1,4 +1,4 @@
-"""Token rewards of a rollout: feedback on its sampled tokens, placed as --reward says."""
+"""Token rewards of a rollout: from feedback to its sampled tokens, placed as --reward says."""
 
 import torch
 
@@ -24,7 +24,7 @@ def token_rewards(tokenizer, rollout, feedback, args):
 def place_rewards(delta, tokenizer, rollout, task, args):
     """Rewards (B, T): the sum of delta over each segment, on the segment's last token.
 
-    A segment is a token (span), a sentence or what else ends with task.STEP_END (prm), or the whole
+    A segment is a token (span), a sentence, or whatever ends with task.STEP_END (prm), or the whole
     response (scalar). A response without EOS pays --missing_eos_penalty on its last token.
     """
     segment, last = torch.zeros_like(rollout.response), rollout.mask.sum(1, keepdim=True) - 1

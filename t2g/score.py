@@ -1,4 +1,4 @@
-"""What policy, value head and reference say of a rollout, one microbatch at a time."""
+"""Log-probabilities, values and KL of a rollout, computed one microbatch at a time."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ from t2g.ppo import kl_penalty
 
 
 class Scores(NamedTuple):
-    """What policy, value head and reference say before the update: (B, T) each, 0 off the mask."""
+    """The numbers of a rollout before the update on it: (B, T) each, 0 off the mask."""
 
     logprobs: torch.Tensor
     entropy: torch.Tensor

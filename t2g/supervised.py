@@ -49,11 +49,10 @@ def add_flags(add, validation_share=0.0):
 def encode_pairs(tokenizer, pairs) -> list[tuple[list[int], list[int]]]:
     """Tokenises pairs: the prompt through the chat template, the completion followed by EOS."""
     chats = [chat_text(tokenizer, prompt) for prompt, _ in pairs]
-    texts = [completion for _, completion in pairs]
     prompts = tokenizer(chats, add_special_tokens=False)["input_ids"]
+    texts = [completion for _, completion in pairs]
     completions = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    eos = tokenizer.eos_token_id
-    return [(prompt, [*completion, eos]) for prompt, completion in zip(prompts, completions)]
+    return [(p, [*c, tokenizer.eos_token_id]) for p, c in zip(prompts, completions)]
 
 
 def as_rollout(rows, pad_token_id, device) -> tuple[Rollout, torch.Tensor]:
@@ -119,7 +118,7 @@ def by_length(rows, args) -> list[list]:
 def in_batches(rows, batch_size, seed, window=32):
     """Yields batches endlessly. The first pass keeps the order of the rows; later ones shuffle it.
 
-    Within a window of 32 batches, rows of similar length share a batch, which saves padding.
+    Within a window of 32 batches, rows of similar length share a batch, to save padding.
     """
     rng, queue = random.Random(seed), list(rows)
     while True:
