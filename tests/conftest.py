@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from t2g.log import read_jsonl
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # equal bytes are promised on a CPU; see test_gpu.py
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # equal bytes are promised only on a CPU
 torch.set_num_threads(1)
 settings.register_profile("t2g", deadline=None, derandomize=True, database=None, max_examples=100)
 settings.load_profile("t2g")

@@ -16,6 +16,8 @@ pytestmark = pytest.mark.skipif(
     not cpu.is_faster(), reason="no CPU with AVX-512, or a torch without oneDNN"
 )
 bf16 = partial(torch.autocast, "cpu", dtype=torch.bfloat16)
+SMALL = dict(vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
+SMALL |= dict(num_attention_heads=4, num_key_value_heads=2)
 
 
 def pair(bias, inputs=48, outputs=40):
@@ -46,14 +48,14 @@ def test_products_and_gradients_are_those_of_torch(shape, bias, half):
 
 
 @pytest.mark.parametrize("frozen", ["weight", "bias"])
-def test_what_is_frozen_gets_no_gradient(frozen):
+def test_frozen_weights_get_no_gradient(frozen):
     _, ours = pair(bias=True)
     getattr(ours[0], frozen).requires_grad_(False)
     ours(torch.randn(3, 48)).sum().backward()
     assert [name for name, p in ours[0].named_parameters() if p.grad is None] == [frozen]
 
 
-def test_under_autocast_products_are_rounded_and_what_lies_between_them_is_not():
+def test_under_autocast_products_are_rounded_and_their_results_are_fp32():
     plain, ours = pair(bias=False)
     x = torch.randn(3, 48)
     with bf16():
@@ -61,7 +63,7 @@ def test_under_autocast_products_are_rounded_and_what_lies_between_them_is_not()
         assert torch.equal(ours(x), plain(x).float())
 
 
-def test_double_and_what_is_bf16_already_take_the_way_they_had():
+def test_other_dtypes_keep_the_path_of_torch():
     plain, ours = pair(bias=False)
     for dtype in (torch.float64, torch.bfloat16):
         x = torch.randn(3, 48, dtype=dtype)
@@ -83,7 +85,7 @@ def test_packed_weights_give_the_same_products_and_leave_no_trace(bias, half):
     assert ours[0].packed is None
 
 
-def test_a_product_seen_twice_is_the_same_to_the_bit():
+def test_a_repeated_product_is_the_same_to_the_bit():
     _, ours = pair(bias=False, inputs=576, outputs=1536)
     x = torch.randn(37, 576)
     assert torch.equal(ours(x), ours(x))
@@ -91,14 +93,7 @@ def test_a_product_seen_twice_is_the_same_to_the_bit():
 
 def test_a_model_in_bf16_is_near_itself_in_fp32_and_activations_can_be_computed_again():
     torch.manual_seed(0)
-    shape = dict(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    model = cpu.use(LlamaForCausalLM(LlamaConfig(vocab_size=60, **shape)))
+    model = cpu.use(LlamaForCausalLM(LlamaConfig(**SMALL)))
     ids, mask = torch.randint(0, 60, (2, 9)), torch.ones(2, 9, dtype=torch.long)
     mask[0, :3] = 0
 
@@ -119,14 +114,7 @@ def test_a_model_in_bf16_is_near_itself_in_fp32_and_activations_can_be_computed_
     assert torch.equal(run(half=True)[1], half_grad)
 
 
-def test_the_folder_of_a_model_does_not_name_our_attention(tmp_path):
-    shape = dict(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    cpu.use(LlamaForCausalLM(LlamaConfig(vocab_size=60, **shape))).save_pretrained(tmp_path)
+def test_a_saved_model_does_not_name_our_attention(tmp_path):
+    cpu.use(LlamaForCausalLM(LlamaConfig(**SMALL))).save_pretrained(tmp_path)
     assert "fp32" not in (tmp_path / "config.json").read_text().replace("float32", "")
     assert LlamaForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
