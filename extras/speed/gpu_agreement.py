@@ -25,9 +25,9 @@ from t2g.rollout import sample
 STEP = "--learning_rate 3e-4 --temperature 0.9 --entropy_coef 0.01 --max_grad_norm 0.5 "
 STEP += "--num_ppo_epochs 2 --num_mini_batches 2 --per_device_train_batch_size 2 "
 BF16 = "--bf16 --learning_rate 3e-3"
-ON_BOTH = {"fp32": "", "bf16": BF16, "lora": "--lora_r 4"}
-ON_GPU = ON_BOTH | {"gradient_checkpointing": "--gradient_checkpointing"}
-SHARDED = {"fsdp": "", "fsdp_bf16": BF16, "cpu_offload": "--cpu_offload"}
+ON_CPU = {"fp32": "", "bf16": BF16, "lora": "--lora_r 4"}
+CASES = ON_CPU | {"gradient_checkpointing": "--gradient_checkpointing"}
+CASES |= {"fsdp": "", "fsdp_bf16": BF16, "cpu_offload": "--cpu_offload"}
 TORCHRUN = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}  # what torchrun would set
 TORCHRUN |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 TOY = "--task toy --critic rule --max_steps 12 --save_steps 4 --eval_samples 2 --response_length 12"
@@ -35,21 +35,20 @@ TOY += " --per_device_train_batch_size 4 --num_mini_batches 2 --num_ppo_epochs 1
 
 
 def agreement(args, report):
-    """Takes the steps in three processes at once and compares their weights."""
+    """Takes the steps on the CPU and on the GPU at once and compares their weights."""
     folder = Path(args.out).resolve() / "agreement"
     shutil.rmtree(folder, ignore_errors=True)  # what an earlier run left
     random_model("tiny", folder / "model", initializer_range=0.3)
-    sharded = [case for case in SHARDED if not (args.rehearse and case == "cpu_offload")]
+    cases = [case for case in CASES if not (args.rehearse and case == "cpu_offload")]
     running = [
-        start(folder, "cpu", ON_BOTH, {"CUDA_VISIBLE_DEVICES": ""}),
-        start(folder, "gpu", ON_GPU, {}),
-        start(folder, "gpu", sharded, TORCHRUN),
+        start(folder, "cpu", ON_CPU, {"CUDA_VISIBLE_DEVICES": ""}),
+        start(folder, "gpu", cases, TORCHRUN),
     ]
     compare_without_cache(folder, report)
     compare_resumed(folder, report)
     codes = [process.wait() for process in running]
-    for case in [*ON_GPU, *sharded]:
-        on_cpu = case if case in ON_BOTH else "bf16" if "bf16" in case else "fp32"
+    for case in cases:
+        on_cpu = case if case in ON_CPU else "bf16" if "bf16" in case else "fp32"
         paths = [folder / f"gpu-{case}.safetensors", folder / f"cpu-{on_cpu}.safetensors"]
         if all(path.is_file() for path in paths):
             compare_steps(case, *map(load_file, paths), report)
@@ -67,7 +66,7 @@ def main():
     folder, place, *cases = sys.argv[1:]
     with dist.session("cpu_offload" in cases):
         for case in cases:
-            flags = STEP + (ON_GPU | SHARDED)[case]
+            flags = STEP + CASES[case]
             args = train_args(*flags.split(), "--policy", f"{folder}/model")
             tokenizer, model = policy.load(args.policy)
             # FSDP shards even in one process if it believes that there are two.

@@ -42,19 +42,17 @@ def speed(args, report):
         learner, peaks = Learner(cpu.use(model), train_args(*flags)), {}
         learner.step(tokenizer, prompts[: 2 * microbatch])  # warms up
         for rows in batches:
-            peaks[rows] = one_step(
-                f"{shape}, batch {rows}", learner, tokenizer, prompts[:rows], report
-            )
+            name = f"{shape}, batch {rows}"
+            peaks[name, rows] = one_step(name, learner, tokenizer, prompts[:rows], report)
         profile_step(shape, learner, tokenizer, prompts[: batches[0]], report)
         del learner, model
-        for rows, peak in peaks.items():
+        for (name, rows), peak in peaks.items():
             split = ["--gradient_accumulation_steps", rows // microbatch // 2]
             planned_args = train_args(*flags, *split, "--eval_samples", rows)
             planned = plan.estimate(planned_args, 1, plan.GPUS["H100-80"])
             gib = planned["gib"] - planned["memory"]["process"]
             within = abs(gib / peak - 1) <= 0.15 if peak else None
-            beside = f"planned {gib:.2f}; within 15%"
-            report(f"{shape}, batch {rows}: peak memory, GiB", peak, beside, within)
+            report(f"{name}: peak memory, GiB", peak, f"planned {gib:.2f}; within 15%", within)
 
 
 def one_step(name, learner, tokenizer, prompts, report):

@@ -2,8 +2,8 @@
 
     python extras/speed/peer_trl.py WORK STEPS      # with requirements-peer.txt
 
-Prints one JSON object a step. Loss, optimiser and sampling are the peer's own, in fp32. Each
-response gets one number as its reward, for the peer takes no others.
+Prints one JSON object a step. Loss, optimiser and sampling are the peer's own, in fp32. The reward
+of a response is one number, because the peer takes no others.
 """
 
 import json
@@ -22,15 +22,14 @@ warnings.filterwarnings("ignore")
 
 def main():
     folder, steps = Path(sys.argv[1]), int(sys.argv[2])
-    work = json.loads((folder / "work.json").read_text())
-    file = str(folder / "model" / "tokenizer.json")
+    work, path = json.loads((folder / "work.json").read_text()), str(folder / "model")
+    file = f"{path}/tokenizer.json"
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=file, **work["special_tokens"])
     torch.manual_seed(0)
-    load = AutoModelForCausalLMWithValueHead.from_pretrained
-    model, reference = (load(str(folder / "model")) for _ in range(2))
+    models = [AutoModelForCausalLMWithValueHead.from_pretrained(path) for _ in range(2)]
     rows, new = len(work["prompts"]), work["response_length"]
     sizes = dict(batch_size=rows, mini_batch_size=work["microbatch"], ppo_epochs=work["epochs"])
-    trainer = PPOTrainer(PPOConfig(learning_rate=1e-5, **sizes), model, reference, tokenizer)
+    trainer = PPOTrainer(PPOConfig(learning_rate=1e-5, **sizes), *models, tokenizer)
     queries = [torch.tensor(ids) for ids in work["prompts"]]
     rewards = [torch.tensor(0.1 * (row % 3)) for row in range(rows)]
     sampling = dict(do_sample=True, top_k=0, top_p=1.0, pad_token_id=tokenizer.pad_token_id)
