@@ -49,11 +49,12 @@ def main():
     args.max_prompt_length = args.max_prompt_length or 512
     print("this takes up to a minute", flush=True)
     plan = estimate(args, count, machine)
-    print(f"{name}, prompts of {args.max_prompt_length} tokens; for each process:\n")
-    for part, unit in (("memory", "GiB"), ("peak", "GiB"), ("seconds", "s")):
-        rows = [f"  {key:34}{value:10.2f} {unit}\n" for key, value in plan[part].items()]
-        print("".join(rows))
-    print(f"a step costs {plan['flops']:.2g} FLOP: rollout, critique, scores and update")
+    print(f"{name}, prompts of {args.max_prompt_length} tokens; for each process:")
+    titles = {"memory": "GiB that stay", "peak": "GiB that a phase adds", "seconds": "seconds"}
+    for part, title in titles.items():
+        rows = [f"  {key:34}{value:10.2f}\n" for key, value in plan[part].items() if value]
+        print(f"{title}\n{''.join(rows)}" if rows else "", end="")
+    print(f"a step costs {plan['flops']:.1e} FLOP: rollout, critique, scores and update")
     plan["fits_with"] = [] if plan["fits"] else flags_that_fit(args, count, machine)
     remedy = " ".join(plan["fits_with"]) or "more or larger machines"
     verdict = "it fits" if plan["fits"] else f"it does not fit; it does with {remedy}"

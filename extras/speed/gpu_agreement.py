@@ -117,18 +117,17 @@ def compare_without_cache(folder, report):
 
 def compare_resumed(folder, report):
     """A run that is killed after a checkpoint and started again, against one that is not killed."""
-    runs = [folder / "whole", folder / "killed"]
+    whole, killed = folder / "whole", folder / "killed"
     command = [sys.executable, "train_ppo.py", *TOY.split(), "--policy", folder / "model"]
-    commands = [[*command, "--output_dir", run] for run in runs]
-    whole, killed = (subprocess.Popen(command, cwd=HERE) for command in commands)
-    while killed.poll() is None and not (runs[1] / "checkpoint-4").is_dir():
+    commands = [[*command, "--output_dir", run] for run in (whole, killed)]
+    running = [subprocess.Popen(command, cwd=HERE) for command in commands]
+    while running[1].poll() is None and not (killed / "checkpoint-4").is_dir():
         time.sleep(0.01)
-    killed.kill()
-    in_time = killed.wait() != 0
-    resumed = subprocess.run(commands[1], cwd=HERE).returncode
-    error = None
-    if not whole.wait() and not resumed and in_time:
-        states = [load_file(run / "checkpoint-12" / "model.safetensors") for run in runs]
+    running[1].kill()
+    in_time, error = running[1].wait() != 0, None
+    codes = running[0].wait(), subprocess.run(commands[1], cwd=HERE).returncode
+    if in_time and not any(codes):
+        states = [load_file(run / "checkpoint-12" / "model.safetensors") for run in (whole, killed)]
         weights = [torch.cat([x.flatten() for x in state.values()]) for state in states]
         error = difference(*weights)
     limit = "relative difference of the weights to a run that was not killed, at most 1e-3"
