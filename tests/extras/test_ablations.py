@@ -77,16 +77,11 @@ def test_errors_depend_on_the_seed_and_the_text_alone(tmp_path):
 def test_what_is_no_feedback_passes_through(tmp_path):
     file = tmp_path / "numbers.py"
     file.write_text("def critic(task, args):\n    return lambda examples, responses: [None, 0.5]\n")
-    args = argparse.Namespace(
-        seed=0,
-        noise=("flip", 1.0),
-        noisy_critic=str(file),
-        dense_critic=str(file),
-        output_dir=tmp_path / "x",
-    )
+    args = dict(seed=0, noise=("flip", 1.0), output_dir=tmp_path / "x")
+    args |= dict(noisy_critic=str(file), dense_critic=str(file))
     examples = [Example("p", "", {})] * 2
     for study in (noisy, dense):
-        assert study.critic(toy, args)(examples, ["a", "b"]) == [None, 0.5]
+        assert study.critic(toy, argparse.Namespace(**args))(examples, ["a", "b"]) == [None, 0.5]
 
 
 def test_flags_of_noise():
@@ -119,9 +114,9 @@ def test_dense_labels_keep_every_label_and_cover_the_share(data, text):
 def test_labels_spread_to_their_neighbours_evenly():
     text = "one two three four five six seven eight nine ten"
     grown = dense.dense([Span(4, 7, 1.0), Span(34, 39, -1.0)], text)
-    good = [text[start:end] for start, end, score in grown if score > 0]
-    poor = [text[start:end] for start, end, score in grown if score < 0]
-    assert good == ["one", "two", "three", "four"] and poor == ["seven", "eight", "nine"]
+    marked = [(text[start:end], score) for start, end, score in grown]
+    good, poor = "one two three four".split(), "seven eight nine".split()
+    assert marked == [(word, 1.0) for word in good] + [(word, -1.0) for word in poor]
     assert dense.dense([], "some words") == [] == dense.dense([], "")
 
 

@@ -14,23 +14,15 @@ from t2g.tasks import toy
 PATCHED = ("sample", "whiten", "gae", "token_rewards", "policy_loss", "value_loss")
 
 
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    """A policy from scratch."""
-    folder = tmp_path_factory.mktemp("start") / "sft"
-    tokenizer, model = toy.new_model(0)
-    policy.save(model, tokenizer, folder, 1)
-    return folder
-
-
 @pytest.mark.parametrize("detail", [detail.__name__ for detail in deviations.DETAILS])
-def test_each_detail_changes_a_step_of_training(detail, start, tmp_path, monkeypatch):
+def test_each_detail_changes_a_step_of_training(detail, tmp_path, monkeypatch):
+    tokenizer, model = toy.new_model(0)
+    policy.save(model, tokenizer, tmp_path / "sft", 1)
     for name in PATCHED:
         monkeypatch.setattr(train_ppo, name, getattr(train_ppo, name))
     flags = "--critic rule --max_steps 1 --num_ppo_epochs 1 --response_length 8 --eval_samples 1"
-    flags = [*flags.split(), "--policy", str(start), "--output_dir", str(tmp_path / "run")]
-    flags += ["--per_device_train_batch_size", "4"]
-    monkeypatch.setattr(sys, "argv", ["deviations", detail, *flags])
+    flags += f" --per_device_train_batch_size 4 --output_dir {tmp_path}/run"
+    monkeypatch.setattr(sys, "argv", ["deviations", detail, *flags.split()])
     deviations.main()
     [row] = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     assert row["grad_norm"] > 0
@@ -46,12 +38,9 @@ def test_an_unknown_detail_is_one_sentence(monkeypatch, capsys):
 def test_healthy_prints_a_table_and_draws_the_curves(tmp_path, monkeypatch, capsys):
     for run, level in (("a", 1.0), ("b", 3.0)):
         (tmp_path / run).mkdir()
-        rows = [
-            {"step": n, "kl": level * n, "response_tokens": 10, "reward": level}
-            for n in range(1, 13)
-        ]
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (tmp_path / run / "metrics.jsonl").write_text(lines)
+        row = dict(response_tokens=10, reward=level)
+        lines = [json.dumps(row | {"step": n, "kl": level * n}) + "\n" for n in range(1, 13)]
+        (tmp_path / run / "metrics.jsonl").write_text("".join(lines))
     runs, plot = [str(tmp_path / "a"), str(tmp_path / "b")], tmp_path / "plot.png"
     flags = [*runs, "--beside", "alone", runs[0], "--plot", str(plot)]
     monkeypatch.setattr(sys, "argv", ["healthy", *flags])
