@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from t2g import policy
 from t2g.tasks import toy
 
 
@@ -18,6 +19,13 @@ def run(command, **paths):
         importlib.import_module(f"extras.baselines.{name}").main()
     finally:
         sys.argv = before
+
+
+def save_start(root):
+    """Saves an untrained starting policy of the toy as root/sft; returns it and its tokenizer."""
+    tokenizer, model = toy.new_model(0)
+    policy.save(model, tokenizer, root / "sft", 1)
+    return tokenizer, model.eval()
 
 
 def noisy_examples(rng, n):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from running import noisy_examples, refused, run
+from running import noisy_examples, refused, run, save_start
 from torch.testing import assert_close
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -130,9 +130,8 @@ def test_the_best_response_is_preferred_to_the_worst_and_dropped_prompts_are_cou
     assert dropped == {"ties": 0.5, "unpaired": 0.25}
 
 
-def test_two_steps_of_the_command_and_again_from_its_pairs(fresh, tmp_path):
-    tokenizer, model = fresh()
-    policy.save(model, tokenizer, tmp_path / "sft", 1)
+def test_two_steps_of_the_command_and_again_from_its_pairs(tmp_path):
+    save_start(tmp_path)
     sampling = "--critic rule --num_prompts 6 --samples_per_prompt 3 --response_length 12"
     training = "--max_steps 2 --per_device_train_batch_size 2 --learning_rate 1e-3 --beta 0.2"
     run(f"dpo {sampling} {training}", output_dir=tmp_path / "dpo")
@@ -163,9 +162,8 @@ def test_dropout_does_not_part_policy_and_reference(fresh, tmp_path):
     assert read_jsonl(tmp_path / "dpo" / "pairs.jsonl")[0]["chosen"] == "half an emoji ?"
 
 
-def test_bad_pairs_and_flags_end_in_one_sentence(fresh, tmp_path, capsys):
-    tokenizer, model = fresh()
-    policy.save(model, tokenizer, tmp_path / "sft", 1)
+def test_bad_pairs_and_flags_end_in_one_sentence(tmp_path, capsys):
+    save_start(tmp_path)
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "half.jsonl").write_text('{"prompt": "a", "chosen": "b"}\n')
 

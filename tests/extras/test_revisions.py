@@ -6,22 +6,19 @@ import random
 
 import pytest
 import torch
-from running import noisy_examples, refused, run
+from running import noisy_examples, refused, run, save_start
 
 from extras.baselines import common, ilf, reflection
 from t2g.feedback import Feedback, revision_prompt
 from t2g.log import read_jsonl
-from t2g.policy import save
 from t2g.rollout import sample
 from t2g.tasks import toy
 
 
-@pytest.fixture(scope="module")
-def untrained():
-    """The toy's tokenizer and an untrained model."""
-    torch.manual_seed(0)
-    tokenizer, model = toy.new_model(0)
-    return tokenizer, model.eval()
+@pytest.fixture
+def untrained(tmp_path):
+    """The toy's tokenizer and an untrained model, which are also in tmp_path/sft."""
+    return save_start(tmp_path)
 
 
 def test_the_reward_of_a_sample_is_the_sum_of_its_token_rewards(untrained):
@@ -73,8 +70,6 @@ def test_a_response_is_revised_after_its_critique_and_stays_without_one(untraine
 
 
 def test_reflection_measures_the_revisions(untrained, monkeypatch, tmp_path, capsys):
-    save(untrained[1], untrained[0], tmp_path / "sft", 1)
-
     def perfect(model, tokenizer, prompts, response_length, examples, critic, **sampling):
         return [example.reference for example in examples], [True] * len(examples)
 
@@ -105,8 +100,6 @@ def test_the_best_revision_of_a_prompt_is_kept_unless_it_is_worse_than_its_respo
 
 
 def test_two_steps_of_ilf(untrained, tmp_path, monkeypatch):
-    save(untrained[1], untrained[0], tmp_path / "sft", 1)
-
     def all_revisions(first, second):
         return [(row.example.prompt, row.text) for row in second]
 
@@ -119,10 +112,13 @@ def test_two_steps_of_ilf(untrained, tmp_path, monkeypatch):
     assert first["samples"] == 4 and second["prompt_tokens"] > first["prompt_tokens"]
 
 
-def test_a_critic_without_words_is_refused(untrained, tmp_path, capsys):
-    save(untrained[1], untrained[0], tmp_path / "sft", 1)
+@pytest.mark.parametrize("method", ["ilf --num_prompts 4", "sdpo --max_steps 1", "reflection"])
+def test_a_critic_without_words_is_refused(method, untrained, tmp_path, capsys):
     critic = tmp_path / "one.py"
     critic.write_text("def critic(task, args):\n    return lambda examples, y: [1.0] * len(y)\n")
-    short = "--num_prompts 4 --response_length 5"
-    sentence = refused(capsys, f"ilf --critic {critic} {short}", output_dir=tmp_path / "ilf")
-    assert "gives numbers" in sentence
+    command = f"{method} --critic {critic} --response_length 5"
+    if method == "reflection":
+        command += f" --eval_samples 2 {tmp_path}/sft"
+    else:
+        command += f" --output_dir {tmp_path}/run"
+    assert "gives numbers" in refused(capsys, command)

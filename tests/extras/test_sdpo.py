@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from running import refused, run
+from running import run, save_start
 from torch.distributions import Categorical, kl_divergence
 from torch.testing import assert_close
 
@@ -17,9 +17,7 @@ import train_ppo
 from extras.baselines import sdpo
 from t2g.feedback import Feedback, revision_prompt
 from t2g.log import read_jsonl
-from t2g.policy import save
 from t2g.rollout import chat_text, sample
-from t2g.tasks import toy
 
 PROMPTS = ["Hi.", "I am 27.", "My name is Ana. I plan to learn chess.", "I live in Porto."]
 CRITIQUES = ["The age is 41, not 27.", "Good.", "It leaves out the name, Ana.", "It repeats."]
@@ -32,8 +30,8 @@ ARGS = dict(
 
 def distributions(seed, spread=2.0):
     generator = torch.Generator().manual_seed(seed)
-    draws = torch.randn(2, 3, 4, 7, generator=generator, dtype=torch.float64) * spread
-    return draws.log_softmax(-1)
+    draws = torch.randn(2, 3, 4, 7, generator=generator, dtype=torch.float64)
+    return (spread * draws).log_softmax(-1)
 
 
 # ---- the divergence ------------------------------------------------------------------------------
@@ -78,14 +76,11 @@ def teacher(model):
 @pytest.fixture(scope="module")
 def batch(model, tokenizer):
     """Sampled responses of several lengths, and as the teacher reads them."""
-    for seed in range(20):
-        generator = torch.Generator().manual_seed(seed)
-        rollout = sample(model, tokenizer, PROMPTS, 10, generator=generator)
-        if len(set(rollout.mask.sum(1).tolist())) > 2:
-            hindsight, fits = sdpo.add_critiques(tokenizer, model, PROMPTS, rollout, FEEDBACK)
-            assert fits.all()
-            return rollout, hindsight
-    pytest.fail("no seed gives responses of several lengths")
+    rollout = sample(model, tokenizer, PROMPTS, 10, generator=torch.Generator().manual_seed(0))
+    assert len(set(rollout.mask.sum(1).tolist())) > 2, "another seed gives several lengths"
+    hindsight, fits = sdpo.add_critiques(tokenizer, model, PROMPTS, rollout, FEEDBACK)
+    assert fits.all()
+    return rollout, hindsight
 
 
 @torch.no_grad()
@@ -190,8 +185,7 @@ SHORT = "--critic rule --per_device_train_batch_size 4 --response_length 12 --se
 
 
 def test_two_steps_begin_with_the_rollout_of_train_ppo(monkeypatch, tmp_path):
-    tokenizer, model = toy.new_model(0)
-    save(model, tokenizer, tmp_path / "sft", 1)
+    save_start(tmp_path)
     run(f"sdpo {SHORT} --max_steps 2 --learning_rate 0.01", output_dir=tmp_path / "sdpo")
     lines = read_jsonl(tmp_path / "sdpo" / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2]
@@ -203,12 +197,3 @@ def test_two_steps_begin_with_the_rollout_of_train_ppo(monkeypatch, tmp_path):
     [line] = read_jsonl(tmp_path / "ppo" / "metrics.jsonl")
     for name in ("reward", "entropy", "tokens_poor", "response_tokens", "prompt_tokens", "words"):
         assert lines[0][name] == line[name], name
-
-
-def test_a_critic_without_words_is_refused(tmp_path, capsys):
-    tokenizer, model = toy.new_model(0)
-    save(model, tokenizer, tmp_path / "sft", 1)
-    critic = tmp_path / "one.py"
-    critic.write_text("def critic(task, args):\n    return lambda examples, y: [1.0] * len(y)\n")
-    short = f"{SHORT} --critic {critic} --max_steps 1"
-    assert "gives numbers" in refused(capsys, f"sdpo {short}", output_dir=tmp_path / "sdpo")

@@ -4,20 +4,18 @@ import json
 import sys
 
 import pytest
+from running import save_start
 
 import train_ppo
 from extras.studies import deviations, healthy
-from t2g import policy
 from t2g.log import read_jsonl
-from t2g.tasks import toy
 
 PATCHED = ("sample", "whiten", "gae", "token_rewards", "policy_loss", "value_loss")
 
 
 @pytest.mark.parametrize("detail", [detail.__name__ for detail in deviations.DETAILS])
 def test_each_detail_changes_a_step_of_training(detail, tmp_path, monkeypatch):
-    tokenizer, model = toy.new_model(0)
-    policy.save(model, tokenizer, tmp_path / "sft", 1)
+    save_start(tmp_path)
     for name in PATCHED:
         monkeypatch.setattr(train_ppo, name, getattr(train_ppo, name))
     flags = "--critic rule --max_steps 1 --num_ppo_epochs 1 --response_length 8 --eval_samples 1"
