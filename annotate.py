@@ -25,6 +25,7 @@ import torch
 from tqdm import tqdm
 
 from t2g import annotator, cli, policy, server, stages, tasks
+from t2g.feedback import FeedbackError
 from t2g.notes import Notes, read_feedback, read_responses, write_whole
 from t2g.rollout import respond
 
@@ -157,23 +158,23 @@ def annotate_by_rule(task, args, out) -> list[dict]:
 
 def read_human(args) -> list[dict]:
     """Returns the records that people filled in, and reports those that are empty or invalid."""
-    records, empty, invalid = [], 0, 0
-    for number, record in enumerate(read_responses(args.responses), 1):
+    filled, records = read_responses(args.responses), []
+    for number, record in enumerate(filled, 1):
         if not record.get("critique"):
-            empty += 1
             continue
         try:
-            spans = {"good_spans": [], "poor_spans": []}
-            record |= annotator.checked(spans | record, record["response"])
+            fields = {"good_spans": [], "poor_spans": [], **record}
+            record |= annotator.checked(fields, record["response"])
             read_feedback(record)
             records.append({**record, "status": "ok", "reason": ""})
-        except ValueError as error:
-            invalid += 1
+        except FeedbackError as error:
             print(f"record {number} of {args.responses} is left out: {error}")
     if not records:
         cli.fail(f"no record of {args.responses} has a valid critique, good_spans and poor_spans")
-    if empty or invalid:
-        print(f"{empty} records are empty and {invalid} invalid; correct them and start again")
+    if left_out := len(filled) - len(records):
+        print(
+            f"{left_out} records without a valid critique are left out; correct them, start again"
+        )
     return records
 
 

@@ -9,7 +9,7 @@ from t2g import annotator, critics, policy
 from t2g.feedback import Feedback
 from t2g.log import read_jsonl
 from t2g.notes import read_annotations
-from t2g.tasks import Example, summarize, toy
+from t2g.tasks import Example, toy
 
 
 # ---- programs ----------------------------------------------------------------------------------
@@ -76,20 +76,16 @@ def test_records_are_judged_by_their_own_example_or_by_the_task_s(tmp_path, call
     assert read_jsonl(tmp_path / "task.jsonl")[0]["critique"] == "x fails few"
 
 
-def test_a_server_reads_the_log_of_the_unit_tests(serve, tmp_path, call, tested):
+def test_a_server_reads_the_log_of_the_unit_tests_and_the_task_s_criteria(
+    serve, tmp_path, call, tested, monkeypatch
+):
     url, log = serve()
+    monkeypatch.setattr(toy, "CRITERIA", "Good is what is short.", raising=False)
     call(*flags(url, tmp_path, [{"id": "a", "prompt": "Sub.", "response": "x"}]))
     question = requests(log())[0]["asked"]["messages"][0]["content"]
+    assert "Good is what is short." in question and annotator.CRITERIA not in question
     assert "### Log of the unit tests\nx fails few" in question
     assert read_jsonl(tmp_path / "out.jsonl")[0]["test_log"] == "x fails few"
-
-
-def test_a_task_may_have_its_own_criteria(serve, tmp_path, call, monkeypatch):
-    url, log = serve()
-    monkeypatch.setattr(summarize, "CRITERIA", "Good is what is short.", raising=False)
-    call(*flags(url, tmp_path, texts(1), "--task", "summarize"))
-    asked = requests(log())[0]["asked"]["messages"][0]["content"]
-    assert "Good is what is short." in asked and annotator.CRITERIA not in asked
 
 
 # ---- people ------------------------------------------------------------------------------------
@@ -111,7 +107,7 @@ def test_records_of_people_are_checked_and_the_invalid_ones_reported(human):
     valid = {**a, "critique": "Fine.", "good_spans": [quote]}
     invalid = {**c, "critique": "Bad.", "poor_spans": ["nowhere"]}
     code, printed, [record] = human([valid, b, invalid, {**d, "critique": 7}])
-    assert code == 0 and "1 records are empty and 2 invalid" in printed
+    assert code == 0 and "3 records without a valid critique" in printed
     assert "record 3 of" in printed and "quote 1 of poor_spans" in printed
     assert "record 4 of" in printed and (record["status"], record["id"]) == ("ok", "r0")
     assert record["good_spans"] == [{"text": a["response"][:6], "severity": 0.5}]
@@ -135,21 +131,15 @@ RESPONSES = [f"r{n}" for n in range(4)]
 WELL = Feedback("Well.", ["r"], [])
 
 
-def test_a_reward_model_behind_a_server_is_a_critic(serve):
-    url, log = serve(answer=WELL.render())
-    feedback = critics.openai_critic(url, "rm", critique_length=33)(EXAMPLES, RESPONSES)
-    assert feedback == [WELL] * 4
+def test_a_reward_model_behind_a_server_is_a_critic_and_a_lost_critique_is_none(serve):
+    url, log = serve(answer=WELL.render(), poison="r2")
+    critic = critics.openai_critic(url, "rm", critique_length=33, max_retries=1)
+    assert critic(EXAMPLES, RESPONSES) == [WELL, WELL, None, WELL]
     asked = [line["asked"] for line in requests(log())]
     sent = {"model": "rm", "max_tokens": 33, "temperature": 0}
     assert all(request.items() >= sent.items() for request in asked)
     prompts = {request["messages"][0]["content"] for request in asked}
     assert prompts == {critics.reward_prompt(e.prompt, r) for e, r in zip(EXAMPLES, RESPONSES)}
-
-
-def test_critiques_that_do_not_arrive_are_none(serve):
-    url, _ = serve(answer=WELL.render(), poison="r2")
-    critic = critics.openai_critic(url, "rm", max_retries=1)
-    assert critic(EXAMPLES, RESPONSES) == [WELL, WELL, None, WELL]
 
 
 @pytest.mark.parametrize(
@@ -160,7 +150,7 @@ def test_a_server_without_any_critique_ends_the_program(serve, refused, settings
     assert "check the address" in refused(critic, EXAMPLES, RESPONSES)
 
 
-def test_long_prompts_are_shortened_and_long_responses_unreadable(monkeypatch, capsys):
+def test_long_prompts_are_shortened_and_long_responses_unreadable(monkeypatch, capsys, refused):
     answer, asked = Feedback("c").render(), []
 
     def respond(model, tokenizer, prompts, length, **sampling):
@@ -179,12 +169,8 @@ def test_long_prompts_are_shortened_and_long_responses_unreadable(monkeypatch, c
         assert feedback[0] and feedback[1] is None and feedback[2]
     assert len(asked) == 4 and all(part in asked[1] for part in ("Head.", " [...] ", "Tail."))
     assert capsys.readouterr().out.count("some responses are too long") == 1
-
-
-def test_a_critique_longer_than_the_context_is_refused(refused):
-    tokenizer, model = toy.new_model(0)
-    fault = refused(critics.reward_model_critic, model, tokenizer, 512)
-    assert "--critique_length 512" in fault
+    fault = refused(critics.reward_model_critic, model, tokenizer, 1024)
+    assert "--critique_length 1024" in fault
 
 
 def load_critic(base_url):

@@ -31,9 +31,7 @@ def test_a_quote_of_words_is_found_once_and_ends_where_they_end(data, parts, glu
     ("text", "place", "quote"),
     [
         ("Ana is 27, lives in Porto", (7, 9), "27"),
-        ("is 27,27", (6, 8), ",27"),
         ("27,b,27,27", (8, 10), ",27,27"),
-        ("a 27 b 27", (7, 9), " b 27"),
         ("27 27", (0, 2), "27"),
         (" so, so", (1, 3), " so"),
         ("it is 27, and it is not 27", (24, 26), " not 27"),
