@@ -75,11 +75,10 @@ class Handler(BaseHTTPRequestHandler):
         elif fault in ("429", "500"):
             headers = {"Retry-After": "0.2"} if fault == "429" else {}
             self.send(int(fault), json.dumps({"error": {"message": "later"}}), headers)
-        elif fault in ("silence", "drop"):
-            if fault == "silence":
-                self.server.stopping.wait(30)
-            else:
-                self.connection.shutdown(socket.SHUT_RDWR)
+        elif fault == "silence":
+            time.sleep(30)
+        elif fault == "drop":
+            self.connection.shutdown(socket.SHUT_RDWR)
             self.close_connection = True
         else:
             self.answer(fault, response)
@@ -119,7 +118,6 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.settings, self.rng = DEFAULTS | settings, random.Random(0)
         self.log, self.lock = open(log, "a", encoding="utf-8"), threading.Lock()
-        self.stopping = threading.Event()
 
     def draw_fault(self):
         with self.lock:

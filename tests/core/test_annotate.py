@@ -226,20 +226,15 @@ def test_ctrl_c_stops_and_the_same_command_continues(serve, annotate, monkeypatc
     assert not {line["response"] for line in requests(log()[before:])} & responses
 
 
-RECORD = {"id": "1", "prompt": "p", "response": "r"}
-
-
-@pytest.mark.parametrize(
-    ("records", "fault"),
-    [
+def test_invalid_responses_are_refused(tmp_path, refused):
+    record = {"id": "1", "prompt": "p", "response": "r"}
+    for records, fault in (
         ([], "no records"),
-        ([RECORD | {"id": 1.5}], "no id"),
-        ([RECORD | {"id": i} for i in (1, "1")], "the id of an earlier one"),
+        ([record | {"id": 1.5}], "no id"),
+        ([record | {"id": i} for i in (1, "1")], "the id of an earlier one"),
         ([{"id": "1", "response": "r"}], "no prompt"),
-    ],
-)
-def test_invalid_responses_are_refused(tmp_path, refused, records, fault):
-    assert fault in refused(read_responses, write(tmp_path / "in.jsonl", records))
+    ):
+        assert fault in refused(read_responses, write(tmp_path / "in.jsonl", records))
 
 
 @pytest.mark.parametrize(
