@@ -38,6 +38,16 @@ def read(folder) -> list[dict]:
     return [row | {"kl / response_tokens": row["kl"] / row["response_tokens"]} for row in rows]
 
 
+def common_metrics(runs) -> dict:
+    """Returns the metrics that every step has, (runs, steps) each."""
+    columns = {}
+    for name in WORRY:
+        values = [[row.get(name, np.nan) for row in run] for run in runs]
+        if not np.isnan(values).any():
+            columns[name] = np.array(values)
+    return columns
+
+
 def main():
     parser = cli.parser(__doc__)
     parser.add_argument("runs", nargs="+", help="healthy runs, one per seed")
@@ -51,11 +61,7 @@ def main():
             cli.fail(f"--beside {label!r} needs runs after its label")
         runs = [read(folder) for folder in folders]
         steps = min(map(len, runs))
-        rows = [row for run in runs for row in run]
-        known = [name for name in WORRY if all(name in row for row in rows)]
-        curves[label] = {
-            name: np.array([[row[name] for row in run[:steps]] for run in runs]) for name in known
-        }
+        curves[label] = common_metrics([run[:steps] for run in runs])
         means = {name: x[:, [0, 9, -1]].mean(0).tolist() for name, x in curves[label].items()}
         result[f"{label}: step 1 → 10 → {steps}"] = means
     print(f"| metric | {' | '.join(result)} | worry when |\n|---" + "|---" * len(result) + "|---|")
