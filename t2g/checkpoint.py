@@ -86,8 +86,9 @@ def restore(tensors, path, model, optimizers):
         for name, tensor in tensors.items():
             if name.startswith(f"optimizer.{number}."):
                 _, _, index, moment = name.split(".")
-                if tensor.ndim:
-                    tensor = dist.like(parameters[int(index)], tensor)
+                if tensor.ndim:  # sharded as its parameter is
+                    rows, tensor = tensor, torch.zeros_like(parameters[int(index)])
+                    dist.local(tensor).copy_(rows)
                 state["state"].setdefault(int(index), {})[moment] = tensor
         optimizer.load_state_dict(state)
 

@@ -277,13 +277,6 @@ def local(tensor):
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def like(tensor, rows):
-    """This rank's rows as a tensor that is sharded as `tensor` is, if it is."""
-    made = torch.zeros_like(tensor)
-    local(made).copy_(rows)
-    return made
-
-
 def own_chunk(tensor):
     """The rows that FSDP assigns to this rank of a whole tensor."""
     chunks = tensor.chunk(size())
