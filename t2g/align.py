@@ -57,7 +57,15 @@ def resolve(text: str, feedback: Feedback, severities=False) -> tuple[list[Span]
 # ---- 2. sampled ids -> offsets ---------------------------------------------------------------
 def response_text(tokenizer, ids) -> str:
     """Returns the text of sampled ids without special tokens: all offsets refer to this text."""
-    return tokenizer.decode(list(ids), skip_special_tokens=True)
+    return _decode(tokenizer, list(ids), skip_special_tokens=True)
+
+
+def _decode(tokenizer, ids, **options):
+    """Decodes ids; those beyond the vocabulary, at which tokenizers in Python fail, have no text."""
+    try:
+        return tokenizer.decode(ids, **options)
+    except (TypeError, ValueError, LookupError):
+        return tokenizer.decode([i for i in ids if i < len(tokenizer)], **options)
 
 
 def token_offsets(tokenizer, ids) -> list[tuple[int, int]]:
@@ -108,7 +116,7 @@ def _pieces(tokenizer, ids):
     skip = len(response_text(tokenizer, anchor)) if new else 0
     for i in new:
         hidden = not response_text(tokenizer, [i])
-        special = hidden and tokenizer.decode([i], skip_special_tokens=False)
+        special = hidden and _decode(tokenizer, [i], skip_special_tokens=False)
         pieces[i] = None if special else response_text(tokenizer, [*anchor, i])[skip:]
     return anchor, pieces
 

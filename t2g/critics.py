@@ -12,9 +12,10 @@ from tqdm import tqdm
 
 from t2g import dist, policy
 from t2g.align import locate, token_offsets
+from t2g.chat import encode_chats
 from t2g.cli import fail, load_file
 from t2g.feedback import Feedback, FeedbackError, reward_prompt
-from t2g.rollout import chat_text, respond
+from t2g.rollout import respond
 
 BUILT_IN = ("rm", "rule", "openai")
 
@@ -180,7 +181,7 @@ def fitting_prompt(tokenizer, prompt, response, max_tokens: int, question=reward
 
 def token_count(tokenizer, text: str) -> int:
     """Returns the number of tokens of a question in the chat format of the model."""
-    return len(tokenizer(chat_text(tokenizer, text), add_special_tokens=False)["input_ids"])
+    return len(encode_chats(tokenizer, [text])[0])
 
 
 def parse_or_none(z: str) -> Feedback | None:

@@ -26,10 +26,13 @@ from transformers import (
 )
 
 from t2g import adapters, cpu, dist
+from t2g.cache import check_batching, positions
+from t2g.chat import encode_chats, turn_edges
 from t2g.cli import fail
 from t2g.dist import device
 from t2g.log import sync
 
+LOWEST = torch.finfo(torch.float32).min
 LOAD_ERRORS = (OSError, ValueError, ImportError, RuntimeError, SafetensorError, UnpicklingError)
 
 
@@ -81,8 +84,10 @@ def token_stats(logits, rollout, temperature=1.0, entropy_grad=False):
     normaliser = logits.logsumexp(-1)
     logprobs = logits.gather(-1, rollout.response[..., None])[..., 0] - normaliser
     with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):
-        # One response at a time, because a second (B, T, V) tensor would be large.
-        means = torch.stack([(row.softmax(-1) * row).sum(-1) for row in logits])
+        # One response at a time, because a second (B, T, V) tensor would be large. A logit of -inf
+        # counts 0.
+        finite = (row.clamp(min=LOWEST) for row in logits)
+        means = torch.stack([(row.softmax(-1) * row).sum(-1) for row in finite])
         entropy = normaliser - means
     return logprobs.masked_fill(~rollout.mask, 0), entropy.masked_fill(~rollout.mask, 0)
 
@@ -122,11 +127,6 @@ def captured_input(module):
         yield inputs
     finally:
         handle.remove()
-
-
-def positions(attention):
-    """Position ids that skip padding, so that left padding changes nothing."""
-    return (attention.long().cumsum(1) - 1).clamp(min=0)
 
 
 def save(model, tokenizer, run, step, value_head=None, write_more=None) -> Path:
@@ -190,13 +190,19 @@ def load(path, device="cpu") -> tuple[PreTrainedTokenizerBase, torch.nn.Module]:
         fail(f"the tokenizer of {path} has no chat template: use a chat model, or set and save one")
     if tokenizer.eos_token_id is None:
         fail(f"the tokenizer of {path} has no EOS token: set tokenizer.eos_token and save it")
-    if tokenizer.pad_token_id is None:
+    size = len(model.get_input_embeddings().weight)
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= size:
         tokenizer.pad_token = tokenizer.eos_token
+    if max(tokenizer.eos_token_id, *encode_chats(tokenizer, [""])[0]) >= size:
+        fail(f"the tokenizer of {path} needs more than the {size} tokens of the model")
     tokenizer.padding_side = "left"
-    ids = dict(eos_token_id=eos_ids(tokenizer, model), pad_token_id=tokenizer.pad_token_id)
+    ends = sorted({*eos_ids(tokenizer, model), turn_edges(tokenizer)[1]})
+    ids = dict(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
     model.generation_config = GenerationConfig(**ids)
     model.name_or_path = path  # an adapter's files name it as their base
-    return tokenizer, cpu.use(model).to(device).eval()
+    model = cpu.use(model).to(device).eval()
+    check_batching(model)
+    return tokenizer, model
 
 
 def read(path) -> tuple[PreTrainedTokenizerBase, torch.nn.Module]:

@@ -59,7 +59,8 @@ def kl_penalty(logprobs, ref_logprobs, kind):
     if kind == "abs":
         return log_ratio.abs()
     if kind == "full":
-        return (logprobs.exp() * log_ratio).sum(-1)
+        terms = logprobs.exp() * log_ratio
+        return terms.masked_fill(logprobs == -torch.inf, 0).sum(-1)
     raise ValueError(f"unknown KL estimator {kind!r}: use k1, k2, k3, abs or full")
 
 

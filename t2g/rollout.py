@@ -11,10 +11,12 @@ from dataclasses import dataclass, replace
 import torch
 from tqdm import tqdm
 
-from t2g import cache, cpu, dist
+from t2g import cpu, dist
 from t2g.align import response_text
+from t2g.cache import next_logits, preallocated
+from t2g.chat import chat_text, encode_chats  # noqa: F401 (chat_text is a name of rollout)
 from t2g.cli import fail
-from t2g.policy import autocast, check_numbers, context_length, eos_ids, positions
+from t2g.policy import autocast, check_numbers, context_length, eos_ids
 
 
 @dataclass
@@ -57,15 +59,9 @@ def step_rng(seed: int, step: int, rank=0) -> random.Random:
 
 def encode_prompts(tokenizer, prompts: list[str], device="cpu"):
     """User messages through the chat template: ids (B, P), padded on the left, and mask (B, P)."""
-    chats = [chat_text(tokenizer, prompt) for prompt in prompts]
-    options = dict(padding=True, padding_side="left", return_tensors="pt")
-    batch = tokenizer(chats, add_special_tokens=False, **options)
+    batch = {"input_ids": encode_chats(tokenizer, prompts)}
+    batch = tokenizer.pad(batch, padding_side="left", return_tensors="pt")
     return batch["input_ids"].to(device), batch["attention_mask"].bool().to(device)
-
-
-def chat_text(tokenizer, prompt: str) -> str:
-    message = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
 
 
 @torch.no_grad()
@@ -83,18 +79,11 @@ def sample(
     response = prompt.new_full((len(prompts), response_length), tokenizer.pad_token_id)
     mask = torch.zeros_like(response, dtype=torch.bool)
     finished = torch.zeros_like(mask[:, 0])
-    past, attention, ids = cache.preallocated(model.config, length), prompt_mask, prompt
+    past, attention, ids = preallocated(model.config, length), prompt_mask, prompt
     active = torch.arange(len(prompts), device=model.device)  # rows that have not ended
     with autocast(bf16), cpu.packed(model):  # both keep copies of the weights for the whole loop
         for t in range(response_length):
-            logits = model(
-                input_ids=ids,
-                attention_mask=attention.long(),
-                position_ids=positions(attention)[:, -ids.shape[1] :],
-                use_cache=True,
-                logits_to_keep=1,
-                **{cache.ARGUMENT: past},
-            ).logits[:, -1]
+            logits = next_logits(model, ids, attention, past)
             if t == 0:
                 check_numbers(logits)
             uniform = torch.rand(len(prompts), device=model.device, generator=generator)[active]

@@ -19,11 +19,12 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from t2g import adapters, checkpoint, policy
+from t2g.chat import encode_pairs
 from t2g.cli import between, fail, positive
 from t2g.folder import STATE, run_folder
 from t2g.log import Logger
 from t2g.policy import autocast, check_numbers, context_length, now, response_logits
-from t2g.rollout import Rollout, chat_text
+from t2g.rollout import Rollout
 
 BEST = "best.safetensors"  # the weights of the lowest validation loss so far
 
@@ -44,15 +45,6 @@ def add_flags(add, validation_share=0.0):
     add("--eval_steps", 50, "steps between two validation losses")
     add("--early_stopping_patience", 5, "stop after this many validation losses without a new best")
     add("--save_steps", 100, "steps between two states from which a stopped run resumes")
-
-
-def encode_pairs(tokenizer, pairs) -> list[tuple[list[int], list[int]]]:
-    """Tokenises pairs: the prompt through the chat template, the completion followed by EOS."""
-    chats = [chat_text(tokenizer, prompt) for prompt, _ in pairs]
-    prompts = tokenizer(chats, add_special_tokens=False)["input_ids"]
-    texts = [completion for _, completion in pairs]
-    completions = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    return [(p, [*c, tokenizer.eos_token_id]) for p, c in zip(prompts, completions)]
 
 
 def as_rollout(rows, pad_token_id, device) -> tuple[Rollout, torch.Tensor]:

@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from t2g import cli, critics, dist
+from t2g.chat import encode_chats, use_kwargs
 from t2g.cli import fail, positive
-from t2g.rollout import chat_text
 
 BUILT_IN = ("qa", "summarize", "toy")
 
@@ -59,6 +59,8 @@ def add_flags(add):
     add("--data", None, "examples: a .jsonl, .json or .parquet file, or a hub id NAME[:SPLIT]")
     add("--heldout_data", None, "held-out examples; a fifth of --data if not given")
     add("--max_prompt_length", None, "maximum tokens of a prompt", positive(int))
+    kwargs = """the chat template's arguments, such as '{"enable_thinking": false}'"""
+    add("--chat_template_kwargs", None, kwargs, use_kwargs)
     add("--bf16", False, "matrix products in bf16, weights in fp32")
     add("--seed", 0, "seed of every random choice", int)
 
@@ -93,8 +95,7 @@ def short_enough(examples, tokenizer, max_prompt_length) -> list[Example]:
 
 def prompt_lengths(examples, tokenizer) -> list[int]:
     """The number of tokens of each prompt in the chat template."""
-    chats = [chat_text(tokenizer, example.prompt) for example in examples]
-    return [len(ids) for ids in tokenizer(chats, add_special_tokens=False)["input_ids"]]
+    return list(map(len, encode_chats(tokenizer, [example.prompt for example in examples])))
 
 
 def parse(parser, script: str, **defaults):

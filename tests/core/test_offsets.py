@@ -9,6 +9,7 @@ from conftest import CORPUS
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import ByT5Tokenizer
 
 from t2g.align import response_text, token_offsets
 
@@ -274,3 +275,10 @@ def test_a_space_between_broken_bytes_is_a_broken_character_too(tokenizers):
     ids = tok.convert_tokens_to_ids(["<0x80>", "<0x20>", "<0x80>"])
     assert response_text(tok, ids) == "\ufffd" * 3
     assert token_offsets(tok, ids) == [(0, 1), (1, 2), (2, 3)]
+
+
+def test_ids_beyond_the_vocabulary_of_a_python_tokenizer_have_no_text():
+    tokenizer = ByT5Tokenizer()
+    ids = [*tokenizer("ab", add_special_tokens=False)["input_ids"], 9999, tokenizer.eos_token_id]
+    assert response_text(tokenizer, ids) == "ab"
+    assert token_offsets(tokenizer, ids)[:2] == [(0, 1), (1, 2)]

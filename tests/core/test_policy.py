@@ -20,7 +20,7 @@ from t2g.policy import (
     save,
     token_stats,
 )
-from t2g.ppo import gae, policy_loss
+from t2g.ppo import gae, kl_penalty, policy_loss
 from t2g.rollout import Rollout, chat_text, draw, encode_prompts, respond, sample
 
 PROMPTS = [
@@ -91,6 +91,19 @@ def test_logprobs_and_entropies_are_those_of_a_naive_forward(policy, rollout, te
         expected = torch.distributions.Categorical(logits=logits / temperature)
         assert_close(stats.logprobs[b, :n], expected.log_prob(response), atol=1e-5, rtol=0)
         assert_close(stats.entropy[b, :n], expected.entropy(), atol=1e-5, rtol=0)
+
+
+def test_impossible_tokens_add_nothing_to_entropy_and_kl(policy, rollout):
+    """A vocabulary that is padded with logits of -inf."""
+    logits = response_logits(policy.model, rollout)[0].detach()
+    padded = torch.nn.functional.pad(logits, (0, 3), value=-math.inf).requires_grad_()
+    for one, other in zip(token_stats(logits, rollout), token_stats(padded, rollout, 1.0, True)):
+        assert_close(one, other, atol=1e-6, rtol=0)
+    ours, theirs = padded.log_softmax(-1), (padded * 0.5).log_softmax(-1)
+    kl = kl_penalty(ours, theirs, "full")
+    assert_close(kl, kl_penalty(ours[..., :-3], theirs[..., :-3], "full"), atol=1e-6, rtol=0)
+    token_stats(padded, rollout, 1.0, True)[1].sum().backward()
+    assert padded.grad.isfinite().all()
 
 
 @torch.no_grad()

@@ -1,0 +1,106 @@
+"""Prompts and completions as token ids, through the model's own chat template.
+
+A control token that is spelt in a text, such as <|im_end|> in a user's message, stays text.
+"""
+
+import json
+
+from jinja2 import TemplateError
+
+from t2g.cli import fail
+
+QUESTION, ANSWER = "What is 1 + 1?", "It is two."  # to see what a template makes of them
+template_kwargs = {}  # --chat_template_kwargs of this process
+
+
+def use_kwargs(text):
+    """An argument type: a JSON object, which the templates of all models are given."""
+    template_kwargs.update(json.loads(text))
+    return text
+
+
+def chat_text(tokenizer, prompt: str) -> str:
+    """The text of a chat with this message of a user, up to where the model's turn begins."""
+    reason = "it leaves out the text of the message"
+    for content in (prompt, [{"type": "text", "text": prompt}]):  # some templates take parts alone
+        try:
+            chat = render(tokenizer, dict(role="user", content=content), add_generation_prompt=True)
+        except (TemplateError, TypeError) as error:
+            reason = error
+            continue
+        if prompt.strip() in chat:
+            return chat
+    fail(f"the chat template of {tokenizer.name_or_path} cannot be used: {reason}")
+
+
+def render(tokenizer, *messages, **options) -> str:
+    options |= template_kwargs
+    return tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
+
+
+def turn_edges(tokenizer) -> tuple[str, int]:
+    """The space that the template puts before a response, if any, and the token that ends it."""
+    messages = [dict(role="user", content=QUESTION), dict(role="assistant", content=ANSWER)]
+    try:
+        chat = render(tokenizer, *messages)
+    except (TemplateError, TypeError):
+        return "", tokenizer.eos_token_id
+    turn = chat.removeprefix(chat_text(tokenizer, QUESTION))
+    space, _, after = turn.partition(ANSWER)
+    end = tokenizer(after.lstrip(), add_special_tokens=False)["input_ids"][:1]
+    is_control = bool(end) and after.lstrip().startswith(tuple(control_tokens(tokenizer)))
+    return "" if space.strip() else space, end[0] if is_control else tokenizer.eos_token_id
+
+
+def encode_chats(tokenizer, prompts) -> list[list[int]]:
+    """The token ids of chats with these messages of a user."""
+    mark, prompts = marked(tokenizer, prompts)
+    return encode(tokenizer, [chat_text(tokenizer, prompt) for prompt in prompts], mark)
+
+
+def encode_pairs(tokenizer, pairs) -> list[tuple[list[int], list[int]]]:
+    """Token ids of pairs (prompt, completion); a completion ends with the token of a turn's end.
+
+    A completion is encoded behind its chat, because SentencePiece puts a space before a text. Where
+    a token would reach over both, it is encoded alone.
+    """
+    space, end = turn_edges(tokenizer)
+    mark, texts = marked(tokenizer, [text for pair in pairs for text in pair])
+    chats = [chat_text(tokenizer, prompt) for prompt in texts[::2]]
+    completions = texts[1::2]
+    prompts = encode(tokenizer, chats, mark)
+    alone = encode(tokenizer, completions, mark)
+    turns = [chat + space + text for chat, text in zip(chats, completions)]
+    rows = []
+    for prompt, whole, ids in zip(prompts, encode(tokenizer, turns, mark), alone):
+        if whole[: len(prompt)] == prompt:
+            ids = whole[len(prompt) :]
+        rows.append((prompt, [*ids, end]))
+    return rows
+
+
+def control_tokens(tokenizer) -> list[str]:
+    """The spelling of the special tokens, longest first."""
+    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return sorted(special, key=len, reverse=True)
+
+
+def marked(tokenizer, texts) -> tuple[str, list[str]]:
+    """A character that no text has, and the texts with it inside each spelt control token."""
+    mark = next(c for c in map(chr, range(0xE000, 0xF900)) if not any(c in text for text in texts))
+    control = [token for token in control_tokens(tokenizer) if len(token) > 1]
+    result = []
+    for text in texts:
+        for token in control:
+            if token in text:
+                text = text.replace(token, token[0] + mark + token[1:])
+        result.append(text)
+    return mark, result
+
+
+def encode(tokenizer, texts, mark) -> list[list[int]]:
+    """Token ids of texts; no token reaches over a mark, which is left out."""
+    pieces = [text.split(mark) for text in texts]
+    flat = [piece for parts in pieces for piece in parts]
+    ids = iter(tokenizer(flat, add_special_tokens=False)["input_ids"] if flat else [])
+    return [[i for _ in parts for i in next(ids)] for parts in pieces]
