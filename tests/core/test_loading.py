@@ -44,6 +44,15 @@ def test_weights_that_are_not_the_model_s_are_refused_by_name(folder, change, na
     assert named in refused(capsys, load, folder)
 
 
+def test_a_folder_without_a_model_and_a_tokenizer_without_a_template_are_refused(
+    folder, tmp_path, capsys
+):
+    (tmp_path / "empty").mkdir()
+    assert "empty" in refused(capsys, load, tmp_path / "empty")
+    (folder / "chat_template.jinja").unlink()
+    assert "chat template" in refused(capsys, load, folder)
+
+
 def test_a_classifier_is_refused_as_a_policy(model, folder, capsys):
     LlamaForSequenceClassification(model.config).save_pretrained(folder)
     assert "score.weight" in refused(capsys, load, folder)

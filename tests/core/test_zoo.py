@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from t2g import adapters, policy
+from t2g import adapters, cache, policy
 from t2g.cache import check_batching
 from t2g.rollout import draw, sample
 
@@ -62,6 +62,8 @@ REFUSED = ("bart", "rwkv")
 
 def tiny(name, tokenizer):
     """A random model of an architecture, most of whose responses end before T tokens."""
+    if name == "mamba" and not cache.RENAMED:
+        pytest.skip("refused, for older versions of transformers read the padding")
     config = TINY | dict(vocab_size=len(tokenizer)) | OWN.get(name, {})
     config = AutoConfig.for_model(name, **{key: x for key, x in config.items() if x is not None})
     with torch.device("meta"):
@@ -72,6 +74,7 @@ def tiny(name, tokenizer):
     model = AutoModelForCausalLM.from_config(config).eval()
     ends = [tokenizer.eos_token_id, *range(10, len(tokenizer), 8)]
     model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=0)
+    model(torch.tensor([[3, 9, len(tokenizer) - 1]]), use_cache=False)  # fails at wrong settings
     return model
 
 
@@ -135,7 +138,7 @@ def test_adapters_learn_on_experts_too_and_come_back(name, tokenizer, tmp_path, 
     for key in names:
         torch.nn.init.normal_(wrapped.get_parameter(key), std=0.2)
     assert any(".experts." in key for key in names) or name == "mamba"
-    assert ("LoRA does not adapt" in capsys.readouterr().out) == (name != "qwen3")
+    assert "LoRA does not adapt" in capsys.readouterr().out
     trained = wrapped(ids).logits
     assert (trained - before).abs().max() > 0.1
     loaded = policy.load(policy.save(wrapped, tokenizer, tmp_path, 1))[1]
