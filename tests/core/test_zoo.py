@@ -64,7 +64,8 @@ def tiny(name, tokenizer):
     """A random model of an architecture, most of whose responses end before T tokens."""
     if name == "mamba" and not cache.RENAMED:
         pytest.skip("refused, for older versions of transformers read the padding")
-    config = TINY | dict(vocab_size=len(tokenizer)) | OWN.get(name, {})
+    sizes = dict(vocab_size=len(tokenizer), unpadded_vocab_size=len(tokenizer))
+    config = TINY | sizes | OWN.get(name, {})
     config = AutoConfig.for_model(name, **{key: x for key, x in config.items() if x is not None})
     with torch.device("meta"):
         size = AutoModelForCausalLM.from_config(config).num_parameters()
@@ -74,7 +75,8 @@ def tiny(name, tokenizer):
     model = AutoModelForCausalLM.from_config(config).eval()
     ends = [tokenizer.eos_token_id, *range(10, len(tokenizer), 8)]
     model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=0)
-    model(torch.tensor([[3, 9, len(tokenizer) - 1]]), use_cache=False)  # fails at wrong settings
+    ids = torch.arange(len(tokenizer)).split(200)[-1][None]
+    model(ids, use_cache=False)  # fails at wrong settings
     return model
 
 
@@ -90,7 +92,7 @@ def check(model, tokenizer):
         prompt, response = rollout.prompt[b, rollout.prompt_mask[b]], rollout.ids(b)
         for t, token in enumerate(response):
             ids = torch.cat([prompt, torch.tensor(response[:t], dtype=torch.long)])
-            logits = model(input_ids=ids[None]).logits[:, -1].float()
+            logits = model(input_ids=ids[None], use_cache=False).logits[:, -1].float()
             assert draw(logits, 1.0, uniform[t, b : b + 1]).item() == token
             assert_close(logits.log_softmax(-1)[0, token], logprobs[b, t], atol=1e-3, rtol=0)
 
