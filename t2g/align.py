@@ -61,7 +61,7 @@ def response_text(tokenizer, ids) -> str:
 
 
 def _decode(tokenizer, ids, **options):
-    """Decodes ids; those beyond the vocabulary, at which tokenizers in Python fail, have no text."""
+    """Decodes ids; those beyond the vocabulary, at which some tokenizers fail, have no text."""
     try:
         return tokenizer.decode(ids, **options)
     except (TypeError, ValueError, LookupError):

@@ -10,13 +10,20 @@ from jinja2 import TemplateError
 from t2g.cli import fail
 
 QUESTION, ANSWER = "What is 1 + 1?", "It is two."  # to see what a template makes of them
+EXAMPLE_KWARGS = '{"enable_thinking": false}'
 template_kwargs = {}  # --chat_template_kwargs of this process
 
 
 def use_kwargs(text):
-    """An argument type: a JSON object, which the templates of all models are given."""
-    template_kwargs.update(json.loads(text))
-    return text
+    """Gives the chat templates of all models these arguments, a JSON object or None."""
+    try:
+        kwargs = json.loads(text or "{}")
+    except ValueError:
+        kwargs = None
+    if not isinstance(kwargs, dict):
+        fail(f"--chat_template_kwargs {text} is not a JSON object such as '{EXAMPLE_KWARGS}'")
+    template_kwargs.clear()
+    template_kwargs.update(kwargs)
 
 
 def chat_text(tokenizer, prompt: str) -> str:

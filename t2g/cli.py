@@ -164,7 +164,7 @@ def friendly_errors():
     try:
         yield
     except KeyboardInterrupt:
-        resume = "the same command resumes from the last checkpoint, if there is one"
+        resume = "the same command resumes from what was saved last, if anything was"
         print(f"\ninterrupted; {resume}", file=sys.stderr, flush=True)
         raise SystemExit(130) from None
     except Exception as error:
@@ -173,7 +173,8 @@ def friendly_errors():
             fail(f"cannot write to the disk ({error}); {remedy}")
         if isinstance(error, MEMORY_FULL) or "allocate memory" in str(error):
             remedy = "halve --per_device_train_batch_size and double --gradient_accumulation_steps"
-            fail(f"out of memory; {remedy}, or use --gradient_checkpointing, --lora_r or --bf16")
+            remedy += ", or use --gradient_checkpointing, --lora_r or --bf16"
+            fail(f"out of memory; lower --max_prompt_length or, in training, {remedy}")
         raise
 
 

@@ -62,7 +62,7 @@ def start(folder, place, cases, environment):
 
 
 def main():
-    """Takes a step for each case. Saves the weights, their change, and tokens sampled afterwards."""
+    """Takes a step for each case. Saves the weights, their change and tokens sampled after it."""
     folder, place, *cases = sys.argv[1:]
     with dist.session("cpu_offload" in cases):
         for case in cases:
@@ -107,7 +107,7 @@ def compare_steps(case, ours, cpu, report):
 
 @torch.no_grad()
 def compare_without_cache(folder, report):
-    """sample() at temperature 0 against the most likely tokens of a forward pass without a cache."""
+    """sample() at temperature 0 against the likeliest tokens of a forward pass without a cache."""
     tokenizer, model = policy.load(folder / "model", policy.device())
     rollout = sample(model, tokenizer, sentences(6), 24, temperature=0)
     logits, _ = policy.response_logits(model, rollout)

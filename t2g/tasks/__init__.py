@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from t2g import cli, critics, dist
-from t2g.chat import encode_chats, use_kwargs
+from t2g.chat import EXAMPLE_KWARGS, encode_chats, use_kwargs
 from t2g.cli import fail, positive
 
 BUILT_IN = ("qa", "summarize", "toy")
@@ -59,8 +59,7 @@ def add_flags(add):
     add("--data", None, "examples: a .jsonl, .json or .parquet file, or a hub id NAME[:SPLIT]")
     add("--heldout_data", None, "held-out examples; a fifth of --data if not given")
     add("--max_prompt_length", None, "maximum tokens of a prompt", positive(int))
-    kwargs = """the chat template's arguments, such as '{"enable_thinking": false}'"""
-    add("--chat_template_kwargs", None, kwargs, use_kwargs)
+    add("--chat_template_kwargs", None, f"arguments of the chat template: '{EXAMPLE_KWARGS}'")
     add("--bf16", False, "matrix products in bf16, weights in fp32")
     add("--seed", 0, "seed of every random choice", int)
 
@@ -68,6 +67,7 @@ def add_flags(add):
 def data_flags(args) -> list[str]:
     """Returns the flags that make an earlier stage use the same data in the same way."""
     names = ["task", "seed", "max_prompt_length", "data", "heldout_data", "bf16"]
+    names.append("chat_template_kwargs")
     own_flags = getattr(load_task(args.task), "add_flags", lambda add: None)
     own_flags(lambda name, *_, **__: names.append(name.removeprefix("--").replace("-", "_")))
     words = []
@@ -120,6 +120,7 @@ def parse(parser, script: str, **defaults):
         fail(f"DEFAULTS of {named.task} names flags that {script} lacks: {', '.join(unknown)}")
     parser.set_defaults(**own_defaults)
     args = parser.parse_intermixed_args()  # positional arguments may stand between flags
+    use_kwargs(args.chat_template_kwargs)
     if dist.processes() > 1 and script != "train_ppo":
         fail(f"{script}.py runs in one process; start it without --nproc_per_node")
     if getattr(args, "critic", None) == "rule" and not hasattr(task, "critique"):

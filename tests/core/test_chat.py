@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from t2g.chat import chat_text, encode_chats, encode_pairs, template_kwargs, turn_edges
+from t2g.chat import chat_text, encode_chats, encode_pairs, turn_edges, use_kwargs
 
 PARTS = (
     "{% for m in messages %}<|user|>{% for part in m.content %}{{ part.text }}{% endfor %}"
@@ -36,9 +36,15 @@ def test_a_template_that_leaves_out_the_prompt_or_fails_is_refused(tokenizer, te
     assert "chat template" in capsys.readouterr().err
 
 
-def test_templates_get_the_arguments_of_the_command_line(tokenizer, monkeypatch):
-    monkeypatch.setitem(template_kwargs, "enable_thinking", False)
+def test_templates_get_the_arguments_of_the_command_line(tokenizer, capsys):
+    use_kwargs('{"enable_thinking": false}')
     assert chat_text(with_template(tokenizer, THINKING), "Hi.") == "Hi.<|assistant|>"
+    use_kwargs(None)
+    assert chat_text(with_template(tokenizer, THINKING), "Hi.") != "Hi.<|assistant|>"
+    for wrong in ("enable_thinking=false", "[1]"):
+        with pytest.raises(SystemExit):
+            use_kwargs(wrong)
+        assert "JSON object" in capsys.readouterr().err
 
 
 def test_a_control_token_that_a_text_spells_stays_text(tokenizer):
