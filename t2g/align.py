@@ -10,9 +10,9 @@ decoded, never re-encoded: they are often not the canonical tokenisation of thei
    not found rewards nothing.
 2. Where a quote occurs several times, a good one marks the first occurrence and a poor one the
    last: in a text that repeats itself the repetition is at fault. A quote that is given k times
-   marks k occurrences. An occurrence that cuts a word in two counts only if all of them do.
+   marks k occurrences. Whole words are preferred; a part of a word counts only if there are none.
 3. A token gets the lowest score of the spans that it overlaps, so poor wins over good; or else 0.
-   White space at the ends of a quote is ignored: it belongs to the token of the word behind it.
+   White space at the ends of a quote is ignored: it belongs to the token of the word that follows.
 """
 
 import itertools

@@ -21,7 +21,7 @@ METRICS = {
     # PPO
     "step": "optimiser steps (supervised) or rollouts (PPO) so far",
     "reward": "sum over t of delta_t, before penalties for KL and missing EOS, mean over responses",
-    "kl": "sum over t of the KL against the reference in nats, mean over responses",
+    "kl": "sum over t of the KL against the reference in nats, mean over readable responses",
     "kl_coef": "coefficient of the KL penalty in r_t = placed delta_t - kl_coef KL_t",
     "entropy": "-sum over v of p(v) log p(v) in nats, mean over tokens",
     "shift_good": "change of log pi over the update in nats, mean over tokens with delta > 0",

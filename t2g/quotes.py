@@ -6,8 +6,9 @@
                invisible characters. The normalised text remembers the place of each character.
 3. fuzzy       The closest run of whole words, if its partial ratio reaches FUZZY_THRESHOLD.
 
-A place that cuts a word in two counts only if all places do. In scripts that put no spaces between
-words, such as Chinese or Thai, each character is a word of its own.
+Whole words are preferred: a place that cuts a word in two counts only if no exact or normalised
+place is whole. In scripts that put no spaces between words, such as Chinese or Thai, each character
+is a word of its own.
 """
 
 import itertools
@@ -43,25 +44,28 @@ def find(text: str, quote: str) -> tuple[str, list[tuple[int, int]]]:
     """Returns the kind of match, one of MATCH_KINDS, and the ranges of locate()."""
     if not quote.strip():
         return "lost", []
-    if places := _whole_words(text, _occurrences(text, quote)):
-        return "exact", places
+    exact = _occurrences(text, quote)
+    if whole := _whole_words(text, exact):
+        return "exact", whole
     quote = " ".join(quote.split())
     if len(quote) > 20 * len(text):  # too long even for characters that become eighteen
         return "lost", []
     plain_text, origin = _normalise(text)
     plain_quote, _ = _normalise(quote)
-
-    def in_text(start, end):
-        return origin[start][0], origin[end - 1][1]
-
     unwrapped = plain_quote.strip("\"' ")
-    for wanted in (plain_quote, unwrapped):
-        if wanted and (places := _occurrences(plain_text, wanted)):
-            unique = dict.fromkeys(in_text(*place) for place in places)
-            return "normalised", _whole_words(text, list(unique))
+
+    def places_of(wanted):
+        ranges = _occurrences(plain_text, wanted) if wanted else []
+        return list(dict.fromkeys((origin[start][0], origin[end - 1][1]) for start, end in ranges))
+
+    normalised = places_of(plain_quote) or places_of(unwrapped)
+    if whole := _whole_words(text, normalised):
+        return "normalised", whole
+    if exact or normalised:
+        return ("exact", exact) if exact else ("normalised", normalised)
     if closest := _closest(plain_text, unwrapped):
-        places = _occurrences(plain_text, plain_text[slice(*closest)])
-        return "fuzzy", _whole_words(text, [in_text(*place) for place in places])
+        places = places_of(plain_text[slice(*closest)])
+        return "fuzzy", _whole_words(text, places) or places
     return "lost", []
 
 
@@ -75,9 +79,8 @@ def _occurrences(text, quote):
 
 
 def _whole_words(text, places):
-    """The places that cut no word in two, or all of them if every place cuts one."""
-    whole = [p for p in places if not (_inside_word(text, p[0]) or _inside_word(text, p[1]))]
-    return whole or places
+    """The places that cut no word in two."""
+    return [p for p in places if not (_inside_word(text, p[0]) or _inside_word(text, p[1]))]
 
 
 def _inside_word(text, i):
@@ -89,8 +92,8 @@ def _inside_word(text, i):
 
 
 def _in_words(char):
-    """Whether a character belongs to words: a letter, a digit, or an accent on one."""
-    return char.isalnum() or unicodedata.category(char).startswith("M")
+    """Whether a character belongs to words: a letter, a digit, an underscore, or an accent."""
+    return char.isalnum() or char == "_" or unicodedata.category(char).startswith("M")
 
 
 @lru_cache(maxsize=32)  # all quotes of a response are searched for in the same text
@@ -141,7 +144,8 @@ def _closest(text, quote):
     starts, ends = words[max(first - 1, 0) : first + 2], words[max(behind - 2, 0) : behind + 1]
     windows = [(start, end) for start, _ in starts for _, end in ends if start < end]
     # Where a word is much longer than the quote, as in a URL, the match itself is the place.
-    windows = [(start, end) for start, end in windows if end - start <= 1.5 * len(quote)]
+    half = len(quote) / 2
+    windows = [(start, end) for start, end in windows if abs(end - start - len(quote)) <= half]
     if not windows and any(map(_in_words, text[match.dest_start : match.dest_end])):
         return match.dest_start, match.dest_end
     return max(windows, key=lambda window: fuzz.ratio(quote, text[slice(*window)]), default=None)

@@ -51,6 +51,8 @@ def test_whole_words_are_preferred():
     assert locate("Born in 1927, she is 27.", "27") == [(21, 23)]
     assert locate("Born in 1927.", "27") == [(10, 12)]
     assert locate("Tall talk, TALL TALES, all", "All") == [(23, 26)]
+    assert find("The other day", "the") == ("normalised", [(0, 3)])
+    assert locate("x_max, max(x)", "max") == [(7, 10)]
     assert locate("xab ab ab", "ab ab") == [(4, 9)]
     assert locate("27, paid 1.27 or 27.5, 1,927. Not 27.", "27") == [(0, 2), (34, 36)]
     assert locate("1.27 or 27", "27") == [(8, 10)]
