@@ -122,19 +122,19 @@ def train(task, args, actor, reference, critic, tokenizer, run):
         examples = run.draw(step)
         prompts = [example.prompt for example in examples]
         with dist.whole(actor.model):
-            shape = args.response_length, args.temperature
-            rollout = sample(actor.model, tokenizer, prompts, *shape, bf16=args.bf16)
+            rollout = sample(actor.model, tokenizer, prompts, **sampling(args))
         run.end_phase("rollout")
 
         # 2. Critique: what is wrong, and where. An unreadable one, None, is masked out of the loss.
         feedback = critic(examples, rollout.texts)
         run.end_phase("critique")
 
-        # 3. Spans -> token rewards delta in {-1, 0, +1}, placed as --reward says.
+        # 3. Spans -> token rewards delta, in {-1, 0, +1} by default, placed as --reward says.
         delta, quotes = token_rewards(tokenizer, rollout, feedback, args)
         placed = place_rewards(delta, tokenizer, rollout, task, args)
 
-        # 4. KL penalty: r_t = placed_t - kl_coef KL_t, with the tensors of all ranks' responses.
+        # 4. KL penalty: r_t = placed_t - kl_coef KL_t. From here on, (B, T) tensors hold the
+        # responses of all ranks.
         old = score(actor, reference, rollout, args)
         mask, delta, placed, old = global_batch(rollout, feedback, delta, placed, old)
         check_reference(step, old.kl)
@@ -164,16 +164,22 @@ def train(task, args, actor, reference, critic, tokenizer, run):
         run.save_or_stop(step, kl_controller.value)
 
 
+def sampling(args) -> dict:
+    """The options of sample() that the flags give."""
+    names = ("response_length", "temperature", "bf16")
+    return {name: getattr(args, name) for name in names}
+
+
 def show_heldout(step, actor, reference, critic, run):
     """Steps 1 to 4 on a few held-out prompts, with the same random numbers each time."""
     args, examples = run.args, run.heldout[:SAMPLES_PER_STEP]
-    if step not in run.samples.steps or step < run.first - 1:
+    if step not in run.samples.steps or step < run.first - 1:  # not shown, or before a resumed run
         return
     generator = torch.Generator(dist.device()).manual_seed(args.seed)
     prompts = [example.prompt for example in examples]
     with dist.whole(actor.model):
-        shape = args.response_length, args.temperature, generator, args.bf16
-        rollout = sample(actor.model, run.tokenizer, prompts, *shape)
+        options = sampling(args) | {"generator": generator}
+        rollout = sample(actor.model, run.tokenizer, prompts, **options)
     feedback = critic(examples, rollout.texts)  # on all ranks, for a learned critic is sharded
     delta, _ = token_rewards(run.tokenizer, rollout, feedback, args)
     old = score(actor, reference, rollout, args)
@@ -200,8 +206,9 @@ def update(actor, optimizer, rollout, batch, args) -> dict[str, float]:
 
     A gradient that is not finite is skipped and counted. Returns means over the steps taken.
     """
-    batch = {name: dist.own(x)[:, : rollout.mask.shape[1]] for name, x in batch.items()}
-    taken = []  # the statistics of each optimiser step
+    length = rollout.mask.shape[1]  # of this rank's longest response; other ranks' may be longer
+    batch = {name: dist.own(x)[:, :length] for name, x in batch.items()}
+    taken = []  # the statistics of each optimiser step: this rank's parts of global means
     for number, minibatch in enumerate(minibatches(len(rollout), args)):
         stats = accumulate_gradient(actor, rollout, batch, minibatch, args)
         ratio_error = stats.pop("ratio_error")
@@ -212,7 +219,7 @@ def update(actor, optimizer, rollout, batch, args) -> dict[str, float]:
         norm = dist.plain(norm)  # the norm before clipping
         if norm.isfinite():
             optimizer.step()
-            taken.append(stats | {"grad_norm": norm / dist.size()})
+            taken.append(stats | {"grad_norm": norm / dist.size()})  # the same on each rank
         optimizer.zero_grad(set_to_none=True)
     tokens = args.num_ppo_epochs * int(rollout.prompt_mask.sum() + rollout.mask.sum())
     totals = dist.totals(means(taken) | {"update_tokens": tokens})
