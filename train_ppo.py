@@ -38,7 +38,11 @@ def parse_args():
     add = cli.flags(parser)
     tasks.add_flags(add)
     critics.add_flags(add)
-    add("--policy", None, "starting policy: a run, a folder, a hub id or .gguf; sft beside the run")
+    add(
+        "--policy",
+        None,
+        "starting policy: a run, folder, hub id or .gguf; default: sft beside the run",
+    )
     add("--output_dir", None, "folder of the run; runs/TASK/ppo if not given")
     add("--eval_samples", 64, "held-out prompts that are measured before and after")
     add("--tensorboard", False, "also write TensorBoard files")
@@ -57,15 +61,20 @@ def add_algorithm_flags(add):
     at_least_0, share = cli.between(0, 1e6), cli.between(0, 1)
     where = "rewards go to the spans' tokens, or as sums to the end of sentences or responses"
     add("--reward", "span", where, ("span", "prm", "scalar"))
-    add("--span_weights", "uniform", "how a span's score is distributed", tuple(SPAN_WEIGHTS))
+    add("--span_weights", "uniform", "weights of the tokens of a span", tuple(SPAN_WEIGHTS))
     add_step_flags(add, num_ppo_epochs=4)
-    add("--missing_eos_penalty", 1.0, "penalises responses that hit the length limit", at_least_0)
+    add(
+        "--missing_eos_penalty",
+        1.0,
+        "subtracted from the reward of a response without EOS",
+        at_least_0,
+    )
     add("--kl_coef", 0.05, "initial coefficient of the KL penalty", at_least_0)
     add("--kl_estimator", "full", "estimator of the KL penalty; full is exact", KL_KINDS)
     add("--kl_target", None, "KL per response that kl_coef is steered to", cli.positive(float))
     add("--kl_horizon", 10000.0, "number of responses over which kl_coef adapts")
     add("--cliprange", 0.2, "clip range of the ratio")
-    add("--cliprange_value", 0.2, "clip range of the value's change")
+    add("--cliprange_value", 0.2, "clip range of the value function")
     add("--vf_coef", 0.1, "weight of the value loss", at_least_0)
     add("--entropy_coef", 0.0, "weight of the entropy bonus", at_least_0)
     add("--gamma", 1.0, "discount factor", share)
@@ -79,14 +88,15 @@ def main():
     start_model = args.policy or root / "sft"
     needed = ["sft", *critics.stages_before(args)]
     earlier = partial(stages.ensure, needed, args, root, args.policy)
-    with dist.session(args.cpu_offload, first=earlier) as seconds:
+    with dist.session(args.cpu_offload, run_first=earlier) as seconds:
         start = time.perf_counter()
         tokenizer, model = policy.load(start_model)
         pool, heldout = (
             tasks.short_enough(part, tokenizer, args.max_prompt_length) for part in task.load(args)
         )
         measured = heldout[: args.eval_samples]
-        longest = max(tasks.prompt_lengths([*pool, *measured], tokenizer))
+        shown = heldout[:SAMPLES_PER_STEP]
+        longest = max(tasks.prompt_lengths([*pool, *measured, *shown], tokenizer))
         check_context(model, longest, args.response_length)  # now, and not after hours
         critic = critics.load_critic(task, args, root, policy.device())
         actor, reference = make_models(model, args, start_model)
@@ -251,16 +261,16 @@ def accumulate_gradient(actor, rollout, batch, minibatch, args) -> dict:
     return sums
 
 
-def microbatch_loss(actor, rollout, b, token_count, args):
-    """A microbatch's part of its minibatch's loss, and of the statistics; b holds its tensors."""
+def microbatch_loss(actor, rollout, batch, token_count, args):
+    """A microbatch's part of its minibatch's loss, and of the statistics."""
     with autocast(args.bf16):
         new = actor(rollout, args.temperature, args.entropy_coef > 0)
-    mask, old_logprobs, old_values = b["mask"], b["old_logprobs"], b["old_values"]
+    mask, old_logprobs, old_values = batch["mask"], batch["old_logprobs"], batch["old_values"]
     pg_loss, pg_stats = policy_loss(
-        new.logprobs, old_logprobs, b["advantages"], mask, args.cliprange, token_count
+        new.logprobs, old_logprobs, batch["advantages"], mask, args.cliprange, token_count
     )
     vf_loss, vf_stats = value_loss(
-        new.values, old_values, b["returns"], mask, args.cliprange_value, token_count
+        new.values, old_values, batch["returns"], mask, args.cliprange_value, token_count
     )
     entropy = (new.entropy * mask).sum() / token_count
     stats = {"policy_loss": pg_loss, "value_loss": vf_loss, **pg_stats, **vf_stats}

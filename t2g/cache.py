@@ -14,8 +14,6 @@ from t2g.cli import fail
 
 RENAMED = "cache" in inspect.signature(create_causal_mask).parameters
 ARGUMENT = "cache" if RENAMED else "past_key_values"  # the models' name for it, by version
-
-
 FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError)
 
 

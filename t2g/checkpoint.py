@@ -39,7 +39,7 @@ def load(files, model, optimizers=()) -> dict:
 
     files: those that save() wrote, one per rank. There may be another number of ranks now.
     """
-    mine = [files[dist.rank()]] if len(files) == dist.size() else files
+    mine = [files[dist.rank()]] if len(files) == dist.size() else files  # all, to cut anew
     tensors = {}
     try:
         with ExitStack() as stack:
@@ -47,7 +47,7 @@ def load(files, model, optimizers=()) -> dict:
             reached = json.loads((opened[0].metadata() or {})["reached"])
             for name in opened[0].keys():  # noqa: SIM118
                 parts = [file.get_tensor(name) for file in opened]
-                sharded = len(parts) > 1 and parts[0].ndim and not name.startswith("random.")
+                sharded = mine is files and parts[0].ndim and not name.startswith("random.")
                 tensors[name] = dist.own_chunk(torch.cat(parts)).clone() if sharded else parts[0]
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         remedy = "move it away to resume from an earlier one"
@@ -101,7 +101,9 @@ def add_flags(add):
     default = "a tenth of --max_steps, at most 20, if not given"
     add("--save_steps", None, f"steps between two checkpoints; {default}", positive(int))
     add("--save_total_limit", 2, "number of checkpoints that are kept, the latest ones")
-    add("--resume", "auto", "auto: an unfinished run of the same flags; none; or a CHECKPOINT")
+    add(
+        "--resume", "auto", "auto: continues if the flags match; none: starts over; or a CHECKPOINT"
+    )
 
 
 def save_checkpoint(actor, tokenizer, optimizer, args, meta):

@@ -130,7 +130,7 @@ def fresh_folder(path) -> Path:
             path.rename(aside)
             print(f"the earlier run in {path} was moved to {aside}", flush=True)
         path.mkdir(parents=True, exist_ok=True)
-        if any(path.iterdir()):
+        if any(file.suffix != ".unfinished" for file in path.iterdir()):
             fail(f"{path} holds something that is not a run; choose another --output_dir")
     except OSError as error:
         fail(f"the folder {path} cannot be used ({error.strerror}); choose another --output_dir")

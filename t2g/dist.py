@@ -26,17 +26,17 @@ from t2g.cli import fail, friendly_errors
 
 
 @contextmanager
-def session(cpu_offload=False, first=None):
+def session(cpu_offload=False, run_first=None):
     """Joins the processes that torchrun started, if it did, and ends them together.
 
-    Rank 0 runs first() before the others go on, for weeks if need be; its result is yielded there,
-    None elsewhere. An error on one rank, SystemExit included, ends all ranks at once: the others
+    Rank 0 calls run_first() while the others wait, for up to four weeks; its result is yielded
+    there, None elsewhere. An error on one rank, SystemExit included, ends all ranks at once: the others
     would otherwise wait for it in a collective for an hour.
     """
     if cpu_offload and not ("WORLD_SIZE" in os.environ and torch.cuda.is_available()):
         fail("--cpu_offload moves weights off a GPU and needs torchrun; leave it out")
     if "WORLD_SIZE" not in os.environ or distributed.is_initialized():
-        yield first() if first else None
+        yield run_first() if run_first else None
         return
     store, number, count = next(distributed.rendezvous("env://"))
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -46,7 +46,7 @@ def session(cpu_offload=False, first=None):
     watcher.start()
     try:
         with friendly_errors():
-            yield join(store, number, count, first)
+            yield join(store, number, count, run_first)
             barrier()  # until here another rank may fail
     except BaseException as error:
         finished.set()
@@ -56,8 +56,8 @@ def session(cpu_offload=False, first=None):
     distributed.destroy_process_group()
 
 
-def join(store, number, count, first):
-    result = first() if first and number == 0 else None
+def join(store, number, count, run_first):
+    result = run_first() if run_first and number == 0 else None
     if number == 0:
         store.set("first is done", "")
     store.wait(["first is done"], timedelta(weeks=4))

@@ -104,19 +104,25 @@ def write_text(path, text):
     """Writes a file completely or not at all."""
     unfinished = path.with_name(path.name + ".unfinished")
     unfinished.write_text(text, encoding="utf-8")
-    sync(unfinished)
-    os.replace(unfinished, path)
+    put_in_place(unfinished, path)
+
+
+def put_in_place(unfinished, path):
+    """Renames a file or a folder when it is on the disk, so that path is never half of it."""
+    for place in [*unfinished.rglob("*"), unfinished]:
+        sync(place)
+    unfinished.rename(path)
+    sync(path.parent)
 
 
 def sync(path):
-    """Flushes a file, or a folder and all its files, to the disk."""
-    for place in [*path.rglob("*"), path] if path.is_dir() else [path]:
-        handle = os.open(place, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        except OSError as error:
-            warn_unsupported("fsync: a power failure may damage what was just written", error)
-        os.close(handle)
+    """Flushes a file, or a folder's list of its files, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        warn_unsupported("fsync: a power failure may damage what was just written", error)
+    os.close(handle)
 
 
 def truncate(path, step):

@@ -30,7 +30,7 @@ from t2g.cache import check_batching, positions
 from t2g.chat import encode_chats, turn_edges
 from t2g.cli import fail
 from t2g.dist import device
-from t2g.log import sync
+from t2g.log import put_in_place
 
 LOWEST = torch.finfo(torch.float32).min
 LOAD_ERRORS = (OSError, ValueError, ImportError, RuntimeError, SafetensorError, UnpicklingError)
@@ -154,9 +154,8 @@ def save(model, tokenizer, run, step, value_head=None, write_more=None) -> Path:
     except (OSError, SafetensorError) as error:
         fail(f"{folder} cannot be written ({error}); free some space. Earlier checkpoints stay")
     if dist.rank() == 0:
-        sync(unfinished)
         shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed right after it
-        unfinished.rename(folder)
+        put_in_place(unfinished, folder)
     return folder
 
 

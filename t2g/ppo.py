@@ -7,7 +7,7 @@ One index convention holds everywhere: a (B, T) tensor is indexed by the respons
     | logprobs[:, t] | log pi(response[:, t] | prompt, response[:, :t]), in nats                |
     | values[:, t]   | V of the state before token t; V after the last token is 0              |
     | rewards[:, t]  | the reward for emitting token t                                         |
-    | mask[:, t]     | True up to and including EOS; a masked place is 0 and counts for nothing |
+    | mask[:, t]     | True up to and including EOS; masked positions are 0 and ignored |
 
 Losses are sums over tokens divided by `token_count`. With the count of the whole minibatch, over
 all ranks, no split into microbatches changes the step.
@@ -137,15 +137,15 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, cliprange, token_count
 def value_loss(values, old_values, returns, mask, cliprange_value, token_count=None):
     """Half the squared error of V, with V clipped to stay near its old values.
 
-        near_t = V_old + clip(V_t - V_old, -eps, eps)
-        loss   = sum_t max((V_t - R_t)^2, (near_t - R_t)^2) / (2 token_count)
+        clipped_t = V_old + clip(V_t - V_old, -eps, eps)
+        loss   = sum_t max((V_t - R_t)^2, (clipped_t - R_t)^2) / (2 token_count)
 
     Args: (B, T) tensors; eps = cliprange_value; token_count as in policy_loss.
     Returns: the loss, and "value_clipfrac", the share of tokens where the clip binds.
     """
     count = mask.sum().clamp(min=1) if token_count is None else token_count
-    # This form of the clip is exactly V where it does not bind.
-    near = values.clamp(old_values - cliprange_value, old_values + cliprange_value)
-    plain, clipped = (torch.where(mask, v - returns, 0.0) ** 2 for v in (values, near))
+    # Unlike V_old + clip(V - V_old), this clamp returns V to the bit where it does not bind.
+    clipped_values = values.clamp(old_values - cliprange_value, old_values + cliprange_value)
+    plain, clipped = (torch.where(mask, v - returns, 0.0) ** 2 for v in (values, clipped_values))
     loss = torch.maximum(plain, clipped).sum() / (2 * count)
     return loss, {"value_clipfrac": (clipped > plain).sum() / count}

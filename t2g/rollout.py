@@ -14,7 +14,7 @@ from tqdm import tqdm
 from t2g import cpu, dist
 from t2g.align import response_text
 from t2g.cache import next_logits, preallocated
-from t2g.chat import chat_text, encode_chats  # noqa: F401 (chat_text is a name of rollout)
+from t2g.chat import encode_chats
 from t2g.cli import fail
 from t2g.policy import autocast, check_numbers, context_length, eos_ids
 

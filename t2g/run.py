@@ -1,4 +1,4 @@
-"""The record of a run of train_ppo.py: where it stands, what it draws and writes. No algorithm.
+"""The record of a run of train_ppo.py: its progress, prompts, metrics and checkpoints.
 
 A run resumes where a killed one stopped, because every draw of a step depends on the seed, the step
 and the rank alone.
@@ -49,10 +49,10 @@ class Run:
         self.optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=0.0, fused=True)
         self.meta = checkpoint.resume(actor, self.optimizer, args, pool)
         self.first, self.kl_coef = self.meta["step"] + 1, self.meta["kl_coef"]
-        self.samples = Samples(folder, args.max_steps, keep_until=self.meta["step"])
         if dist.rank() == 0:
             options = (args.tensorboard, self.meta["step"])
             self.logger = Logger(folder, args, task.METRICS, *options)
+        self.samples = Samples(folder, args.max_steps, keep_until=self.meta["step"])
 
     def steps(self):
         """Yields each step that is left, with its learning rate set, and draws the progress bar."""

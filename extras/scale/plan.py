@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import train_ppo
 from t2g import adapters, dist, policy
+from t2g.cache import positions
 from t2g.cli import fail
 from t2g.rollout import Rollout
 from t2g.score import score_microbatch
@@ -198,7 +199,7 @@ def measure_passes(args, actor, reference, rollout) -> dict:
 
     def prefill():
         mask = rollout.prompt_mask
-        inputs = dict(attention_mask=mask.long(), position_ids=policy.positions(mask))
+        inputs = dict(attention_mask=mask.long(), position_ids=positions(mask))
         actor.model(rollout.prompt, use_cache=True, logits_to_keep=1, **inputs)
 
     def score():

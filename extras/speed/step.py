@@ -23,8 +23,9 @@ from transformers import AutoModelForCausalLM
 from extras.speed.gpu import run
 from extras.speed.synthetic import generate, sentences, timed
 from t2g import cli, policy
+from t2g.chat import chat_text
 from t2g.log import read_jsonl, write_json, write_text
-from t2g.rollout import chat_text, sample
+from t2g.rollout import sample
 from t2g.tasks import summarize
 
 ROWS, MICROBATCH, EPOCHS, NEW = 8, 4, 4, 48

@@ -82,7 +82,7 @@ def fail_first():
 
 
 def first_fails(rank):
-    with dist.session(first=fail_first):
+    with dist.session(run_first=fail_first):
         pass
 
 

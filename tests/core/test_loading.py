@@ -9,8 +9,9 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 
+from t2g.chat import chat_text
 from t2g.policy import load
-from t2g.rollout import chat_text, sample
+from t2g.rollout import sample
 
 
 @pytest.fixture

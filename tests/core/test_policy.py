@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from t2g import cpu
 from t2g.align import span_rewards, token_offsets
+from t2g.chat import chat_text
 from t2g.policy import (
     Policy,
     eos_ids,
@@ -21,7 +22,7 @@ from t2g.policy import (
     token_stats,
 )
 from t2g.ppo import gae, kl_penalty, policy_loss
-from t2g.rollout import Rollout, chat_text, draw, encode_prompts, respond, sample
+from t2g.rollout import Rollout, draw, encode_prompts, respond, sample
 
 PROMPTS = [
     "Hi.",

@@ -12,12 +12,12 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from t2g import checkpoint, cli, supervised
+from t2g.chat import chat_text
 from t2g.critics import fitting_prompt
 from t2g.feedback import reward_prompt
 from t2g.folder import lock
 from t2g.log import read_jsonl
 from t2g.policy import latest_checkpoint
-from t2g.rollout import chat_text
 from t2g.tasks import toy
 
 RNG = random.Random(0)

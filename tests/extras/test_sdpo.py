@@ -15,9 +15,10 @@ from torch.testing import assert_close
 
 import train_ppo
 from extras.baselines import sdpo
+from t2g.chat import chat_text
 from t2g.feedback import Feedback, revision_prompt
 from t2g.log import read_jsonl
-from t2g.rollout import chat_text, sample
+from t2g.rollout import sample
 
 PROMPTS = ["Hi.", "I am 27.", "My name is Ana. I plan to learn chess.", "I live in Porto."]
 CRITIQUES = ["The age is 41, not 27.", "Good.", "It leaves out the name, Ana.", "It repeats."]
