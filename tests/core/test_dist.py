@@ -7,12 +7,12 @@ import sys
 import one_step
 import pytest
 import torch
-from forking import run, two_ranks
-from safetensors.torch import load_file
+from forking import as_rank, free_port, run, started, two_ranks
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 import train_ppo
-from t2g import critics, dist
+from t2g import checkpoint, critics, dist
 from t2g.feedback import Feedback
 from t2g.log import read_jsonl
 from t2g.policy import Policy
@@ -123,3 +123,31 @@ def test_without_torchrun_there_is_one_process(model):
     x = torch.arange(6).reshape(2, 3)
     assert dist.gather(x) is x and dist.own(x).equal(x) and dist.total(x) is x
     assert dist.shard(model) is model and not dist.parts(model)
+
+
+def load_state(state, saved):
+    """Loads a state into a sharded layer, and saves the whole of its weights."""
+    with dist.session():
+        layer = dist.shard(torch.nn.Linear(3, 5))
+        optimizer = torch.optim.AdamW(layer.parameters())
+        assert checkpoint.load([state], layer, [optimizer]) == {"step": 7}
+        weights = dist.whole_state(layer)
+        moments = optimizer.state_dict()["state"][0]["exp_avg"]
+        weights["moments"] = dist.plain(moments)
+        if dist.rank() == 0:
+            save_file(weights, saved)
+
+
+def test_two_processes_load_the_state_of_one(tmp_path):
+    layer = torch.nn.Linear(3, 5)
+    optimizer = torch.optim.AdamW(layer.parameters())
+    layer(torch.randn(2, 3)).sum().backward()
+    optimizer.step()
+    checkpoint.save(tmp_path / "one", layer, [optimizer], step=7)
+    port, files = free_port(), (tmp_path / "one", tmp_path / "two")
+    ranks = [started(as_rank, rank, port, load_state, *files) for rank in (0, 1)]
+    for process in ranks:
+        process.join(60)
+        assert process.exitcode == 0
+    moments = optimizer.state_dict()["state"][0]["exp_avg"]
+    assert_close(load_file(files[1]), layer.state_dict() | {"moments": moments}, rtol=0, atol=0)
