@@ -5,8 +5,7 @@
     torchrun train_ppo.py --task summarize --policy HUB_ID --data posts.jsonl --critic rule
 
 The loop in train() is the algorithm, numbered as in docs/GUIDE.md; the maths is in t2g/ppo.py.
-Kill it at any moment: the same command resumes it. With --nproc_per_node N the models are sharded
-over N processes (t2g/dist.py). Left out: sampling with top-k, top-p or beams (t2g/rollout.py).
+Kill it at any moment: the same command resumes it. t2g/dist.py shards it over many processes.
 """
 
 import copy
@@ -143,8 +142,7 @@ def train(task, args, actor, reference, critic, tokenizer, run):
         delta, quotes = token_rewards(tokenizer, rollout, feedback, args)
         placed = place_rewards(delta, tokenizer, rollout, task, args)
 
-        # 4. KL penalty: r_t = placed_t - kl_coef KL_t. From here on, (B, T) tensors hold the
-        # responses of all ranks.
+        # 4. KL penalty: r_t = placed_t - kl_coef KL_t. From here on, tensors are of all ranks.
         old = score(actor, reference, rollout, args)
         mask, delta, placed, old = global_batch(rollout, feedback, delta, placed, old)
         check_reference(step, old.kl)

@@ -30,8 +30,8 @@ def session(cpu_offload=False, run_first=None):
     """Joins the processes that torchrun started, if it did, and ends them together.
 
     Rank 0 calls run_first() while the others wait, for up to four weeks; its result is yielded
-    there, None elsewhere. An error on one rank, SystemExit included, ends all ranks at once: the others
-    would otherwise wait for it in a collective for an hour.
+    there, None elsewhere. An error on one rank, SystemExit included, ends all ranks at once, for
+    the others would wait for it in a collective for an hour.
     """
     if cpu_offload and not ("WORLD_SIZE" in os.environ and torch.cuda.is_available()):
         fail("--cpu_offload moves weights off a GPU and needs torchrun; leave it out")
