@@ -86,4 +86,4 @@ def merge(model, path):
     own = peft().get_peft_model_state_dict(model, save_embedding_layers=False)
     if left := sorted(key for key in own.keys() ^ weights.keys() if ".lora_" in key):
         fail(f"the adapter {path} does not fit its base: {', '.join(left[:3])}")
-    return model.merge_and_unload()
+    return model.merge_and_unload().requires_grad_(True)  # peft froze the base's weights

@@ -41,8 +41,8 @@ def chat_text(tokenizer, prompt: str) -> str:
 
 
 def render(tokenizer, *messages, **options) -> str:
-    options |= template_kwargs
-    return tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
+    options = template_kwargs | options | {"tokenize": False}
+    return tokenizer.apply_chat_template(list(messages), **options)
 
 
 def turn_edges(tokenizer) -> tuple[str, int]:

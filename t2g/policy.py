@@ -139,6 +139,8 @@ def save(model, tokenizer, run, step, value_head=None, write_more=None) -> Path:
     unfinished = folder.with_suffix(".unfinished")
     weights = dist.whole_state(model, trained_only=hasattr(model, "peft_config"))
     head_weights = dist.whole_state(value_head) if value_head else {}
+    for weight in weights.values():
+        check_numbers(weight)
     try:
         if dist.rank() == 0:
             shutil.rmtree(unfinished, ignore_errors=True)

@@ -39,6 +39,8 @@ def test_a_template_that_leaves_out_the_prompt_or_fails_is_refused(tokenizer, te
 def test_templates_get_the_arguments_of_the_command_line(tokenizer, capsys):
     use_kwargs('{"enable_thinking": false}')
     assert chat_text(with_template(tokenizer, THINKING), "Hi.") == "Hi.<|assistant|>"
+    use_kwargs('{"add_generation_prompt": false}')
+    assert chat_text(tokenizer, "Hi.").endswith("<|assistant|>"), "the stages' own come first"
     use_kwargs(None)
     assert chat_text(with_template(tokenizer, THINKING), "Hi.") != "Hi.<|assistant|>"
     for wrong in ("enable_thinking=false", "[1]"):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 
 from t2g.chat import chat_text
-from t2g.policy import load
+from t2g.policy import load, save
 from t2g.rollout import sample
 
 
@@ -95,6 +95,7 @@ def test_an_adapter_brings_its_template_and_new_tokens(folder, tokenizer):
     assert chat_text(loaded_tokenizer, "Hi") == "USER: Hi ASSISTANT:"
     ids = torch.tensor([[len(own) - 1, 5, len(own) - 2]])
     assert torch.allclose(loaded(ids).logits, trained.eval()(ids).logits, atol=1e-5)
+    assert all(weight.requires_grad for weight in loaded.parameters()), "it can be trained on"
 
 
 def test_an_adapter_of_another_model_is_refused(folder, tokenizer, capsys):
@@ -105,3 +106,10 @@ def test_an_adapter_of_another_model_is_refused(folder, tokenizer, capsys):
         {key: w for key, w in weights.items() if key != dropped}, path / "adapter_model.safetensors"
     )
     assert dropped in refused(capsys, load, path)
+
+
+def test_weights_that_are_no_numbers_are_not_saved(model, tokenizer, tmp_path, capsys):
+    spoilt = copy.deepcopy(model)
+    spoilt.get_input_embeddings().weight.data[3, 1] = float("nan")
+    assert "not numbers" in refused(capsys, save, spoilt, tokenizer, tmp_path, 1)
+    assert not list(tmp_path.iterdir())
