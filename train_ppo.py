@@ -26,7 +26,7 @@ from t2g.policy import Policy, autocast
 from t2g.ppo import AdaptiveKL, gae, policy_loss, value_loss, whiten
 from t2g.rewards import place_rewards, token_rewards
 from t2g.rollout import check_context, sample
-from t2g.run import Run, add_step_flags
+from t2g.run import Run, add_step_flags, sampling
 from t2g.score import Scores, response_logprobs, score
 
 KL_KINDS = ("full", "k1", "k2", "k3", "abs")
@@ -94,8 +94,8 @@ def main():
             tasks.short_enough(part, tokenizer, args.max_prompt_length) for part in task.load(args)
         )
         measured = heldout[: args.eval_samples]
-        shown = heldout[:SAMPLES_PER_STEP]
-        longest = max(tasks.prompt_lengths([*pool, *measured, *shown], tokenizer))
+        used = [*pool, *heldout[: max(args.eval_samples, SAMPLES_PER_STEP)]]
+        longest = max(tasks.prompt_lengths(used, tokenizer))
         check_context(model, longest, args.response_length)  # now, and not after hours
         critic = critics.load_critic(task, args, root, policy.device())
         actor, reference = make_models(model, args, start_model)
@@ -170,12 +170,6 @@ def train(task, args, actor, reference, critic, tokenizer, run):
         show_heldout(step, actor, reference, critic, run)
         kl_controller.update(stats["kl"], int(mask.any(1).sum()))
         run.save_or_stop(step, kl_controller.value)
-
-
-def sampling(args) -> dict:
-    """The options of sample() that the flags give."""
-    names = ("response_length", "temperature", "bf16")
-    return {name: getattr(args, name) for name in names}
 
 
 def show_heldout(step, actor, reference, critic, run):

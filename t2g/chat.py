@@ -4,6 +4,7 @@ A control token that is spelt in a text, such as <|im_end|> in a user's message,
 """
 
 import json
+from functools import lru_cache
 
 from jinja2 import TemplateError
 
@@ -75,19 +76,28 @@ def encode_pairs(tokenizer, pairs) -> list[tuple[list[int], list[int]]]:
     mark, texts = marked(tokenizer, [text for pair in pairs for text in pair])
     chats = [chat_text(tokenizer, prompt) for prompt in texts[::2]]
     completions = texts[1::2]
-    prompts = encode(tokenizer, chats, mark)
-    alone = encode(tokenizer, completions, mark)
     turns = [chat + space + text for chat, text in zip(chats, completions)]
+    prompts, wholes = encode(tokenizer, chats, mark), encode(tokenizer, turns, mark)
     rows = []
-    for prompt, whole, ids in zip(prompts, encode(tokenizer, turns, mark), alone):
-        if whole[: len(prompt)] == prompt:
-            ids = whole[len(prompt) :]
+    for prompt, whole, completion in zip(prompts, wholes, completions):
+        ids = whole[len(prompt) :]
+        if whole[: len(prompt)] != prompt:
+            ids = encode(tokenizer, [completion], mark)[0]
         rows.append((prompt, [*ids, end]))
     return rows
 
 
 def control_tokens(tokenizer) -> list[str]:
     """The spelling of the special tokens, longest first."""
+    return special_tokens(tokenizer, len(tokenizer))
+
+
+@lru_cache(maxsize=8)
+def special_tokens(tokenizer, size) -> list[str]:
+    """What control_tokens() returns, read once for each size that a tokenizer has.
+
+    Some tokenizers have thousands of them, which take longer to list than a prompt to encode.
+    """
     special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     return sorted(special, key=len, reverse=True)
 
@@ -96,9 +106,9 @@ def marked(tokenizer, texts) -> tuple[str, list[str]]:
     """A character that no text has, and the texts with it inside each spelt control token."""
     mark = next(c for c in map(chr, range(0xE000, 0xF900)) if not any(c in text for text in texts))
     control = [token for token in control_tokens(tokenizer) if len(token) > 1]
-    result = []
+    initials, result = {token[0] for token in control}, []
     for text in texts:
-        for token in control:
+        for token in control if any(initial in text for initial in initials) else ():
             if token in text:
                 text = text.replace(token, token[0] + mark + token[1:])
         result.append(text)

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 
 from t2g import dist, tasks
-from t2g.align import resolve, token_offsets
+from t2g.align import resolve, span_rewards, token_offsets
 from t2g.cli import fail
 from t2g.feedback import Feedback, quoted
 from t2g.folder import RESUME_IGNORES
@@ -90,12 +90,9 @@ def quotes_with_tokens(text, offsets, kind, quotes) -> list[dict]:
     for quote, plain in zip(quotes, texts):
         # A quote that is given k times marks k places.
         spans, _ = resolve(text, Feedback("", **{kind: [plain] * texts.count(plain)}))
-        marked = []
-        for t, (start, end) in enumerate(offsets):
-            if any(span.start < end and start < span.end and start < end for span in spans):
-                marked.append(t)
+        marked = span_rewards(offsets, spans).nonzero()[:, 0]
         entry = quote if isinstance(quote, dict) else {"text": quote}
-        entries.append(entry | {"tokens": marked})
+        entries.append(entry | {"tokens": marked.tolist()})
     return entries
 
 

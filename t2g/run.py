@@ -39,6 +39,12 @@ def add_step_flags(add, num_ppo_epochs):
     add("--temperature", 1.0, "temperature of sampling and of all log-probabilities")
 
 
+def sampling(args) -> dict:
+    """The options of sample() that the flags give."""
+    names = ("response_length", "temperature", "bf16")
+    return {name: getattr(args, name) for name in names}
+
+
 class Run:
     """Resumes the run in a folder, and keeps its metrics, samples and checkpoints."""
 

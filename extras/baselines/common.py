@@ -15,6 +15,7 @@ from t2g.metrics import token_counts
 from t2g.policy import now
 from t2g.rewards import token_rewards
 from t2g.rollout import sample
+from t2g.run import sampling
 
 
 class Scored(NamedTuple):
@@ -76,11 +77,10 @@ def sample_and_score(examples, critic, tokenizer, model, args, prompts=None, siz
     """
     own = [example.prompt for example in examples]
     rows, seconds, sums = [], dict(seconds_rollout=0.0, seconds_critique=0.0), defaultdict(float)
-    shape = args.response_length, args.temperature
     for first in tqdm(range(0, len(examples), size), desc="sampling", unit="batch"):
         part = slice(first, first + size)
         clock = [now()]
-        rollout = sample(model, tokenizer, (prompts or own)[part], *shape, bf16=args.bf16)
+        rollout = sample(model, tokenizer, (prompts or own)[part], **sampling(args))
         clock.append(now())
         feedback = critic(examples[part], rollout.texts)
         clock.append(now())

@@ -29,7 +29,7 @@ from t2g.policy import Policy, autocast, context_length, now, response_logits
 from t2g.ppo import kl_penalty
 from t2g.rewards import token_rewards
 from t2g.rollout import encode_prompts, sample, step_rng
-from t2g.run import add_step_flags, seconds_of
+from t2g.run import add_step_flags, sampling, seconds_of
 from t2g.score import response_logprobs, score
 
 TOY = dict(
@@ -82,8 +82,7 @@ def train(task, args, tokenizer, model, critic, pool):
         drawn = step_rng(args.seed, step).choices(pool, k=args.batch_size)
         examples = sorted(drawn, key=lambda example: len(example.prompt))
         prompts = [example.prompt for example in examples]
-        shape = args.response_length, args.temperature
-        rollout = sample(model, tokenizer, prompts, *shape, bf16=args.bf16)
+        rollout = sample(model, tokenizer, prompts, **sampling(args))
         clock.append(now())
 
         # 2. Critique: None is unreadable, and masked out of the loss.

@@ -74,7 +74,7 @@ def human(args, report):
     flags = ["--max_steps", steps, "--learning_rate", 1e-4, "--validation_share", 0.04]
     flags += ["--model", model, "--annotations", folder / "notes.jsonl"]
     run("train_rm.py", *task, *flags, "--output_dir", folder / "rm")
-    flags = ["--annotations", folder / "truth.jsonl", "--out", folder / "card.html"]
+    flags = ["--annotations", folder / "truth.jsonl"]
     flags += ["--critique_length", 8] if args.rehearse else []
     printed = run("eval.py rm", folder / "rm", folder / "rule.jsonl", *task, *flags)
     for path, card in json.loads(printed.splitlines()[-1]).items():

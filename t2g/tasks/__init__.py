@@ -67,7 +67,7 @@ def add_flags(add):
 def data_flags(args) -> list[str]:
     """Returns the flags that make an earlier stage use the same data in the same way."""
     names = ["task", "seed", "max_prompt_length", "data", "heldout_data", "bf16"]
-    names.append("chat_template_kwargs")
+    names += ["chat_template_kwargs"]
     own_flags = getattr(load_task(args.task), "add_flags", lambda add: None)
     own_flags(lambda name, *_, **__: names.append(name.removeprefix("--").replace("-", "_")))
     words = []
