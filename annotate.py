@@ -25,6 +25,7 @@ import torch
 from tqdm import tqdm
 
 from t2g import annotator, cli, policy, server, stages, tasks
+from t2g.critics import rule_critic
 from t2g.feedback import FeedbackError
 from t2g.notes import Notes, read_feedback, read_responses, write_whole
 from t2g.rollout import respond
@@ -102,7 +103,7 @@ def sample_responses(task, args, out) -> tuple[list[tasks.Example], list[dict]]:
     stages.ensure(["sft"], args, out.parent, args.policy)
     torch.manual_seed(args.seed)
     tokenizer, model = policy.load(args.policy or out.parent / "sft", policy.device())
-    examples = tasks.short_enough(task.load(args)[0], tokenizer, args.max_prompt_length)
+    examples = tasks.short_enough(tasks.load(task, args)[0], tokenizer, args.max_prompt_length)
     examples = random.Random(args.seed).choices(examples, k=args.num_samples)
     prompts = [example.prompt for example in examples]
     options = dict(temperature=args.temperature, bf16=args.bf16, desc="sampling")
@@ -119,7 +120,7 @@ def examples_of(records, task, args) -> list[tasks.Example]:
     examples = [read_example(record) for record in records]
     if all(examples):
         return examples
-    known = {example.prompt: example for part in task.load(args) for example in part}
+    known = {example.prompt: example for part in tasks.load(task, args) for example in part}
     for number, record in enumerate(records, 1):
         if record["prompt"] not in known:
             problem = f"the prompt of record {number} does not occur in the task {args.task}"
@@ -148,8 +149,9 @@ def annotate_by_rule(task, args, out) -> list[dict]:
         examples = examples_of(records, task, args)
     else:
         examples, records = sample_responses(task, args, out)
+    rule = rule_critic(task)
     for example, record in zip(examples, tqdm(records, desc="annotating", unit="record")):
-        feedback = task.critique(example, record["response"])
+        [feedback] = rule([example], [record["response"]])
         feedback = feedback if args.severity else feedback.plain()
         spans = {"good_spans": feedback.good, "poor_spans": feedback.poor}
         record |= {"critique": feedback.critique, **spans, "status": "ok", "reason": ""}

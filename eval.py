@@ -45,7 +45,7 @@ def policies(task, args) -> dict:
     """Returns each policy's scores on the same held-out prompts, sampled and greedy."""
     if not args.runs:
         stages.ensure(["sft", "ppo"], args, f"runs/{task.NAME}")
-    scores, table, examples = {}, {}, task.load(args)[1]
+    scores, table, examples = {}, {}, tasks.load(task, args)[1]
     for run in args.runs or [f"runs/{task.NAME}/sft", f"runs/{task.NAME}/ppo"]:
         tokenizer, model = policy.load(run, policy.device())
         heldout = tasks.short_enough(examples, tokenizer, args.max_prompt_length)
@@ -84,15 +84,14 @@ def reward_models(task, args) -> dict:
 def records_of_rule(task, args, source) -> list[dict]:
     """Samples responses of a policy to held-out prompts; the task's rule annotates them."""
     tokenizer, model = policy.load(source, policy.device())
-    heldout = tasks.short_enough(task.load(args)[1], tokenizer, args.max_prompt_length)
+    heldout = tasks.short_enough(tasks.load(task, args)[1], tokenizer, args.max_prompt_length)
     heldout = heldout[: args.eval_samples]
     prompts, options = [e.prompt for e in heldout], dict(desc="responses", bf16=args.bf16)
     texts, _ = respond(model, tokenizer, prompts, args.response_length, **options)
     records = []
-    for example, text in zip(heldout, texts):
+    for example, text, one in zip(heldout, texts, critics.rule_critic(task)(heldout, texts)):
         kinds = task.kinds(example, text) if hasattr(task, "kinds") else []
-        record = dict(prompt=example.prompt, response=text, kinds=kinds)
-        records.append(record | {"feedback": task.critique(example, text)})
+        records.append(dict(prompt=example.prompt, response=text, kinds=kinds, feedback=one))
     return records
 
 

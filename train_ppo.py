@@ -90,9 +90,8 @@ def main():
     with dist.session(args.cpu_offload, run_first=earlier) as seconds:
         start = time.perf_counter()
         tokenizer, model = policy.load(start_model)
-        pool, heldout = (
-            tasks.short_enough(part, tokenizer, args.max_prompt_length) for part in task.load(args)
-        )
+        parts, limit = tasks.load(task, args), args.max_prompt_length
+        pool, heldout = (tasks.short_enough(part, tokenizer, limit) for part in parts)
         measured = heldout[: args.eval_samples]
         used = [*pool, *heldout[: max(args.eval_samples, SAMPLES_PER_STEP)]]
         longest = max(tasks.prompt_lengths(used, tokenizer))

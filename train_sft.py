@@ -24,7 +24,7 @@ def main():
     start = time.perf_counter()
 
     torch.manual_seed(args.seed)
-    examples, _ = task.load(args)
+    examples, _ = tasks.load(task, args)
     if args.model:
         tokenizer, model = policy.load(args.model, policy.device())
     elif hasattr(task, "new_model"):

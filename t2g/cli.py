@@ -5,6 +5,7 @@ import errno
 import fcntl
 import functools
 import importlib.util
+import inspect
 import itertools
 import re
 import sys
@@ -91,21 +92,29 @@ def checked(kind, fits, range_name):
 
 
 @functools.cache
-def load_file(path, flag: str, built_in, needs=()):
+def load_file(path, flag: str, built_in, required, optional=()):
     """Imports the .py file that a user names with flag, beside the built-in names.
 
-    needs: names that it must define.
+    required, optional: names or calls, such as "load(args)", that it must or may define.
     """
     if not path.endswith(".py") or not Path(path).is_file():
         fail(f"{flag} {path}: give a path of a .py file or one of {', '.join(built_in)}")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(spec)
+    spec = importlib.util.spec_from_file_location(path, path)
+    module = sys.modules[path] = importlib.util.module_from_spec(spec)  # dataclasses look there
     try:
         spec.loader.exec_module(module)
-    except SyntaxError as error:
-        fail(f"{flag} {path} is not valid Python: {error}")
-    if missing := [name for name in needs if not hasattr(module, name)]:
-        fail(f"{flag} {path} must define {', '.join(missing)}; docs/TASKS.md shows an example")
+    except (ImportError, SyntaxError) as error:
+        fail(f"{flag} {path} cannot be imported: {error}")
+    for hook in (*required, *optional):
+        name, _, arguments = hook.partition("(")
+        if hook in optional and not hasattr(module, name):
+            continue
+        try:
+            value = getattr(module, name)
+            if arguments:
+                inspect.signature(value).bind(*arguments.split(","))
+        except (AttributeError, TypeError, ValueError):
+            fail(f"{flag} {path} must define {hook}; docs/TASKS.md shows an example")
     return module
 
 

@@ -5,16 +5,15 @@ unreadable. It exchanges only text with the policy, so a reward model may have a
 own. The scalar critic in extras/baselines returns numbers instead of Feedback.
 """
 
-import functools
 import math
-
-from tqdm import tqdm
+from collections.abc import Sized
 
 from t2g import dist, policy
 from t2g.align import locate, token_offsets
 from t2g.chat import encode_chats
 from t2g.cli import fail, load_file
 from t2g.feedback import Feedback, FeedbackError, reward_prompt
+from t2g.log import print_once, valid_text
 from t2g.rollout import respond
 
 BUILT_IN = ("rm", "rule", "openai")
@@ -47,7 +46,7 @@ def load_critic(task, args, root, device):
     The learned reward model lies in root/rm unless --reward_model names another one.
     """
     if args.critic == "rule":
-        return checked(rule_critic(task))
+        return rule_critic(task)
     if args.critic == "openai":
         return checked(openai_critic(args.base_url, args.reward_model, args.critique_length))
     if args.critic != "rm":
@@ -58,25 +57,23 @@ def load_critic(task, args, root, device):
 
 
 def load_critic_file(path):
-    return load_file(path, "--critic", BUILT_IN, ("critic",))
-
-
-@functools.cache
-def print_once(sentence):
-    tqdm.write(sentence)
+    return load_file(path, "--critic", BUILT_IN, ("critic(task, args)",), ("add_flags(add)",))
 
 
 def checked(critic):
     """Returns the same critic, checked; it warns once if all critiques are unreadable."""
+    if not callable(critic):
+        fail(f"critic(task, args) must return a function, not {critic!r}")
 
     def checked_critic(examples, responses):
-        feedback = critic(examples, responses)
-        if len(feedback) != len(responses):
-            fail(f"the critic returned {len(feedback)} values for {len(responses)} responses")
-        for one in feedback:
-            finite = isinstance(one, float) and math.isfinite(one)
-            if not (one is None or finite or isinstance(one, Feedback)):
-                fail(f"the critic returned {one!r}, not a Feedback, a finite float or None")
+        try:
+            feedback = critic(examples, responses)
+            count = len(feedback) if isinstance(feedback, Sized) else "no list of"
+            if count != len(responses):
+                fail(f"the critic returned {count} values for {len(responses)} responses")
+            feedback = [valid_feedback(one) for one in feedback]
+        except FeedbackError as error:
+            fail(f"the critic made an invalid Feedback: {error}")
         if all(one is None for one in feedback):
             cause = "check --critique_length and whether train_rm.py made --reward_model"
             print_once(f"warning: no critique of a batch is readable; {cause}")
@@ -85,13 +82,26 @@ def checked(critic):
     return checked_critic
 
 
+def valid_feedback(one):
+    """Returns what a critic may return, with valid_text(); fails for anything else."""
+    if isinstance(one, Feedback) and isinstance(one.critique, str):
+        return Feedback.parse(valid_text(one.render(), "the critic's feedback"))
+    if not (one is None or (isinstance(one, float) and math.isfinite(one))):
+        fail(f"the critic returned {one!r}, not a Feedback, a finite float or None")
+    return one
+
+
 def rule_critic(task):
-    """Returns the task's own program as a critic."""
+    """Returns the task's own program as a critic, which must return Feedback."""
 
     def critic(examples, responses):
-        return [task.critique(*pair) for pair in zip(examples, responses)]
+        feedback = [task.critique(*pair) for pair in zip(examples, responses)]
+        for one in feedback:
+            if not isinstance(one, Feedback):
+                fail(f"critique() of the task returned {one!r}, not a Feedback")
+        return feedback
 
-    return critic
+    return checked(critic)
 
 
 def reward_model_critic(model, tokenizer, critique_length=200, bf16=False, desc=None):

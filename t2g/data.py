@@ -29,12 +29,9 @@ def read_rows(data: str, split="train"):
     try:
         if ending == ".parquet":
             return needed("pyarrow.parquet", "a .parquet file").read_table(path).to_pylist()
-        rows, replaced = parse_json(read_text(path))
+        return parse_json(read_text(path), data)
     except (OSError, ValueError) as error:
         fail(f"{data} cannot be read: {error}")
-    if replaced:
-        print(f"{data} contains half surrogate pairs; each becomes a ?")
-    return rows
 
 
 def read_hub(data: str, split: str) -> list[dict]:

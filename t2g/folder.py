@@ -58,13 +58,17 @@ def resumable(folder, args, resume) -> bool:
     ignored = RESUME_IGNORES | (BATCH_FACTORS if "batch_size" in flags else set())
     if resume != "auto":
         ignored = ignored - {"resume"}
-    compared = (flags.keys() | before.keys()) - ignored
-    changed = {name for name in compared if spelling(flags.get(name)) != spelling(before.get(name))}
+    changed = changed_flags(before, flags, (flags.keys() | before.keys()) - ignored)
     if changed and resume == "auto":
-        names = ", ".join(sorted(changed))
+        names = ", ".join(changed)
         hint = "--resume CHECKPOINT continues it"
         print(f"the unfinished run in {folder} had another {names}; {hint}")
     return not changed
+
+
+def changed_flags(before, flags, names) -> list[str]:
+    """Returns those of the names whose values differ, however a path is spelt."""
+    return sorted(n for n in names if spelling(flags.get(n)) != spelling(before.get(n)))
 
 
 def spelling(value):

@@ -5,8 +5,10 @@ entropy, V and the losses are over responses with a readable critique, the other
 `python -m t2g.log` prints the glossary as a Markdown table.
 """
 
+import functools
 import gzip
 import json
+import math
 import os
 import resource
 import sys
@@ -14,6 +16,7 @@ import zlib
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from t2g.cli import fail, warn_unsupported
 
@@ -90,7 +93,9 @@ class Logger:
     def __call__(self, step, metrics):
         if unknown := set(metrics) - self.known:
             raise KeyError(f"metrics that are not in the glossary: {sorted(unknown)}")
-        self.file.write(json.dumps({"step": step, **metrics}, allow_nan=False) + "\n")
+        if infinite := [name for name, value in metrics.items() if not math.isfinite(value)]:
+            fail(f"no finite {', '.join(infinite)} in step {step}; lower --learning_rate")
+        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
         self.file.flush()
         for name, value in metrics.items() if self.board else ():
             self.board.add_scalar(name, value, step)
@@ -156,37 +161,44 @@ def read_text(path) -> str:
 
 def read_jsonl(path) -> list[dict]:
     """Returns the objects of a .jsonl or .jsonl.gz file. Fails at a line that is not one."""
-    rows, replaced = [], 0
+    rows = []
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
-            row, broken = parse_json(line)
+            row = parse_json(line, path)
         except ValueError as error:
             fail(f"line {number} of {path} is not a JSON object: {error}")
         if not isinstance(row, dict):
             fail(f"line {number} of {path} is not a JSON object")
         rows.append(row)
-        replaced += broken
-    if replaced:
-        print(f"{replaced} rows of {path} contain half a surrogate pair, which becomes a ?")
     return rows
 
 
-def parse_json(text: str):
-    """Parses JSON, and returns whether it contains half a surrogate pair, such as half an emoji.
-
-    Each half becomes a question mark, because no tokenizer or file accepts it.
-
-    >>> parse_json(r'"Lyon \\ud83d"')
-    ('Lyon ?', True)
-    """
+def parse_json(text: str, source):
+    """Parses JSON from a source; its texts become valid_text()."""
     value = json.loads(text)
-    if "\\ud" not in text.lower():
-        return value, False
-    dumped = json.dumps(value, ensure_ascii=False)
-    valid = dumped.encode(errors="replace").decode()
-    return json.loads(valid), valid != dumped
+    if "\\ud" in text.lower():
+        value = json.loads(valid_text(json.dumps(value, ensure_ascii=False), source))
+    return value
+
+
+def valid_text(text: str, source) -> str:
+    """Replaces half a surrogate pair, such as half an emoji, which no tokenizer or file accepts.
+
+    >>> valid_text("Lyon \\ud83d", "mine.json")
+    mine.json contains half a surrogate pair, which becomes a ?
+    'Lyon ?'
+    """
+    valid = text.encode(errors="replace").decode()
+    if valid != text:
+        print_once(f"{source} contains half a surrogate pair, which becomes a ?")
+    return valid
+
+
+@functools.cache
+def print_once(sentence):
+    tqdm.write(sentence)
 
 
 def peak_memory_gib() -> float:

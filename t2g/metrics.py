@@ -39,11 +39,12 @@ def evaluate(
 def mean_scores(task, examples, texts) -> dict[str, float]:
     """Returns the task's mean scores. Fails if one is missing or not finite."""
     scores = [task.score(example, text) for example, text in zip(examples, texts)]
-    for name in task.METRICS:
-        for value in [score.get(name) for score in scores]:
-            if value is None or not np.isfinite(float(value)):
-                rule = "each name in METRICS needs a finite number"
-                fail(f"score() of the task returned {name} = {value}; {rule}")
+    numeric = (int, float, np.number, np.bool_, torch.Tensor)
+    for score in scores:
+        for name in task.METRICS:
+            value = score.get(name) if isinstance(score, dict) else score
+            if not (isinstance(score, dict) and isinstance(value, numeric) and np.isfinite(value)):
+                fail(f"score() of the task returned {score!r}, which has no finite number {name!r}")
     return {name: float(np.mean([score[name] for score in scores])) for name in task.METRICS}
 
 

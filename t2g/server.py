@@ -102,7 +102,7 @@ def read(body: bytes) -> Answer | None:
     >>> read(b"<html>")
     """
     try:
-        completion, _ = parse_json(body.decode(errors="replace"))
+        completion = parse_json(body.decode(errors="replace"), "an answer")
         choice, usage = completion["choices"][0], completion.get("usage") or {}
         counts = [usage.get(key) for key in Tokens._fields]
         counted = all(type(count) in (int, float) and 0 <= count < 1e9 for count in counts)

@@ -13,7 +13,8 @@ import time
 from pathlib import Path
 
 from t2g import dist, tasks
-from t2g.folder import is_finished
+from t2g.folder import changed_flags, is_finished
+from t2g.log import read_json
 from t2g.policy import latest_checkpoint
 
 STAGES = {  # name: what it makes, under which name, the script, the flag of its output
@@ -30,16 +31,26 @@ def ensure(names, args, root, policy=None) -> dict[str, float]:
 
     If the user named a policy, there is no stage "sft", and the other stages start from it.
     """
-    seconds = {}
+    seconds, flags = {}, tasks.data_flags(args)
+    words = []
+    for name, value in flags.items():
+        if value is True:
+            words.append(f"--{name}")
+        elif value is not None and value is not False:
+            words += [f"--{name}", str(value)]
     for name, (title, output, script, flag) in STAGES.items():
         output = Path(root) / output
         if name not in names or (name == "sft" and policy):
             continue
         finished = latest_checkpoint(output) and (name != "ppo" or is_finished(output))
         if output.is_file() or finished:
-            print(f"using the {title} in {output}; move it away to make a new one", flush=True)
+            config = output / "config.json"
+            changed = changed_flags(read_json(config) if config.is_file() else flags, flags, flags)
+            other = f", made with another {', '.join(changed)}" if changed else ""
+            hint = "move it away to make a new one"
+            print(f"using the {title} in {output}{other}; {hint}", flush=True)
             continue
-        command = [script, *tasks.data_flags(args), flag, str(output)]
+        command = [script, *words, flag, str(output)]
         if policy and name in POLICY_FLAG:
             command += [POLICY_FLAG[name], policy]
         seconds[name] = run(title, command)

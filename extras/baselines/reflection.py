@@ -48,7 +48,7 @@ def main():
     add("--response_length", 64, "maximum tokens of a response")
     add("--eval_samples", 256, "number of held-out prompts")
     task, args = tasks.parse(parser, "eval")
-    root, examples = Path(args.runs[0]).parent, task.load(args)[1]
+    root, examples = Path(args.runs[0]).parent, tasks.load(task, args)[1]
     stages.ensure(critics.stages_before(args), args, root)
     critic, scores = critics.load_critic(task, args, root, policy.device()), {}
     for run in args.runs:

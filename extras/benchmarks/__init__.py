@@ -48,7 +48,7 @@ def respond_to(prompts, name, args, response_length) -> list[str]:
 def respond_to_heldout(name, args) -> tuple[list, list[str]]:
     """Returns the held-out examples of the task and a model's responses to them."""
     task = tasks.load_task(args.task)
-    _, examples = task.load(args)
+    _, examples = tasks.load(task, args)
     if args.max_prompt_length:
         examples = tasks.short_enough(examples, policy.load(name)[0], args.max_prompt_length)
     examples = examples[: args.eval_samples]

@@ -26,11 +26,16 @@ import importlib
 from pathlib import Path
 from typing import NamedTuple
 
-from t2g import cli, critics, dist
+from t2g import cli, critics, dist, log
 from t2g.chat import EXAMPLE_KWARGS, encode_chats, use_kwargs
 from t2g.cli import fail, positive
+from t2g.log import valid_text
 
 BUILT_IN = ("qa", "summarize", "toy")
+REQUIRED = ("load(args)", "score(example, response)", "METRICS")
+OPTIONAL = ("critique(example, response)", "kinds(example, response)", "new_model(seed)")
+OPTIONAL += ("test_log(example, response)", "example_of_record(record)", "add_flags(add)")
+OPTIONAL += ("check(args, script)", "sft_pairs(args, examples)")
 
 
 class Example(NamedTuple):
@@ -47,10 +52,31 @@ def load_task(name: str):
     if name in BUILT_IN:
         module = importlib.import_module(f"t2g.tasks.{name}")
     else:
-        module = cli.load_file(name, "--task", BUILT_IN, ("load", "score", "METRICS"))
+        module = cli.load_file(name, "--task", BUILT_IN, REQUIRED, OPTIONAL)
+    names = module.METRICS
+    if not isinstance(names, dict) or not set(map(type, (*names, *names.values()))) <= {str}:
+        fail(f"METRICS of {name} must be a dict with a sentence for each number of score()")
+    if taken := names.keys() & {*log.METRICS, *(f"{name}_greedy" for name in names)}:
+        fail(f"METRICS of {name} uses names of other metrics, {', '.join(taken)}; rename them")
     path = Path(module.__file__)
     module.NAME = path.parent.name if path.stem == "task" else path.stem
     return module
+
+
+def load(task, args) -> list[list[Example]]:
+    """Returns the task's examples for training and the held-out ones, with valid_text()."""
+    parts = task.load(args)
+    is_pair = isinstance(parts, tuple | list) and len(parts) == 2
+    if not is_pair or not all(isinstance(part, tuple | list) and part for part in parts):
+        fail("load() of the task must return (train, heldout), two lists of at least one Example")
+    return [list(map(valid_example, part)) for part in parts]
+
+
+def valid_example(example) -> Example:
+    texts = example[:2] if isinstance(example, Example) else [None]
+    if not all(isinstance(text, str) for text in texts):
+        fail(f"load() returned {example!r}, not an Example with strings as prompt and reference")
+    return Example(*(valid_text(text, "an example of the task") for text in texts), example.facts)
 
 
 def add_flags(add):
@@ -64,20 +90,13 @@ def add_flags(add):
     add("--seed", 0, "seed of every random choice", int)
 
 
-def data_flags(args) -> list[str]:
+def data_flags(args) -> dict:
     """Returns the flags that make an earlier stage use the same data in the same way."""
     names = ["task", "seed", "max_prompt_length", "data", "heldout_data", "bf16"]
     names += ["chat_template_kwargs"]
     own_flags = getattr(load_task(args.task), "add_flags", lambda add: None)
     own_flags(lambda name, *_, **__: names.append(name.removeprefix("--").replace("-", "_")))
-    words = []
-    for name in names:
-        value = getattr(args, name)
-        if value is True:
-            words.append(f"--{name}")
-        elif value is not None and value is not False:
-            words += [f"--{name}", str(value)]
-    return words
+    return {name: getattr(args, name) for name in names}
 
 
 def short_enough(examples, tokenizer, max_prompt_length) -> list[Example]:
@@ -113,7 +132,10 @@ def parse(parser, script: str, **defaults):
     if named.critic and named.critic.endswith(".py"):
         files.append(critics.load_critic_file(named.critic))
     for file in files:
-        getattr(file, "add_flags", lambda add: None)(cli.flags(parser))
+        try:
+            getattr(file, "add_flags", lambda add: None)(cli.flags(parser))
+        except argparse.ArgumentError as error:
+            fail(f"add_flags of {file.__file__} uses a flag of {script}: {error}; rename it")
     own_defaults = getattr(task, "DEFAULTS", {})
     own_defaults = own_defaults.get(script, defaults.get(task.NAME, {}))
     if unknown := set(own_defaults) - {action.dest for action in parser._actions}:

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from t2g import critics
 from t2g.align import locate
-from t2g.critics import quote_of
+from t2g.critics import checked, quote_of, rule_critic
+from t2g.feedback import Feedback
 
 PARTS = st.lists(st.sampled_from(["a", "b", "ab", "27"]), min_size=1, max_size=8)
 
@@ -45,16 +46,38 @@ def test_a_quote_grows_word_by_word_to_the_left_until_it_is_unique(text, place, 
 @pytest.mark.parametrize(
     ("source", "named"),
     [
-        ("def critic(task, args:", "not valid Python"),
-        ("x = 1", "must define critic"),
+        ("def critic(task, args:", "cannot be imported: '(' was never closed"),
+        ("import no_such_module", "cannot be imported: No module"),
+        ("x = 1", "must define critic(task, args)"),
+        ("critic = lambda task: None", "must define critic(task, args)"),
+        ("critic = lambda *_: None", "must return a function, not None"),
+        ("critic = lambda *_: lambda *_: None", "no list of values for 2 responses"),
+        ("critic = lambda *_: lambda *_: (0.0 for _ in 'ab')", "no list of values"),
+        ("critic = lambda *_: lambda *_: Feedback('')", "no list of values"),
+        ("critic = lambda *_: lambda *_: ['a', 'b']", "returned 'a', not"),
+        ("critic = lambda *_: lambda *_: [Feedback(None)] * 2", "critique=None"),
+        ("critic = lambda *_: lambda *_: [Feedback('', ('a',))] * 2", '"good" must be a list'),
         ("critic = lambda *_: lambda *_: [1, 1]", "returned 1, not"),
         ("critic = lambda *_: lambda *_: [1.0, float('nan')]", "returned nan"),
         ("critic = lambda *_: lambda *_: [None]", "1 values for 2 responses"),
     ],
 )
 def test_a_faulty_critic_file_ends_with_one_sentence(source, named, tmp_path, capsys):
-    (tmp_path / "mine.py").write_text(source)
+    (tmp_path / "mine.py").write_text("from t2g.feedback import Feedback\n" + source)
     with pytest.raises(SystemExit):
         args = SimpleNamespace(critic=str(tmp_path / "mine.py"))
         critics.load_critic(None, args, tmp_path, "cpu")([None] * 2, ["a", "b"])
     assert named in capsys.readouterr().err
+
+
+def test_half_a_surrogate_pair_in_feedback_becomes_a_question_mark(capsys):
+    half = Feedback("Lyon \ud83d", [], ["a", {"text": "\ud83d", "severity": 0.5}])
+    whole = Feedback("Lyon ?", [], ["a", {"text": "?", "severity": 0.5}])
+    assert checked(lambda *_: [half, None])([None] * 2, ["a", "b"]) == [whole, None]
+    assert "half a surrogate pair" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("one", [None, 1.0, "poor"])
+def test_a_rule_must_return_feedback(one, refused):
+    critic = rule_critic(SimpleNamespace(critique=lambda *_: one))
+    assert f"returned {one!r}" in refused(critic, [None], ["a"])

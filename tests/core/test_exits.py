@@ -43,7 +43,7 @@ CAUSES = {  # what fails, by the name that train_ppo.py calls it; the rank; the 
     "sample": (too_long, 1, "exceed the model's context"),
     "response_logprobs": (out_of_memory, 1, "out of memory"),
     "check_first_ratio": (unlike_ratio, 1, "first ratio of a step must be 1"),
-    "shift": (not_a_number, 0, "not JSON compliant"),  # a metric, which rank 0 logs
+    "shift": (not_a_number, 0, "no finite shift_good in step 1"),  # a metric, which rank 0 logs
 }
 
 

@@ -14,6 +14,7 @@ import types
 import pytest
 
 from t2g import cli, data, stages, tasks
+from t2g.metrics import mean_scores
 from t2g.tasks import qa, summarize, toy
 
 SLF5K = {
@@ -188,6 +189,71 @@ def test_qa_has_scores_and_no_rule(tmp_path, refused):
     assert "'chosen'; it has text" in refused(qa.load, flags("qa", path))
 
 
+# ---- a task of one's own -----------------------------------------------------------------------
+
+OWN = """
+from __future__ import annotations
+import dataclasses
+from t2g.tasks import Example
+METRICS = {"good": "share"}
+def load(args):
+    return [Example("a", "b", {})], [Example("c", "", {})]
+def score(example, response):
+    return {"good": 1}
+@dataclasses.dataclass
+class Data:
+    x: int
+"""
+BROKEN = [  # what is added to the file, and what the sentence names
+    ("import no_such_module", "cannot be imported: No module"),
+    ("METRICS = ['good']", "METRICS of"),
+    ("METRICS = {'good': 1}", "METRICS of"),
+    ("METRICS |= {'reward': ''}", "reward"),
+    ("METRICS |= {'good_greedy': ''}", "good_greedy"),
+    ("load = lambda: 0", "must define load(args)"),
+    ("score = 0", "must define score(example, response)"),
+    ("critique = lambda response: 0", "must define critique(example, response)"),
+    ("add_flags = lambda add: add('--seed', 1, 'x')", "--seed"),
+    *((f"score = lambda *_: {value}", "no finite number 'good'") for value in
+      ("None", "1.0", "'good'", "[1]", "{'good': None}", "{'good': '1'}", "{'good': 1e999}")),
+    *((f"load = lambda args: {value}", "(train, heldout)") for value in
+      ("None", "([], [1])", "([1], [])", "[Example('a', '', {})]", "Example('a', 'b', {})")),
+    *((f"load = lambda args: ([{value}], [1])", "not an Example") for value in
+      ("'prompt'", "('a', 'b', {})", "Example(None, '', {})", "Example('a', None, {})")),
+]  # fmt: skip
+
+
+def run_own(path, source):
+    """Loads a task and what it loads, and scores a response."""
+    path.write_text(OWN + source)
+    parser = argparse.ArgumentParser()
+    tasks.add_flags(cli.flags(parser))
+    parser.set_defaults(task=str(path))
+    task, args = tasks.parse(parser, "train_ppo")
+    parts = tasks.load(task, args)
+    return parts, mean_scores(task, parts[0], ["x"])
+
+
+@pytest.mark.parametrize(("source", "named"), BROKEN)
+def test_a_task_that_breaks_the_contract_is_refused(monkeypatch, tmp_path, refused, source, named):
+    monkeypatch.setattr(sys, "argv", ["train_ppo.py"])
+    assert named in refused(run_own, tmp_path / "mine.py", source)
+
+
+def test_a_task_of_one_s_own_may_have_one_example_and_half_an_emoji(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sys, "argv", ["train_ppo.py"])
+    source = "load = lambda args: ([Example('a \\ud83d', '', {})], [Example('b', '\\udfff', {})])"
+    (train, heldout), scores = run_own(tmp_path / "mine.py", source)
+    assert train == [("a ?", "", {})] and heldout == [("b", "?", {})] and scores == {"good": 1}
+    assert "half a surrogate pair" in capsys.readouterr().out
+
+
+def test_an_error_inside_a_task_keeps_its_traceback(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["train_ppo.py"])
+    with pytest.raises(KeyError):
+        run_own(tmp_path / "mine.py", "score = lambda *_: {}['bug']")
+
+
 # ---- stages ------------------------------------------------------------------------------------
 
 
@@ -221,9 +287,7 @@ def test_earlier_stages_get_the_same_flags_and_those_of_the_task(monkeypatch, tm
     commands = []
     monkeypatch.setattr(stages, "run", lambda title, command: commands.append(" ".join(command)))
     task = tmp_path / "mine.py"
-    source = (
-        "load = score = METRICS = None\ndef add_flags(add):\n    add('--mine', 1, 'its own flag')"
-    )
+    source = "METRICS = {}\nload = lambda args: 0\nscore = lambda example, response: {}\ndef add_flags(add):\n    add('--mine', 1, 'its own flag')"
     task.write_text(source)
     args = flags(task, "a.jsonl", "--heldout_data", "b.jsonl", "--bf16")
     args.mine = 7
