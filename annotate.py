@@ -103,7 +103,7 @@ def sample_responses(task, args, out) -> tuple[list[tasks.Example], list[dict]]:
     stages.ensure(["sft"], args, out.parent, args.policy)
     torch.manual_seed(args.seed)
     tokenizer, model = policy.load(args.policy or out.parent / "sft", policy.device())
-    examples = tasks.short_enough(tasks.load(task, args)[0], tokenizer, args.max_prompt_length)
+    examples = tasks.short_enough(tasks.load(task, args)[0], tokenizer, model, args)
     examples = random.Random(args.seed).choices(examples, k=args.num_samples)
     prompts = [example.prompt for example in examples]
     options = dict(temperature=args.temperature, bf16=args.bf16, desc="sampling")

@@ -48,7 +48,7 @@ def policies(task, args) -> dict:
     scores, table, examples = {}, {}, tasks.load(task, args)[1]
     for run in args.runs or [f"runs/{task.NAME}/sft", f"runs/{task.NAME}/ppo"]:
         tokenizer, model = policy.load(run, policy.device())
-        heldout = tasks.short_enough(examples, tokenizer, args.max_prompt_length)
+        heldout = tasks.short_enough(examples, tokenizer, model, args)
         heldout, length = heldout[: args.eval_samples], args.response_length
         sampling = length, args.bf16, run, args.seed
         scores[run] = evaluate(task, model, tokenizer, heldout, *sampling)
@@ -84,7 +84,7 @@ def reward_models(task, args) -> dict:
 def records_of_rule(task, args, source) -> list[dict]:
     """Samples responses of a policy to held-out prompts; the task's rule annotates them."""
     tokenizer, model = policy.load(source, policy.device())
-    heldout = tasks.short_enough(tasks.load(task, args)[1], tokenizer, args.max_prompt_length)
+    heldout = tasks.short_enough(tasks.load(task, args)[1], tokenizer, model, args)
     heldout = heldout[: args.eval_samples]
     prompts, options = [e.prompt for e in heldout], dict(desc="responses", bf16=args.bf16)
     texts, _ = respond(model, tokenizer, prompts, args.response_length, **options)

@@ -25,7 +25,7 @@ from t2g.page import SAMPLES_PER_STEP
 from t2g.policy import Policy, autocast
 from t2g.ppo import AdaptiveKL, gae, policy_loss, value_loss, whiten
 from t2g.rewards import place_rewards, token_rewards
-from t2g.rollout import check_context, sample
+from t2g.rollout import sample
 from t2g.run import Run, add_step_flags, sampling
 from t2g.score import Scores, response_logprobs, score
 
@@ -90,12 +90,9 @@ def main():
     with dist.session(args.cpu_offload, run_first=earlier) as seconds:
         start = time.perf_counter()
         tokenizer, model = policy.load(start_model)
-        parts, limit = tasks.load(task, args), args.max_prompt_length
-        pool, heldout = (tasks.short_enough(part, tokenizer, limit) for part in parts)
+        parts = tasks.load(task, args)
+        pool, heldout = (tasks.short_enough(part, tokenizer, model, args) for part in parts)
         measured = heldout[: args.eval_samples]
-        used = [*pool, *heldout[: max(args.eval_samples, SAMPLES_PER_STEP)]]
-        longest = max(tasks.prompt_lengths(used, tokenizer))
-        check_context(model, longest, args.response_length)  # now, and not after hours
         critic = critics.load_critic(task, args, root, policy.device())
         actor, reference = make_models(model, args, start_model)
         measure = partial(evaluate, task, actor.model, tokenizer, measured, args.response_length)

@@ -32,7 +32,7 @@ def main():
         model = cpu.use(model).to(policy.device())
     else:
         cli.fail(f"the task {args.task} needs --model (in train_ppo.py: --policy)")
-    examples = tasks.short_enough(examples, tokenizer, args.max_prompt_length)
+    examples = tasks.short_enough(examples, tokenizer, model, args)
     if hasattr(task, "sft_pairs"):
         pairs = task.sft_pairs(args, examples)
     else:

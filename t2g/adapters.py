@@ -68,14 +68,19 @@ def is_adapter(path) -> bool:
 
 
 def base_of(path) -> str:
-    """The model that an adapter was trained on; a relative path counts from any parent folder."""
-    base = peft().PeftConfig.from_pretrained(path).base_model_name_or_path
-    folders = [parent / base for parent in [Path(), *Path(path).resolve().parents]]
+    """The model of an adapter; a relative path may count from its own folder or any parent."""
+    own = Path(path).resolve()
+    base = str(peft().PeftConfig.from_pretrained(path).base_model_name_or_path or own)
+    if Path(base).resolve() == own:
+        fail(f"{path} is an adapter without a base: set base_model_name_or_path in its config")
+    folders = [folder / base for folder in (Path(), own, *own.parents)]
     return str(next((folder for folder in folders if folder.is_dir()), base))
 
 
 def merge(model, path):
     """The model with an adapter merged into its weights, and resized to embeddings of its own."""
+    if not list(Path(path).glob("adapter_model.*")):
+        fail(f"the adapter {path} has no file adapter_model.safetensors")
     weights = peft().load_peft_weights(path, device="cpu")
     embedding = model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is embedding)

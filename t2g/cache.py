@@ -10,11 +10,10 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import create_causal_mask
 
-from t2g.cli import fail
+from t2g.cli import FAILURES, fail
 
 RENAMED = "cache" in inspect.signature(create_causal_mask).parameters
 ARGUMENT = "cache" if RENAMED else "past_key_values"  # the models' name for it, by version
-FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError)
 
 
 def positions(attention):

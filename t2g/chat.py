@@ -8,10 +8,11 @@ from functools import lru_cache
 
 from jinja2 import TemplateError
 
-from t2g.cli import fail
+from t2g.cli import FAILURES, fail
 
 QUESTION, ANSWER = "What is 1 + 1?", "It is two."  # to see what a template makes of them
 EXAMPLE_KWARGS = '{"enable_thinking": false}'
+TEMPLATE_ERRORS = (TemplateError, *FAILURES)  # a template may call any method of a value
 template_kwargs = {}  # --chat_template_kwargs of this process
 
 
@@ -33,12 +34,12 @@ def chat_text(tokenizer, prompt: str) -> str:
     for content in (prompt, [{"type": "text", "text": prompt}]):  # some templates take parts alone
         try:
             chat = render(tokenizer, dict(role="user", content=content), add_generation_prompt=True)
-        except (TemplateError, TypeError) as error:
-            reason = error
+        except TEMPLATE_ERRORS as error:
+            reason = repr(error)
             continue
         if prompt.strip() in chat:
             return chat
-    fail(f"the chat template of {tokenizer.name_or_path} cannot be used: {reason}")
+    fail(f"the chat template of {tokenizer.name_or_path or 'a model'} cannot be used: {reason}")
 
 
 def render(tokenizer, *messages, **options) -> str:
@@ -51,7 +52,7 @@ def turn_edges(tokenizer) -> tuple[str, int]:
     messages = [dict(role="user", content=QUESTION), dict(role="assistant", content=ANSWER)]
     try:
         chat = render(tokenizer, *messages)
-    except (TemplateError, TypeError):
+    except TEMPLATE_ERRORS:
         return "", tokenizer.eos_token_id
     turn = chat.removeprefix(chat_text(tokenizer, QUESTION))
     space, _, after = turn.partition(ANSWER)

@@ -18,6 +18,8 @@ import transformers
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 MEMORY_FULL = (torch.OutOfMemoryError, MemoryError)
+FAILURES = (ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError)
+FAILURES += (OSError, RuntimeError, TypeError, ValueError)  # of other people's code, at bad input
 UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)
 
 

@@ -6,14 +6,18 @@ losses (ppo.py).
 """
 
 import math
+import os
 import shutil
+import textwrap
 import time
 from contextlib import contextmanager, nullcontext
+from json import JSONDecodeError
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import NamedTuple
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -27,13 +31,14 @@ from transformers import (
 
 from t2g import adapters, cpu, dist
 from t2g.cache import check_batching, positions
-from t2g.chat import encode_chats, turn_edges
-from t2g.cli import fail
+from t2g.chat import control_tokens, encode_chats, template_kwargs, turn_edges
+from t2g.cli import FAILURES, fail
 from t2g.dist import device
 from t2g.log import put_in_place
 
 LOWEST = torch.finfo(torch.float32).min
-LOAD_ERRORS = (OSError, ValueError, ImportError, RuntimeError, SafetensorError, UnpicklingError)
+DAMAGED = (EOFError, JSONDecodeError, SafetensorError, UnpicklingError)
+LOAD_ERRORS = (*DAMAGED, *FAILURES, StrictDataclassError)
 
 
 class ResponseStats(NamedTuple):
@@ -143,7 +148,8 @@ def save(model, tokenizer, run, step, value_head=None, write_more=None) -> Path:
         check_numbers(weight)
     try:
         if dist.rank() == 0:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            for leftover in Path(run).glob("checkpoint-*.unfinished"):
+                shutil.rmtree(leftover)
             model.save_pretrained(unfinished, state_dict=weights)
             tokenizer.save_pretrained(unfinished)
             if value_head:
@@ -183,21 +189,30 @@ def load(path, device="cpu") -> tuple[PreTrainedTokenizerBase, torch.nn.Module]:
     Raises: SystemExit with one sentence if there is no such model, or no chat template or EOS.
     """
     path = str(latest_checkpoint(path) or path)
+    path = os.path.abspath(path) if os.path.exists(path) else path
     try:
         tokenizer, model = read(path)
     except LOAD_ERRORS as error:
-        fail(f"no model could be loaded from {path!r}: {str(error).splitlines()[0]}")
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 400)
+        hint = "; a file is damaged or a git-lfs pointer" if isinstance(error, DAMAGED) else ""
+        fail(f"no model could be loaded from {path!r} ({reason}){hint}")
     if not tokenizer.chat_template:
         fail(f"the tokenizer of {path} has no chat template: use a chat model, or set and save one")
     if tokenizer.eos_token_id is None:
         fail(f"the tokenizer of {path} has no EOS token: set tokenizer.eos_token and save it")
+    for name in template_kwargs:
+        if name not in tokenizer.get_chat_template():
+            print(f"the chat template of {path} has no use for {name} of --chat_template_kwargs")
     size = len(model.get_input_embeddings().weight)
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= size:
         tokenizer.pad_token = tokenizer.eos_token
-    if max(tokenizer.eos_token_id, *encode_chats(tokenizer, [""])[0]) >= size:
-        fail(f"the tokenizer of {path} needs more than the {size} tokens of the model")
     tokenizer.padding_side = "left"
     ends = sorted({*eos_ids(tokenizer, model), turn_edges(tokenizer)[1]})
+    control = set(control_tokens(tokenizer))  # no text is encoded to them
+    ids = [i for token, i in tokenizer.get_vocab().items() if token not in control]
+    if max(*ends, *ids, *encode_chats(tokenizer, [""])[0]) >= size:
+        remedy = "resize and save the model's embeddings"
+        fail(f"the tokenizer of {path} has more tokens than the model's {size}: {remedy}")
     ids = dict(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
     model.generation_config = GenerationConfig(**ids)
     model.name_or_path = path  # an adapter's files name it as their base
@@ -210,6 +225,7 @@ def read(path) -> tuple[PreTrainedTokenizerBase, torch.nn.Module]:
     """A model with its adapter merged, and its tokenizer; an adapter's own one takes precedence."""
     if adapters.is_adapter(path):
         base = adapters.base_of(path)
+        print(f"{path} is an adapter of {base}", flush=True)
         tokenizer, model = read(str(latest_checkpoint(base) or base))
         if (Path(path) / "tokenizer_config.json").is_file():
             tokenizer = AutoTokenizer.from_pretrained(path)
@@ -241,13 +257,10 @@ def check_keys(path, report):
 
 def check_path(path, gguf):
     """Fails with a sentence of its own for paths at which there is no model."""
-    folder = Path(path)
-    is_local = path.startswith((".", "/", "runs/"))
-    if gguf and not folder.is_file():
-        fail(f"there is no file {path}")
-    if (folder / "metrics.jsonl").is_file():
+    if (Path(path) / "metrics.jsonl").is_file():
         fail(f"the run {path} has no checkpoint, so it did not finish: run that stage again")
-    if not gguf and is_local and not (folder / "config.json").is_file():
+    is_local = path.startswith((".", "/", "runs/")) or gguf
+    if is_local and not Path(path, "" if gguf else "config.json").is_file():
         fail(f"{path} holds no model: give a hub id, a model's folder or a .gguf file")
 
 

@@ -74,7 +74,9 @@ def sample(
     """
     prompt, prompt_mask = encode_prompts(tokenizer, prompts, model.device)
     length = prompt.shape[1] + response_length
-    check_context(model, prompt.shape[1], response_length)
+    if length > context_length(model):
+        too_many = f"a prompt of {prompt.shape[1]} tokens and {response_length} new ones"
+        fail(f"{too_many} exceed the model's context of {context_length(model)}; shorten either")
     eos = torch.tensor(eos_ids(tokenizer, model), device=model.device)
     response = prompt.new_full((len(prompts), response_length), tokenizer.pad_token_id)
     mask = torch.zeros_like(response, dtype=torch.bool)
@@ -102,14 +104,6 @@ def sample(
     response, mask = response[:, : t + 1], mask[:, : t + 1]
     texts = [response_text(tokenizer, row[m].tolist()) for row, m in zip(response, mask)]
     return Rollout(prompt, prompt_mask, response, mask, finished, texts)
-
-
-def check_context(model, prompt_length, new_tokens):
-    """Fails with a sentence if a prompt and its response do not fit the model's context."""
-    if prompt_length + new_tokens > context_length(model):
-        too_many = f"{prompt_length} prompt tokens and {new_tokens} new ones"
-        flags = "--max_prompt_length, --response_length or --critique_length"
-        fail(f"{too_many} exceed the model's context of {context_length(model)}; lower {flags}")
 
 
 def draw(logits, temperature, uniform):

@@ -86,7 +86,7 @@ def drop_long(rows, limit, size=length):
     kept = [row for row in rows if size(row) <= limit]
     dropped = f"{len(rows) - len(kept)} of {len(rows)} training texts have more than {limit} tokens"
     if not kept:
-        fail(f"{dropped}; raise --max_length")
+        fail(f"{dropped}; raise --max_length, if the context is longer, or shorten them")
     if len(kept) < len(rows):
         print(f"{dropped}: dropped")
     return kept
@@ -265,6 +265,6 @@ def save(model, tokenizer, folder, step, args, value_head=None) -> Path:
     """Writes the final checkpoint, with adapters merged, and deletes what a resumed run needs."""
     model = model.merge_and_unload() if args.lora_r else model
     saved = policy.save(model.eval(), tokenizer, folder, step, value_head)
-    for name in (STATE, BEST):
-        (folder / name).unlink(missing_ok=True)
+    for file in [*folder.glob("state.*"), *folder.glob("best.*")]:
+        file.unlink()
     return saved

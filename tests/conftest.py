@@ -81,17 +81,12 @@ def model(tokenizer):
 
 @pytest.fixture(scope="module")
 def posts():
-    """Makes the toy's 20,000 posts of a seed once per module, and measures few of their prompts."""
-    from t2g import tasks
+    """Makes the toy's 20,000 posts of a seed once per module."""
     from t2g.tasks import toy
 
     made = functools.cache(lambda seed, load=toy.load: load(SimpleNamespace(seed=seed)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(toy, "load", lambda args: tuple(map(list, made(args.seed))))
-        lengths = tasks.prompt_lengths
-        patch.setattr(
-            tasks, "prompt_lengths", lambda rows, tokenizer: lengths(rows[-9:], tokenizer)
-        )
         yield
 
 

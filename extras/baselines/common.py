@@ -60,9 +60,9 @@ def add_sampling_flags(add, num_prompts, samples_per_prompt):
     add("--missing_eos_penalty", 1.0, "penalty of a response without EOS", cli.between(0, 1e6))
 
 
-def draw_examples(task, args, tokenizer) -> list[tasks.Example]:
+def draw_examples(task, args, tokenizer, model) -> list[tasks.Example]:
     """Draws --num_prompts training examples, each --samples_per_prompt times, sorted by length."""
-    train = tasks.short_enough(tasks.load(task, args)[0], tokenizer, args.max_prompt_length)
+    train = tasks.short_enough(tasks.load(task, args)[0], tokenizer, model, args)
     drawn = random.Random(f"offline {args.seed}").choices(train, k=args.num_prompts)
     drawn.sort(key=lambda example: (len(example.prompt), example.prompt))
     return [example for example in drawn for _ in range(args.samples_per_prompt)]

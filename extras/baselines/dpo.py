@@ -95,7 +95,7 @@ def best_and_worst(groups) -> tuple[list[dict], dict]:
 def sample_pairs(task, args, tokenizer, model, root) -> tuple[list[dict], dict]:
     """Returns pairs of the policy's own responses, and the metrics of the sampling."""
     critic, size = critics.load_critic(task, args, root, policy.device()), args.samples_per_prompt
-    examples = common.draw_examples(task, args, tokenizer)
+    examples = common.draw_examples(task, args, tokenizer, model)
     rows, stats = common.sample_and_score(examples, critic, tokenizer, model, args)
     pairs, dropped = best_and_worst([rows[i : i + size] for i in range(0, len(rows), size)])
     return pairs, stats | dropped

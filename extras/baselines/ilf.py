@@ -34,7 +34,7 @@ def main():
     task, args = common.parse(__doc__, "ilf", add_flags, TOY)
     root, tokenizer, model = common.start(args)
     critic = critics.load_critic(task, args, root, policy.device())
-    examples = common.draw_examples(task, args, tokenizer)
+    examples = common.draw_examples(task, args, tokenizer, model)
     num_prompts = len({example.prompt for example in examples})
     shared = critic, tokenizer, model, args
 

@@ -53,7 +53,7 @@ def main():
     critic, scores = critics.load_critic(task, args, root, policy.device()), {}
     for run in args.runs:
         tokenizer, model = policy.load(run, policy.device())
-        heldout = tasks.short_enough(examples, tokenizer, args.max_prompt_length)
+        heldout = tasks.short_enough(examples, tokenizer, model, args)
         heldout, length = heldout[: args.eval_samples], args.response_length
         revise = partial(reflect, examples=heldout, critic=critic)
         options = dict(bf16=args.bf16, desc=run, seed=args.seed, respond=revise)

@@ -59,7 +59,7 @@ def main():
     args.batch_size = rows * args.num_mini_batches
     root, tokenizer, model = common.start(args)
     critic = critics.load_critic(task, args, root, policy.device())
-    pool = tasks.short_enough(tasks.load(task, args)[0], tokenizer, args.max_prompt_length)
+    pool = tasks.short_enough(tasks.load(task, args)[0], tokenizer, model, args)
     train(task, args, tokenizer, model, critic, pool)
     saved = policy.save(model, tokenizer, args.output_dir, args.max_steps)
     print(f"policy: {saved}")

@@ -49,12 +49,13 @@ def respond_to_heldout(name, args) -> tuple[list, list[str]]:
     """Returns the held-out examples of the task and a model's responses to them."""
     task = tasks.load_task(args.task)
     _, examples = tasks.load(task, args)
-    if args.max_prompt_length:
-        examples = tasks.short_enough(examples, policy.load(name)[0], args.max_prompt_length)
-    examples = examples[: args.eval_samples]
     default = getattr(task, "DEFAULTS", {}).get("eval", {}).get("response_length", 64)
+    args.response_length = args.response_length or default
+    if args.max_prompt_length:
+        examples = tasks.short_enough(examples, *policy.load(name), args)
+    examples = examples[: args.eval_samples]
     prompts = [example.prompt for example in examples]
-    return examples, respond_to(prompts, name, args, args.response_length or default)
+    return examples, respond_to(prompts, name, args, args.response_length)
 
 
 def read_texts(path, *fields) -> list[dict]:

@@ -27,9 +27,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from t2g import cli, critics, dist, log
-from t2g.chat import EXAMPLE_KWARGS, encode_chats, use_kwargs
+from t2g.chat import EXAMPLE_KWARGS, chat_text, encode_chats, use_kwargs
 from t2g.cli import fail, positive
 from t2g.log import valid_text
+from t2g.policy import context_length
 
 BUILT_IN = ("qa", "summarize", "toy")
 REQUIRED = ("load(args)", "score(example, response)", "METRICS")
@@ -99,22 +100,27 @@ def data_flags(args) -> dict:
     return {name: getattr(args, name) for name in names}
 
 
-def short_enough(examples, tokenizer, max_prompt_length) -> list[Example]:
-    """Drops the examples with longer prompts, and prints how many remain."""
-    if not max_prompt_length:
-        return examples
-    lengths = prompt_lengths(examples, tokenizer)
-    kept = [example for example, length in zip(examples, lengths) if length <= max_prompt_length]
-    limit = f"at most {max_prompt_length} prompt tokens"
-    if not kept:
-        fail(f"none of {len(examples)} examples has {limit}; raise --max_prompt_length")
-    print(f"{len(kept)} of {len(examples)} examples have {limit}; the others are dropped")
+def short_enough(examples, tokenizer, model, args) -> list[Example]:
+    """Drops the examples whose prompts are too long, and prints how many remain.
+
+    A prompt has at most --max_prompt_length tokens, and leaves room for a response in the context.
+    """
+    room = context_length(model) - getattr(args, "response_length", 0)
+    limit = min(args.max_prompt_length or room, room)
+    # Only long texts are encoded, because a token has at least one byte.
+    spare = limit - len(chat_text(tokenizer, "").encode())
+    texts = [example.prompt for example in examples if len(example.prompt.encode()) > spare]
+    lengths = map(len, encode_chats(tokenizer, texts))
+    too_long = {text for text, length in zip(texts, lengths) if length > limit}
+    kept = [example for example in examples if example.prompt not in too_long]
+    if too_long and not kept:
+        why = "--max_prompt_length" if limit < room else "what the model's context has room for"
+        fail(f"none of {len(examples)} prompts has at most {limit} tokens, {why}")
+    if too_long:
+        print(
+            f"{len(kept)} of {len(examples)} have at most {limit} prompt tokens; others are dropped"
+        )
     return kept
-
-
-def prompt_lengths(examples, tokenizer) -> list[int]:
-    """The number of tokens of each prompt in the chat template."""
-    return list(map(len, encode_chats(tokenizer, [example.prompt for example in examples])))
 
 
 def parse(parser, script: str, **defaults):

@@ -28,7 +28,8 @@ def test_a_template_of_parts_gets_parts(tokenizer):
 
 
 @pytest.mark.parametrize(
-    "template", ["No message.", "{% for m in messages %}", "{{ raise_exception('No.') }}"]
+    "template",
+    ["No message.", "{% for m in messages %}", "{{ raise_exception('No.') }}", "{{ 1 // 0 }}"],
 )
 def test_a_template_that_leaves_out_the_prompt_or_fails_is_refused(tokenizer, template, capsys):
     with pytest.raises(SystemExit):
@@ -47,6 +48,10 @@ def test_templates_get_the_arguments_of_the_command_line(tokenizer, capsys):
         with pytest.raises(SystemExit):
             use_kwargs(wrong)
         assert "JSON object" in capsys.readouterr().err
+    use_kwargs('{"continue_final_message": true}')
+    with pytest.raises(SystemExit):
+        chat_text(tokenizer, "Hi.")
+    use_kwargs(None)
 
 
 def test_a_control_token_that_a_text_spells_stays_text(tokenizer):

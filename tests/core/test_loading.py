@@ -1,6 +1,7 @@
 """Loading: whatever does not load exactly is refused in one sentence; adapters bring their own."""
 
 import copy
+import json
 import math
 
 import pytest
@@ -9,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 
+from t2g import cli
 from t2g.chat import chat_text
 from t2g.policy import load, save
 from t2g.rollout import sample
@@ -16,17 +18,11 @@ from t2g.rollout import sample
 
 @pytest.fixture
 def folder(model, tokenizer, tmp_path):
-    """A folder with the model and its tokenizer."""
+    """A folder with the model and its tokenizer; loading it prints nothing of transformers' own."""
+    cli.parser("")
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path / "model")
     return tmp_path / "model"
-
-
-def refused(capsys, call, *args, **options):
-    """The sentence with which a call ends the program."""
-    with pytest.raises(SystemExit):
-        call(*args, **options)
-    return capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -39,24 +35,71 @@ def refused(capsys, call, *args, **options):
     ],
     ids=["other names", "a block missing", "another shape", "left over"],
 )
-def test_weights_that_are_not_the_model_s_are_refused_by_name(folder, change, named, capsys):
+def test_weights_that_are_not_the_model_s_are_refused_by_name(folder, change, named, refused):
     file = folder / "model.safetensors"
     save_file(change(load_file(file)), file, metadata={"format": "pt"})
-    assert named in refused(capsys, load, folder)
+    assert named in refused(load, folder)
 
 
 def test_a_folder_without_a_model_and_a_tokenizer_without_a_template_are_refused(
-    folder, tmp_path, capsys
+    folder, tmp_path, refused
 ):
     (tmp_path / "empty").mkdir()
-    assert "empty" in refused(capsys, load, tmp_path / "empty")
+    assert "empty" in refused(load, tmp_path / "empty")
     (folder / "chat_template.jinja").unlink()
-    assert "chat template" in refused(capsys, load, folder)
+    assert "chat template" in refused(load, folder)
 
 
-def test_a_classifier_is_refused_as_a_policy(model, folder, capsys):
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 123\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("config.json", {"pad_token_id": 5000}, "Padding_idx"),
+        ("config.json", {"hidden_size": "big"}, "hidden_size"),
+        ("config.json", {"num_attention_heads": 0}, "ZeroDivisionError"),
+        ("model.safetensors", POINTER, "git-lfs"),
+        ("model.safetensors", "", "damaged"),
+        ("tokenizer.json", POINTER, "git-lfs"),
+        ("tokenizer.json", "{}", "KeyError"),
+        ("chat_template.jinja", "{{ 1 // 0 }}", "chat template"),
+        ("chat_template.jinja", "{{ ''.index('x') }}", "chat template"),
+    ],
+)
+def test_a_damaged_file_is_refused_in_one_sentence(folder, refused, name, content, problem):
+    change(folder / name, content)
+    assert problem in refused(load, folder)
+
+
+def change(file, content):
+    """Writes a text, or changes fields of a JSON file."""
+    if isinstance(content, dict):
+        content = json.dumps(json.loads(file.read_text()) | content)
+    file.write_text(content)
+
+
+def test_a_folder_without_a_tokenizer_is_refused_with_the_whole_reason(folder, refused):
+    for file in folder.glob("token*"):
+        file.unlink()
+    assert "slow tokenizer" in refused(load, folder)
+
+
+def test_tokens_beyond_the_embeddings_are_refused_if_a_text_can_have_them(
+    folder, tokenizer, refused
+):
+    own = copy.deepcopy(tokenizer)
+    own.add_tokens(["<image>"], special_tokens=True)  # Gemma 3 has one
+    own.save_pretrained(folder)
+    assert len(load(folder)[0]) == len(tokenizer) + 1
+    own.add_tokens(["bakery"])
+    own.save_pretrained(folder)
+    assert "more tokens" in refused(load, folder)
+
+
+def test_a_classifier_is_refused_as_a_policy(model, folder, refused):
     LlamaForSequenceClassification(model.config).save_pretrained(folder)
-    assert "score.weight" in refused(capsys, load, folder)
+    assert "score.weight" in refused(load, folder)
 
 
 def test_tied_heads_load(model, folder):
@@ -68,10 +111,10 @@ def test_tied_heads_load(model, folder):
     assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
 
 
-def test_weights_that_are_no_numbers_end_sampling(model, tokenizer, capsys):
+def test_weights_that_are_no_numbers_end_sampling(model, tokenizer, refused):
     broken = copy.deepcopy(model)
     broken.model.layers[1].mlp.down_proj.weight.data[3, 3] = math.nan
-    assert "NaN" in refused(capsys, sample, broken, tokenizer, ["Hi."], 4)
+    assert "NaN" in refused(sample, broken, tokenizer, ["Hi."], 4)
 
 
 def save_adapter(folder, tokenizer, **config):
@@ -98,18 +141,44 @@ def test_an_adapter_brings_its_template_and_new_tokens(folder, tokenizer):
     assert all(weight.requires_grad for weight in loaded.parameters()), "it can be trained on"
 
 
-def test_an_adapter_of_another_model_is_refused(folder, tokenizer, capsys):
+@pytest.mark.parametrize(
+    ("base", "problem"),
+    [(None, "without a base"), ("SELF", "without a base"), ("/no/model", "/no/model holds no")],
+)
+def test_an_adapter_without_its_base_is_refused(folder, tokenizer, refused, base, problem):
+    path = save_adapter(folder, tokenizer)[0]
+    base = str(path) if base == "SELF" else base
+    change(path / "adapter_config.json", {"base_model_name_or_path": base})
+    assert problem in refused(load, path)
+
+
+def test_an_adapter_s_base_may_count_from_its_folder_and_its_weights_must_be_there(
+    folder, tokenizer, refused
+):
+    path = save_adapter(folder, tokenizer)[0]
+    change(path / "adapter_config.json", {"base_model_name_or_path": f"../{folder.name}"})
+    load(path)
+    (path / "adapter_model.safetensors").unlink()
+    assert "adapter_model.safetensors" in refused(load, path)
+
+
+def test_a_base_of_a_relative_path_is_named_by_its_absolute_path(folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    assert load(folder.name)[1].name_or_path == str(folder)
+
+
+def test_an_adapter_of_another_model_is_refused(folder, tokenizer, refused):
     path = save_adapter(folder, tokenizer)[0]
     weights = load_file(path / "adapter_model.safetensors")
     dropped = sorted(weights)[0]
     save_file(
         {key: w for key, w in weights.items() if key != dropped}, path / "adapter_model.safetensors"
     )
-    assert dropped in refused(capsys, load, path)
+    assert dropped in refused(load, path)
 
 
-def test_weights_that_are_no_numbers_are_not_saved(model, tokenizer, tmp_path, capsys):
+def test_weights_that_are_no_numbers_are_not_saved(model, tokenizer, tmp_path, refused):
     spoilt = copy.deepcopy(model)
     spoilt.get_input_embeddings().weight.data[3, 1] = float("nan")
-    assert "not numbers" in refused(capsys, save, spoilt, tokenizer, tmp_path, 1)
+    assert "not numbers" in refused(save, spoilt, tokenizer, tmp_path, 1)
     assert not list(tmp_path.iterdir())

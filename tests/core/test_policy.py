@@ -293,6 +293,7 @@ def test_without_critic_clip_and_kl_the_step_is_the_natural_language_gradient(
 
 @torch.no_grad()
 def test_a_checkpoint_comes_back_as_it_was(policy, tokenizer, rollout, tmp_path):
+    (tmp_path / "checkpoint-2.unfinished").mkdir()  # which a kill has left
     folder = save(policy.model, tokenizer, tmp_path, 3, policy.value_head)
     assert folder == tmp_path / "checkpoint-3" == latest_checkpoint(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]

@@ -254,6 +254,35 @@ def test_an_error_inside_a_task_keeps_its_traceback(monkeypatch, tmp_path):
         run_own(tmp_path / "mine.py", "score = lambda *_: {}['bug']")
 
 
+# ---- lengths -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("max_prompt_length", "response_length", "kept", "reason"),
+    [
+        (None, 0, [1, 20, 200], ""),
+        (None, 200, [1, 20], "2 of 3"),
+        (12, 200, [1], "1 of 3"),
+        (2, 200, [], "--max_prompt_length"),
+        (12, 256, [], "context"),
+    ],
+)
+def test_prompts_that_leave_no_room_for_a_response_are_dropped(
+    model, tokenizer, capsys, max_prompt_length, response_length, kept, reason
+):
+    """The context is 256 tokens."""
+    examples = [tasks.Example("a" * count, "", {}) for count in (1, 20, 200)]
+    args = types.SimpleNamespace(max_prompt_length=max_prompt_length)
+    args.response_length = response_length
+    try:
+        examples = tasks.short_enough(examples, tokenizer, model, args)
+    except SystemExit:
+        examples = []
+    assert [len(example.prompt) for example in examples] == kept
+    printed = "".join(capsys.readouterr())
+    assert reason in printed and bool(reason) == bool(printed)
+
+
 # ---- stages ------------------------------------------------------------------------------------
 
 
