@@ -114,12 +114,12 @@ def short_enough(examples, tokenizer, model, args) -> list[Example]:
     too_long = {text for text, length in zip(texts, lengths) if length > limit}
     kept = [example for example in examples if example.prompt not in too_long]
     if too_long and not kept:
-        why = "--max_prompt_length" if limit < room else "what the model's context has room for"
+        left = f"what the context of {context_length(model)} leaves beside a response"
+        why = "--max_prompt_length" if limit < room else left
         fail(f"none of {len(examples)} prompts has at most {limit} tokens, {why}")
     if too_long:
-        print(
-            f"{len(kept)} of {len(examples)} have at most {limit} prompt tokens; others are dropped"
-        )
+        counts = f"{len(kept)} of {len(examples)} prompts"
+        print(f"{counts} have at most {limit} tokens; the others are dropped")
     return kept
 
 
