@@ -21,7 +21,6 @@ import math
 import random
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from t2g import annotator, cli, policy, server, stages, tasks
@@ -80,7 +79,7 @@ def main():
     out = Path(args.out or f"runs/{task.NAME}/annotations.jsonl")
     if args.responses and out.resolve() == Path(args.responses).resolve():
         cli.fail("--out is the file of --responses; choose another --out")
-    if args.critic != "openai" and out.exists():
+    if out.exists() and not (args.critic == "openai" and out.is_file()):
         cli.fail(f"{out} exists already; move it away or choose another --out")
     cli.make_folder(out.parent, "--out")
     if args.critic == "openai":
@@ -101,7 +100,6 @@ def read_unannotated(args) -> list[dict]:
 def sample_responses(task, args, out) -> tuple[list[tasks.Example], list[dict]]:
     """Samples the policy; returns examples of the task and a record with a response for each."""
     stages.ensure(["sft"], args, out.parent, args.policy)
-    torch.manual_seed(args.seed)
     tokenizer, model = policy.load(args.policy or out.parent / "sft", policy.device())
     examples = tasks.short_enough(tasks.load(task, args)[0], tokenizer, model, args)
     examples = random.Random(args.seed).choices(examples, k=args.num_samples)

@@ -13,8 +13,6 @@ Leaves out the training stages, whose metrics.jsonl has a line per step (t2g/log
 import json
 from pathlib import Path
 
-import torch
-
 from t2g import card, cli, critics, page, policy, stages, tasks
 from t2g.metrics import evaluate, interval
 from t2g.rollout import respond
@@ -37,7 +35,6 @@ def main():
     add("--eval_samples", 256, "held-out prompts; of --annotations all records are used")
     add("--out", "page.html", "page: the file to write")
     task, args = tasks.parse(parser, "eval")
-    torch.manual_seed(args.seed)
     print(json.dumps(WHAT[args.what](task, args)))
 
 

@@ -15,9 +15,10 @@ from collections import defaultdict
 from functools import partial
 from pathlib import Path
 
+from t2g import cli  # isort: skip  # first, so that Ctrl-C ends the slow imports quietly
 import torch
 
-from t2g import adapters, checkpoint, cli, critics, dist, policy, stages, tasks
+from t2g import adapters, checkpoint, critics, dist, policy, stages, tasks
 from t2g.align import SPAN_WEIGHTS
 from t2g.folder import run_folder
 from t2g.metrics import evaluate, mean_scores, shift, summary, token_counts, value_explained

@@ -12,8 +12,6 @@ import random
 import time
 from pathlib import Path
 
-import torch
-
 from t2g import cli, critics, policy, stages, supervised, tasks
 from t2g.feedback import Feedback
 from t2g.notes import read_annotations
@@ -49,7 +47,6 @@ def main():
         stages.ensure(["sft", "annotate"], args, root, args.model)
     start = time.perf_counter()
 
-    torch.manual_seed(args.seed)
     tokenizer, model = policy.load(args.model or root / "sft", policy.device())
     limit, pairs = supervised.longest_text(model, args), []
     path = args.annotations or root / "annotations.jsonl"

@@ -6,8 +6,6 @@ python train_sft.py --task summarize --model HUB_ID --data posts.jsonl --output_
 
 import time
 
-import torch
-
 from t2g import cli, cpu, policy, supervised, tasks
 
 
@@ -23,7 +21,6 @@ def main():
     args.output_dir = args.output_dir or f"runs/{task.NAME}/sft"
     start = time.perf_counter()
 
-    torch.manual_seed(args.seed)
     examples, _ = tasks.load(task, args)
     if args.model:
         tokenizer, model = policy.load(args.model, policy.device())

@@ -7,5 +7,18 @@
     data, log, cli, page          rows of data; metrics; flags and errors; the page of a run
     tasks                         toy, summarize, qa: prompts, scores and rules
 
-Read feedback, align, ppo, then ../train_ppo.py. Nothing here runs on import.
+Read feedback, align, ppo, then ../train_ppo.py.
 """
+
+import sys
+
+
+def end_quietly(kind, error, traceback):
+    """Ends a script without a traceback on Ctrl-C, also while its imports take seconds."""
+    if kind is not KeyboardInterrupt:
+        return sys.__excepthook__(kind, error, traceback)
+    print("\ninterrupted", file=sys.stderr)
+    raise SystemExit(130)
+
+
+sys.excepthook = end_quietly

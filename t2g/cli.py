@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import itertools
 import re
+import signal
 import sys
 import warnings
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from tqdm import tqdm
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 MEMORY_FULL = (torch.OutOfMemoryError, MemoryError)
@@ -25,6 +27,8 @@ UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)
 
 def fail(sentence: str):
     """Prints one sentence that says what is wrong and what to do, and exits with code 2."""
+    for bar in list(tqdm._instances):
+        bar.close()  # it has left the cursor in the middle of a line
     print(f"error: {sentence}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
@@ -174,6 +178,10 @@ def friendly_errors():
     """
     try:
         yield
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of a pipe has ended, as in | head
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGPIPE)
     except KeyboardInterrupt:
         resume = "the same command resumes from what was saved last, if anything was"
         print(f"\ninterrupted; {resume}", file=sys.stderr, flush=True)

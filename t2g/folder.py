@@ -61,8 +61,8 @@ def resumable(folder, args, resume) -> bool:
     changed = changed_flags(before, flags, (flags.keys() | before.keys()) - ignored)
     if changed and resume == "auto":
         names = ", ".join(changed)
-        hint = "--resume CHECKPOINT continues it"
-        print(f"the unfinished run in {folder} had another {names}; {hint}")
+        hint = "--resume CHECKPOINT" if hasattr(args, "resume") else "its own flags"
+        print(f"the unfinished run in {folder} had another {names}; continue it with {hint}")
     return not changed
 
 

@@ -106,7 +106,11 @@ def write_json(path, value):
 
 
 def write_text(path, text):
-    """Writes a file completely or not at all."""
+    """Writes a file, or the file that a symbolic link names, completely or not at all."""
+    if path.exists() and not path.is_file():  # a device or a pipe, such as /dev/stdout
+        path.write_text(text, encoding="utf-8")
+        return
+    path = path.resolve()
     unfinished = path.with_name(path.name + ".unfinished")
     unfinished.write_text(text, encoding="utf-8")
     put_in_place(unfinished, path)
@@ -136,7 +140,7 @@ def truncate(path, step):
     try:
         kept = [line.decode() + "\n" for line in lines if json.loads(line)["step"] <= step]
     except (ValueError, KeyError) as error:
-        fail(f"{path} is damaged ({error}); repair it, or start anew with --resume none")
+        fail(f"{path} is damaged ({error}); repair it or move its folder away")
     write_text(path, "".join(kept))
 
 
@@ -144,7 +148,7 @@ def read_json(path) -> dict:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        fail(f"{path} is damaged ({error}); move it away, or start anew with --resume none")
+        fail(f"{path} is damaged ({error}); repair it or move its folder away")
 
 
 def read_text(path) -> str:

@@ -26,6 +26,8 @@ import importlib
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from t2g import cli, critics, dist, log
 from t2g.chat import EXAMPLE_KWARGS, chat_text, encode_chats, use_kwargs
 from t2g.cli import fail, positive
@@ -148,6 +150,7 @@ def parse(parser, script: str, **defaults):
         fail(f"DEFAULTS of {named.task} names flags that {script} lacks: {', '.join(unknown)}")
     parser.set_defaults(**own_defaults)
     args = parser.parse_intermixed_args()  # positional arguments may stand between flags
+    torch.manual_seed(args.seed)
     use_kwargs(args.chat_template_kwargs)
     if dist.processes() > 1 and script != "train_ppo":
         fail(f"{script}.py runs in one process; start it without --nproc_per_node")

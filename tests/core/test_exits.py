@@ -2,19 +2,25 @@
 
 import errno
 import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 import warnings
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from forking import as_rank, free_port, started, two_ranks
 from safetensors import SafetensorError
+from tqdm import tqdm
 
 import train_ppo
 from t2g import dist
 from t2g.cli import fail, friendly_errors
+from t2g.log import write_text
 
 SECONDS = 30  # within which all ranks are gone
 FLAGS = (
@@ -141,3 +147,41 @@ def test_what_may_befall_any_stage_ends_it_with_a_sentence(error, code, shown, c
 def test_other_errors_keep_their_traceback(error):
     with pytest.raises(type(error)), friendly_errors():
         raise error
+
+
+@pytest.mark.parametrize("script", ["train_sft", "annotate", "train_rm", "train_ppo", "eval"])
+def test_ctrl_c_during_the_imports_leaves_no_traceback(script, tmp_path):
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
+    path = Path(__file__).parents[2] / f"{script}.py"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, path], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stderr.strip()) == (130, "interrupted")
+
+
+def test_a_sentence_starts_a_new_line_below_a_progress_bar(capsys):
+    with pytest.raises(SystemExit):
+        for _ in tqdm(range(3)):
+            fail("a sentence")
+    assert "\nerror: a sentence\n" in capsys.readouterr().err
+
+
+def print_to_nobody():
+    read, write = os.pipe()
+    os.close(read)
+    sys.stdout = open(write, "w")
+    with friendly_errors():
+        print("a result")
+
+
+def test_a_script_whose_reader_has_ended_ends_quietly():
+    assert exit_codes([started(print_to_nobody)]) == [-signal.SIGPIPE]
+
+
+def test_files_are_written_through_links_and_into_devices(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    for text in ("a", "b"):
+        write_text(tmp_path / "link", text)
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_text() == "b"
+    (tmp_path / "null").symlink_to("/dev/null")
+    write_text(tmp_path / "null", "a")
+    assert (tmp_path / "null").is_char_device()

@@ -221,7 +221,7 @@ def test_another_kl_coef_is_used_and_the_old_flags_are_kept(stopped, flags):
 def test_a_damaged_file_is_named(stopped, flags, name, damage):
     (stopped / name).write_text(damage + (stopped / name).read_text())
     code, printed = run(*flags)
-    assert code == 2 and f"{name} is damaged" in printed and "--resume none" in printed
+    assert code == 2 and f"{name} is damaged" in printed and "move its folder away" in printed
 
 
 @pytest.fixture

@@ -1,7 +1,10 @@
 """The studies' own commands: details of the official code, and what a healthy run looks like."""
 
 import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from running import save_start
@@ -10,6 +13,7 @@ import train_ppo
 from extras.studies import deviations, healthy
 from t2g.log import read_jsonl
 
+ROOT = Path(__file__).parents[2]
 PATCHED = ("sample", "whiten", "gae", "token_rewards", "policy_loss", "value_loss")
 
 
@@ -49,3 +53,13 @@ def test_healthy_prints_a_table_and_draws_the_curves(tmp_path, monkeypatch, caps
     assert both["kl"] == [2.0, 20.0, 24.0] and alone["kl"] == [1.0, 10.0, 12.0]
     assert "| `kl` | 2.00 → 20.00 → 24.00 | 1.00 → 10.00 → 12.00 |" in lines[5]
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", ["baselines.dpo", "benchmarks.text", "studies.healthy", "table"])
+def test_ctrl_c_during_the_imports_leaves_no_traceback(name, tmp_path):
+    for package in ("torch", "numpy"):
+        (tmp_path / f"{package}.py").write_text("raise KeyboardInterrupt")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-m", f"extras.{name}"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert (done.returncode, done.stderr.strip()) == (130, "interrupted")
