@@ -31,9 +31,9 @@ def main():
         cli.fail(f"the task {args.task} needs --model (in train_ppo.py: --policy)")
     examples = tasks.short_enough(examples, tokenizer, model, args)
     if hasattr(task, "sft_pairs"):
-        pairs = task.sft_pairs(args, examples)
-    else:
-        pairs = [(example.prompt, example.reference) for example in examples]
+        pairs = [tasks.Example(*pair, {}) for pair in task.sft_pairs(args, examples)]
+        examples = list(map(tasks.valid_example, pairs))
+    pairs = [(example.prompt, example.reference) for example in examples]
     saved = supervised.finetune(model, tokenizer, pairs, args, desc="starting policy")
     print(f"starting policy: {saved} ({time.perf_counter() - start:.0f} s)")
 

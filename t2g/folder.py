@@ -58,17 +58,13 @@ def resumable(folder, args, resume) -> bool:
     ignored = RESUME_IGNORES | (BATCH_FACTORS if "batch_size" in flags else set())
     if resume != "auto":
         ignored = ignored - {"resume"}
-    changed = changed_flags(before, flags, (flags.keys() | before.keys()) - ignored)
+    compared = (flags.keys() | before.keys()) - ignored
+    changed = {name for name in compared if spelling(flags.get(name)) != spelling(before.get(name))}
     if changed and resume == "auto":
-        names = ", ".join(changed)
+        names = ", ".join(sorted(changed))
         hint = "--resume CHECKPOINT" if hasattr(args, "resume") else "its own flags"
         print(f"the unfinished run in {folder} had another {names}; continue it with {hint}")
     return not changed
-
-
-def changed_flags(before, flags, names) -> list[str]:
-    """Returns those of the names whose values differ, however a path is spelt."""
-    return sorted(n for n in names if spelling(flags.get(n)) != spelling(before.get(n)))
 
 
 def spelling(value):

@@ -180,7 +180,7 @@ def read_jsonl(path) -> list[dict]:
 
 
 def parse_json(text: str, source):
-    """Parses JSON from a source; its texts become valid_text()."""
+    """Parses JSON from a source, with valid_text()."""
     value = json.loads(text)
     if "\\ud" in text.lower():
         value = json.loads(valid_text(json.dumps(value, ensure_ascii=False), source))
@@ -188,12 +188,7 @@ def parse_json(text: str, source):
 
 
 def valid_text(text: str, source) -> str:
-    """Replaces half a surrogate pair, such as half an emoji, which no tokenizer or file accepts.
-
-    >>> valid_text("Lyon \\ud83d", "mine.json")
-    mine.json contains half a surrogate pair, which becomes a ?
-    'Lyon ?'
-    """
+    """Replaces half a surrogate pair, such as half an emoji, which no tokenizer or file accepts."""
     valid = text.encode(errors="replace").decode()
     if valid != text:
         print_once(f"{source} contains half a surrogate pair, which becomes a ?")

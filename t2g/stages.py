@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from t2g import dist, tasks
-from t2g.folder import changed_flags, is_finished
+from t2g.folder import is_finished, spelling
 from t2g.log import read_json
 from t2g.policy import latest_checkpoint
 
@@ -45,10 +45,10 @@ def ensure(names, args, root, policy=None) -> dict[str, float]:
         finished = latest_checkpoint(output) and (name != "ppo" or is_finished(output))
         if output.is_file() or finished:
             config = output / "config.json"
-            changed = changed_flags(read_json(config) if config.is_file() else flags, flags, flags)
-            other = f", made with another {', '.join(changed)}" if changed else ""
-            hint = "move it away to make a new one"
-            print(f"using the {title} in {output}{other}; {hint}", flush=True)
+            before = read_json(config) if config.is_file() else flags
+            changed = [n for n in flags if spelling(before.get(n)) != spelling(flags[n])]
+            note = f", made with another {', '.join(changed)}" if changed else ""
+            print(f"using the {title} in {output}{note}; move it away for a new one", flush=True)
             continue
         command = [script, *words, flag, str(output)]
         if policy and name in POLICY_FLAG:

@@ -69,16 +69,17 @@ def load_task(name: str):
 def load(task, args) -> list[list[Example]]:
     """Returns the task's examples for training and the held-out ones, with valid_text()."""
     parts = task.load(args)
-    is_pair = isinstance(parts, tuple | list) and len(parts) == 2
-    if not is_pair or not all(isinstance(part, tuple | list) and part for part in parts):
-        fail("load() of the task must return (train, heldout), two lists of at least one Example")
+    if not isinstance(parts, tuple | list) or [type(part) for part in parts] != [list, list]:
+        fail(f"load() of {args.task} must return (train, heldout), two lists of Example")
+    if not all(parts):
+        fail(f"{args.task} has no examples to train on, or none held out; check --data")
     return [list(map(valid_example, part)) for part in parts]
 
 
 def valid_example(example) -> Example:
     texts = example[:2] if isinstance(example, Example) else [None]
     if not all(isinstance(text, str) for text in texts):
-        fail(f"load() returned {example!r}, not an Example with strings as prompt and reference")
+        fail(f"the task made {example!r}, not an Example with strings as prompt and reference")
     return Example(*(valid_text(text, "an example of the task") for text in texts), example.facts)
 
 

@@ -11,8 +11,10 @@ from scipy.stats import spearmanr, ttest_1samp
 
 from t2g.metrics import bootstrapped, interval, mean_scores, resamples, shift
 
+WRONG = [None, 1.0, "good", ["good"], {"good": float("nan")}, {"godo": 1}, {"good": "1"}]
 
-@pytest.mark.parametrize("score", [{"good": float("nan")}, {"godo": 1}, {"good": None}])
+
+@pytest.mark.parametrize("score", [*WRONG, {"good": None}])
 def test_a_score_that_is_missing_or_not_finite_is_named(score, refused):
     task = SimpleNamespace(METRICS={"good": "share"}, score=lambda example, text: score)
     assert "good" in refused(mean_scores, task, ["e"], ["text"])

@@ -14,7 +14,6 @@ import types
 import pytest
 
 from t2g import cli, data, stages, tasks
-from t2g.metrics import mean_scores
 from t2g.tasks import qa, summarize, toy
 
 SLF5K = {
@@ -141,7 +140,9 @@ def test_heldout_data_is_not_trained_on(tmp_path, refused):
     train, heldout = qa.load(flags("qa", path, "--heldout_data", held))
     assert [example.prompt for example in heldout] == list("0123")
     assert [example.prompt for example in train] == list("456789")
-    assert "held out" in refused(qa.load, flags("qa", held, "--heldout_data", path))
+    one = write(tmp_path / "c.jsonl", rows[:1])
+    for args in (flags("qa", held, "--heldout_data", path), flags("qa", one)):
+        assert "no examples to train on, or none held out" in refused(tasks.load, qa, args)
 
 
 ONE_TURN = [
@@ -196,10 +197,8 @@ from __future__ import annotations
 import dataclasses
 from t2g.tasks import Example
 METRICS = {"good": "share"}
-def load(args):
-    return [Example("a", "b", {})], [Example("c", "", {})]
-def score(example, response):
-    return {"good": 1}
+load = lambda args: ([Example("a", "b", {})], [Example("c", "", {})])
+score = lambda example, response: {"good": 1}
 @dataclasses.dataclass
 class Data:
     x: int
@@ -214,44 +213,39 @@ BROKEN = [  # what is added to the file, and what the sentence names
     ("score = 0", "must define score(example, response)"),
     ("critique = lambda response: 0", "must define critique(example, response)"),
     ("add_flags = lambda add: add('--seed', 1, 'x')", "--seed"),
-    *((f"score = lambda *_: {value}", "no finite number 'good'") for value in
-      ("None", "1.0", "'good'", "[1]", "{'good': None}", "{'good': '1'}", "{'good': 1e999}")),
     *((f"load = lambda args: {value}", "(train, heldout)") for value in
-      ("None", "([], [1])", "([1], [])", "[Example('a', '', {})]", "Example('a', 'b', {})")),
+      ("None", "[Example('a', '', {})]", "Example('a', 'b', {})", "('a', 'b')")),
+    *((f"load = lambda args: {value}", "none held out") for value in ("([], [1])", "([1], [])")),
     *((f"load = lambda args: ([{value}], [1])", "not an Example") for value in
       ("'prompt'", "('a', 'b', {})", "Example(None, '', {})", "Example('a', None, {})")),
 ]  # fmt: skip
 
 
-def run_own(path, source):
-    """Loads a task and what it loads, and scores a response."""
+def load_own(path, source):
+    """Imports a task and loads its examples, as each stage does."""
     path.write_text(OWN + source)
     parser = argparse.ArgumentParser()
     tasks.add_flags(cli.flags(parser))
     parser.set_defaults(task=str(path))
-    task, args = tasks.parse(parser, "train_ppo")
-    parts = tasks.load(task, args)
-    return parts, mean_scores(task, parts[0], ["x"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train_ppo.py"])
+        return tasks.load(*tasks.parse(parser, "train_ppo"))
 
 
 @pytest.mark.parametrize(("source", "named"), BROKEN)
-def test_a_task_that_breaks_the_contract_is_refused(monkeypatch, tmp_path, refused, source, named):
-    monkeypatch.setattr(sys, "argv", ["train_ppo.py"])
-    assert named in refused(run_own, tmp_path / "mine.py", source)
+def test_a_task_that_breaks_the_contract_is_refused(tmp_path, refused, source, named):
+    assert named in refused(load_own, tmp_path / "mine.py", source)
 
 
-def test_a_task_of_one_s_own_may_have_one_example_and_half_an_emoji(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(sys, "argv", ["train_ppo.py"])
+def test_a_task_of_one_s_own_may_have_one_example_and_half_an_emoji(tmp_path, capsys):
     source = "load = lambda args: ([Example('a \\ud83d', '', {})], [Example('b', '\\udfff', {})])"
-    (train, heldout), scores = run_own(tmp_path / "mine.py", source)
-    assert train == [("a ?", "", {})] and heldout == [("b", "?", {})] and scores == {"good": 1}
+    assert load_own(tmp_path / "mine.py", source) == [[("a ?", "", {})], [("b", "?", {})]]
     assert "half a surrogate pair" in capsys.readouterr().out
 
 
-def test_an_error_inside_a_task_keeps_its_traceback(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["train_ppo.py"])
+def test_an_error_inside_a_task_keeps_its_traceback(tmp_path):
     with pytest.raises(KeyError):
-        run_own(tmp_path / "mine.py", "score = lambda *_: {}['bug']")
+        load_own(tmp_path / "mine.py", "load = lambda args: {}['bug']")
 
 
 # ---- lengths -----------------------------------------------------------------------------------
@@ -316,8 +310,7 @@ def test_earlier_stages_get_the_same_flags_and_those_of_the_task(monkeypatch, tm
     commands = []
     monkeypatch.setattr(stages, "run", lambda title, command: commands.append(" ".join(command)))
     task = tmp_path / "mine.py"
-    source = "METRICS = {}\nload = lambda args: 0\nscore = lambda example, response: {}\ndef add_flags(add):\n    add('--mine', 1, 'its own flag')"
-    task.write_text(source)
+    task.write_text(OWN + "add_flags = lambda add: add('--mine', 1, 'its own flag')")
     args = flags(task, "a.jsonl", "--heldout_data", "b.jsonl", "--bf16")
     args.mine = 7
     stages.ensure(["sft", "annotate", "rm"], args, tmp_path)
@@ -326,6 +319,15 @@ def test_earlier_stages_get_the_same_flags_and_those_of_the_task(monkeypatch, tm
         assert "--heldout_data b.jsonl" in command and "--bf16 --mine 7" in command
     stages.ensure(["sft", "annotate", "rm"], args, tmp_path, policy="p")
     assert "--policy p" in commands[3] and "--model p" in commands[4] and len(commands) == 5
+
+
+def test_a_stage_that_was_made_with_other_flags_is_named(tmp_path, capsys):
+    (tmp_path / "sft" / "checkpoint-1").mkdir(parents=True)
+    args = flags("toy", "a.jsonl", "--chat_template_kwargs", '{"a": 1}')
+    other = vars(args) | {"chat_template_kwargs": None, "seed": 1}
+    (tmp_path / "sft" / "config.json").write_text(json.dumps(other))
+    stages.ensure(["sft"], args, tmp_path)
+    assert "made with another seed, chat_template_kwargs;" in capsys.readouterr().out
 
 
 def test_a_revision_fixes_the_faults_that_the_critique_names_and_nothing_else():
