@@ -25,7 +25,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from extras import table
-from t2g.cli import fail, flags, make_folder, parser, positive
+from t2g.cli import fail, flags, friendly_errors, make_folder, parser, positive
 from t2g.log import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,6 +49,7 @@ class Job(NamedTuple):
         return self.folder / f"{self.name}.done.json"
 
 
+@friendly_errors()
 def main():
     arguments = parser(__doc__)
     add = flags(arguments)

@@ -195,6 +195,7 @@ def one_line(text) -> str:
     return " ".join(text.split())
 
 
+@cli.friendly_errors()
 def main():
     parser = cli.parser(__doc__)
     parser.add_argument("file", help="rows of DeFacto, FineGrainedRLHF or ILF")

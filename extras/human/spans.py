@@ -214,6 +214,7 @@ def load_tokenizer(source: str):
     return tokenizer
 
 
+@cli.friendly_errors()
 def main():
     parser = cli.parser(__doc__)
     parser.add_argument("tokenizers", nargs="*", help="folders, hub ids or .gguf files")

@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import train_ppo
 from t2g import adapters, dist, policy
 from t2g.cache import positions
-from t2g.cli import fail
+from t2g.cli import fail, friendly_errors
 from t2g.rollout import Rollout
 from t2g.score import score_microbatch
 
@@ -43,6 +43,7 @@ SAVERS = {"bf16": True, "gradient_checkpointing": True, "per_device_train_batch_
 SAVERS |= {"lora_r": 16}  # flags that save memory, the cheapest first; then --cpu_offload
 
 
+@friendly_errors()
 def main():
     name = sys.argv.pop(1) if len(sys.argv) > 1 else "nothing"
     count, machine = parse_machine(name)

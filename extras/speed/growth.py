@@ -19,6 +19,7 @@ from t2g import cli
 SIZES = {"response tokens": [32, 64, 128, 256, 512], "responses": [4, 8, 16, 32, 64]}
 
 
+@cli.friendly_errors()
 def main():
     parser = cli.parser(__doc__)
     parser.add_argument("model", metavar="MODEL", help="a folder, a hub id or a .gguf file")

@@ -38,6 +38,7 @@ METRICS = {part: f"seconds_{part}" for part in ("rollout", "score", "update", "s
 METRICS |= {"step": "seconds", "memory": "peak_memory_gib"}
 
 
+@cli.friendly_errors()
 def main():
     parser = cli.parser(__doc__)
     parser.add_argument("model", metavar="MODEL", help="a folder, a hub id or a .gguf file")

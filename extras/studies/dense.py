@@ -13,6 +13,7 @@ from pathlib import Path
 
 from extras.studies.noisy import wrapped
 from t2g.align import resolve
+from t2g.cli import friendly_errors
 from t2g.critics import quote_of
 from t2g.feedback import Feedback, Span
 from t2g.notes import read_annotations, write_whole
@@ -62,6 +63,7 @@ def dense_feedback(text: str, feedback: Feedback) -> Feedback:
     return Feedback(feedback.critique, good, poor)
 
 
+@friendly_errors()
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("annotations", help="records as annotate.py writes them")

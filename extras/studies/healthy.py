@@ -48,6 +48,7 @@ def common_metrics(runs) -> dict:
     return columns
 
 
+@cli.friendly_errors()
 def main():
     parser = cli.parser(__doc__)
     parser.add_argument("runs", nargs="+", help="healthy runs, one per seed")
