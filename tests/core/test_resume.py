@@ -245,13 +245,6 @@ def test_other_data_are_refused_unless_a_checkpoint_is_named(stopped, flags, loa
     assert code == 0 and "goes on with the new ones" in printed
 
 
-def test_a_prompt_that_does_not_fit_is_found_before_training(flags, load_other, tmp_path):
-    load_other(lambda rows: [*rows, rows[0]._replace(prompt="Ana is 27. " * 99)])
-    code, printed = run(*flags)
-    assert code == 2 and "exceed the model's context" in printed
-    assert not any((tmp_path / "ppo").iterdir())
-
-
 @pytest.mark.parametrize("harm", ["truncated", "another model", "no meta", "no state file"])
 def test_an_invalid_checkpoint_is_refused_and_nothing_is_lost(stopped, flags, harm):
     state = stopped / "checkpoint-4" / "state"
