@@ -38,11 +38,7 @@ def parse_args():
     add = cli.flags(parser)
     tasks.add_flags(add)
     critics.add_flags(add)
-    add(
-        "--policy",
-        None,
-        "starting policy: a run, folder, hub id or .gguf; default: sft beside the run",
-    )
+    add("--policy", None, "starting run, folder, hub id or .gguf file; sft beside the run if none")
     add("--output_dir", None, "folder of the run; runs/TASK/ppo if not given")
     add("--eval_samples", 64, "held-out prompts that are measured before and after")
     add("--tensorboard", False, "also write TensorBoard files")
@@ -63,12 +59,7 @@ def add_algorithm_flags(add):
     add("--reward", "span", where, ("span", "prm", "scalar"))
     add("--span_weights", "uniform", "weights of the tokens of a span", tuple(SPAN_WEIGHTS))
     add_step_flags(add, num_ppo_epochs=4)
-    add(
-        "--missing_eos_penalty",
-        1.0,
-        "subtracted from the reward of a response without EOS",
-        at_least_0,
-    )
+    add("--missing_eos_penalty", 1.0, "penalty of a response without EOS", at_least_0)
     add("--kl_coef", 0.05, "initial coefficient of the KL penalty", at_least_0)
     add("--kl_estimator", "full", "estimator of the KL penalty; full is exact", KL_KINDS)
     add("--kl_target", None, "KL per response that kl_coef is steered to", cli.positive(float))

@@ -101,9 +101,7 @@ def add_flags(add):
     default = "a tenth of --max_steps, at most 20, if not given"
     add("--save_steps", None, f"steps between two checkpoints; {default}", positive(int))
     add("--save_total_limit", 2, "number of checkpoints that are kept, the latest ones")
-    add(
-        "--resume", "auto", "auto: continues if the flags match; none: starts over; or a CHECKPOINT"
-    )
+    add("--resume", "auto", "auto: continues if flags match; none: starts over; or a CHECKPOINT")
 
 
 def save_checkpoint(actor, tokenizer, optimizer, args, meta):

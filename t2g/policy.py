@@ -7,6 +7,7 @@ losses (ppo.py).
 
 import math
 import os
+import re
 import shutil
 import textwrap
 import time
@@ -21,13 +22,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from t2g import adapters, cpu, dist
 from t2g.cache import check_batching, positions
@@ -38,7 +33,6 @@ from t2g.log import put_in_place
 
 LOWEST = torch.finfo(torch.float32).min
 DAMAGED = (EOFError, JSONDecodeError, SafetensorError, UnpicklingError)
-LOAD_ERRORS = (*DAMAGED, *FAILURES, StrictDataclassError)
 
 
 class ResponseStats(NamedTuple):
@@ -182,7 +176,7 @@ def latest_checkpoint(run) -> Path | None:
     return next(reversed(checkpoints(run)), None)
 
 
-def load(path, device="cpu") -> tuple[PreTrainedTokenizerBase, torch.nn.Module]:
+def load(path, device="cpu") -> tuple:
     """A tokenizer, padding on the left, and a causal language model in fp32, in eval mode.
 
     Args: path, a run's folder (its latest checkpoint), a model's folder, a .gguf file or a hub id.
@@ -192,7 +186,7 @@ def load(path, device="cpu") -> tuple[PreTrainedTokenizerBase, torch.nn.Module]:
     path = os.path.abspath(path) if os.path.exists(path) else path
     try:
         tokenizer, model = read(path)
-    except LOAD_ERRORS as error:
+    except (*FAILURES, *DAMAGED, StrictDataclassError) as error:
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 400)
         hint = "; a file is damaged or a git-lfs pointer" if isinstance(error, DAMAGED) else ""
         fail(f"no model could be loaded from {path!r} ({reason}){hint}")
@@ -200,9 +194,9 @@ def load(path, device="cpu") -> tuple[PreTrainedTokenizerBase, torch.nn.Module]:
         fail(f"the tokenizer of {path} has no chat template: use a chat model, or set and save one")
     if tokenizer.eos_token_id is None:
         fail(f"the tokenizer of {path} has no EOS token: set tokenizer.eos_token and save it")
-    for name in template_kwargs:
-        if name not in tokenizer.get_chat_template():
-            print(f"the chat template of {path} has no use for {name} of --chat_template_kwargs")
+    unused = template_kwargs.keys() - re.findall(r"\w+", str(tokenizer.chat_template))
+    if unused:
+        print(f"--chat_template_kwargs: the template of {path} has no {', '.join(sorted(unused))}")
     size = len(model.get_input_embeddings().weight)
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= size:
         tokenizer.pad_token = tokenizer.eos_token
@@ -221,7 +215,7 @@ def load(path, device="cpu") -> tuple[PreTrainedTokenizerBase, torch.nn.Module]:
     return tokenizer, model
 
 
-def read(path) -> tuple[PreTrainedTokenizerBase, torch.nn.Module]:
+def read(path) -> tuple:
     """A model with its adapter merged, and its tokenizer; an adapter's own one takes precedence."""
     if adapters.is_adapter(path):
         base = adapters.base_of(path)

@@ -108,7 +108,8 @@ def short_enough(examples, tokenizer, model, args) -> list[Example]:
 
     A prompt has at most --max_prompt_length tokens, and leaves room for a response in the context.
     """
-    room = context_length(model) - getattr(args, "response_length", 0)
+    context = context_length(model)
+    room = context - getattr(args, "response_length", 0)
     limit = min(args.max_prompt_length or room, room)
     # Only long texts are encoded, because a token has at least one byte.
     spare = limit - len(chat_text(tokenizer, "").encode())
@@ -116,13 +117,12 @@ def short_enough(examples, tokenizer, model, args) -> list[Example]:
     lengths = map(len, encode_chats(tokenizer, texts))
     too_long = {text for text, length in zip(texts, lengths) if length > limit}
     kept = [example for example in examples if example.prompt not in too_long]
-    if too_long and not kept:
-        left = f"what the context of {context_length(model)} leaves beside a response"
-        why = "--max_prompt_length" if limit < room else left
-        fail(f"none of {len(examples)} prompts has at most {limit} tokens, {why}")
     if too_long:
-        counts = f"{len(kept)} of {len(examples)} prompts"
-        print(f"{counts} have at most {limit} tokens; the others are dropped")
+        why = "--max_prompt_length" if limit < room else f"the context of {context} less a response"
+        counts = f"{len(kept)} of {len(examples)} prompts have at most {limit} tokens ({why})"
+        if not kept:
+            fail(f"{counts}, so nothing is left")
+        print(f"{counts}; the others are dropped")
     return kept
 
 
