@@ -1,4 +1,4 @@
-"""Stage 1: annotates responses with critiques and spans, by a program, a server or people.
+"""Stage 1: annotates responses with critiques and spans, by a program or a server.
 
 python annotate.py                                        # the toy: 12000 samples and its rule
 python annotate.py --task summarize --policy MODEL --data posts.jsonl --num_samples 500
@@ -6,7 +6,6 @@ python annotate.py --responses texts.jsonl --out notes.jsonl --model NAME \\
     --base_url http://localhost:8000/v1
 python annotate.py --responses texts.jsonl --out notes.jsonl --model gpt-4o \\
     --input_price 2.5 --output_price 10 --budget 5        # OpenAI, with OPENAI_API_KEY
-python annotate.py --responses filled_in.jsonl --out notes.jsonl --critic human
 
 A line of --responses has {"id", "prompt", "response"}; other fields are kept. Without it, a policy
 is sampled. A line of --out adds {"critique", "good_spans", "poor_spans", "status", "reason"}, and a
@@ -25,8 +24,7 @@ from tqdm import tqdm
 
 from t2g import annotator, cli, policy, server, stages, tasks
 from t2g.critics import rule_critic
-from t2g.feedback import FeedbackError
-from t2g.notes import Notes, read_feedback, read_responses, write_whole
+from t2g.notes import Notes, read_responses, write_whole
 from t2g.rollout import respond
 
 WRITTEN = ("reasoning", "critique", "good_spans", "poor_spans", "kinds")  # by an annotator
@@ -39,7 +37,7 @@ def parse_args():
     tasks.add_flags(add)
     add("--responses", None, "records to annotate (default: samples of a policy)")
     add("--out", None, "the .jsonl file to write (default: runs/TASK/annotations.jsonl)")
-    critics = ("rule", "openai", "human")
+    critics = ("rule", "openai")
     add("--critic", None, "who annotates (default: openai with --model, otherwise rule)", critics)
     add("--policy", None, "run, folder, hub id or .gguf file to sample (default: sft beside --out)")
     add("--num_samples", 500, "responses to sample and annotate")
@@ -66,8 +64,6 @@ def parse_args():
         cli.fail("--severity needs --critic rule")
     if args.policy and args.responses:
         cli.fail("--policy and --responses exclude each other")
-    if args.critic == "human" and not args.responses:
-        cli.fail("--responses is missing: the file that people filled in")
     if args.budget < math.inf and not args.input_price + args.output_price:
         cli.fail("--budget needs --input_price and --output_price")
     return task, args
@@ -81,11 +77,11 @@ def main():
         cli.fail("--out is the file of --responses; choose another --out")
     if out.exists() and not (args.critic == "openai" and out.is_file()):
         cli.fail(f"{out} exists already; move it away or choose another --out")
-    cli.make_folder(out.parent, "--out")
+    out.parent.mkdir(parents=True, exist_ok=True)
     if args.critic == "openai":
         annotate_by_server(task, args, out)
         return
-    records = read_human(args) if args.critic == "human" else annotate_by_rule(task, args, out)
+    records = annotate_by_rule(task, args, out)
     write_whole(out, records)
     print(f"annotations: {out}, {len(records)} records")
 
@@ -153,28 +149,6 @@ def annotate_by_rule(task, args, out) -> list[dict]:
         feedback = feedback if args.severity else feedback.plain()
         spans = {"good_spans": feedback.good, "poor_spans": feedback.poor}
         record |= {"critique": feedback.critique, **spans, "status": "ok", "reason": ""}
-    return records
-
-
-def read_human(args) -> list[dict]:
-    """Returns the records that people filled in, and reports those that are empty or invalid."""
-    filled, records = read_responses(args.responses), []
-    for number, record in enumerate(filled, 1):
-        if not record.get("critique"):
-            continue
-        try:
-            fields = {"good_spans": [], "poor_spans": [], **record}
-            record |= annotator.checked(fields, record["response"])
-            read_feedback(record)
-            records.append({**record, "status": "ok", "reason": ""})
-        except FeedbackError as error:
-            print(f"record {number} of {args.responses} is left out: {error}")
-    if not records:
-        cli.fail(f"no record of {args.responses} has a valid critique, good_spans and poor_spans")
-    if left_out := len(filled) - len(records):
-        print(
-            f"{left_out} records without a valid critique are left out; correct them, start again"
-        )
     return records
 
 

@@ -25,7 +25,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from extras import table
-from t2g.cli import fail, flags, friendly_errors, make_folder, parser, positive
+from t2g.cli import fail, flags, friendly_errors, parser, positive
 from t2g.log import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -70,7 +70,7 @@ def main():
     by_seed = [jobs_of(recipe, rows, s, root, args.scale_learning_rates) for s in seeds]
     if args.dry_run:
         return show(recipe, rows, by_seed[0])
-    make_folder(root, "--output_dir")
+    root.mkdir(parents=True, exist_ok=True)
     jobs = [job for same in zip(*by_seed) for job in same]
     jobs.sort(key=lambda job: job.name in rows)  # what others wait for comes first
     run_all(jobs, args.jobs or recipe.get("jobs", 1))

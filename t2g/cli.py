@@ -124,14 +124,6 @@ def load_file(path, flag: str, built_in, required, optional=()):
     return module
 
 
-def make_folder(path, flag: str):
-    """Creates a folder and its parents; flag is the one to change if that fails."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"the folder {path} cannot be created ({error.strerror}); choose another {flag}")
-
-
 def first_unused(paths) -> Path:
     return next(path for path in paths if not path.exists())
 
@@ -139,16 +131,13 @@ def first_unused(paths) -> Path:
 def fresh_folder(path) -> Path:
     """Creates an empty folder. Moves an earlier run aside and refuses a folder of anything else."""
     path = Path(path).resolve()
-    try:
-        if (path / "metrics.jsonl").is_file():
-            aside = first_unused(path.with_name(f"{path.name}.{n}") for n in itertools.count(1))
-            path.rename(aside)
-            print(f"the earlier run in {path} was moved to {aside}", flush=True)
-        path.mkdir(parents=True, exist_ok=True)
-        if any(file.suffix != ".unfinished" for file in path.iterdir()):
-            fail(f"{path} holds something that is not a run; choose another --output_dir")
-    except OSError as error:
-        fail(f"the folder {path} cannot be used ({error.strerror}); choose another --output_dir")
+    if (path / "metrics.jsonl").is_file():
+        aside = first_unused(path.with_name(f"{path.name}.{n}") for n in itertools.count(1))
+        path.rename(aside)
+        print(f"the earlier run in {path} was moved to {aside}", flush=True)
+    path.mkdir(parents=True, exist_ok=True)
+    if any(file.suffix != ".unfinished" for file in path.iterdir()):
+        fail(f"{path} holds something that is not a run; choose another --output_dir")
     return path
 
 
@@ -172,7 +161,7 @@ def warn_unsupported(what, error):
 
 @contextmanager
 def friendly_errors():
-    """Ends a script with one clear line for out of memory, a full disk and Ctrl-C.
+    """Ends a script with one clear line for out of memory, a bad path, a full disk and Ctrl-C.
 
     It is also a decorator: @friendly_errors() stands above the main() of each script.
     """
@@ -194,6 +183,8 @@ def friendly_errors():
             remedy = "halve --per_device_train_batch_size and double --gradient_accumulation_steps"
             remedy += ", or use --gradient_checkpointing, --lora_r or --bf16"
             fail(f"out of memory; lower --max_prompt_length or, in training, {remedy}")
+        if isinstance(error, OSError) and error.filename:
+            fail(f"{error.filename} cannot be used ({error.strerror}); choose another path")
         raise
 
 

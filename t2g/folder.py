@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from t2g import dist
-from t2g.cli import fail, first_unused, fresh_folder, make_folder, try_lock
+from t2g.cli import fail, first_unused, fresh_folder, try_lock
 from t2g.log import read_json
 from t2g.policy import checkpoints, latest_checkpoint, step_of
 
@@ -35,7 +35,7 @@ def run_folder(args):
     resume = "auto" if restarted else getattr(args, "resume", "auto")
     with ExitStack() as stack:
         if dist.rank() == 0:
-            make_folder(folder, "--output_dir")
+            folder.mkdir(parents=True, exist_ok=True)
             stack.callback(os.close, lock(folder))
             if restarted and is_finished(folder):
                 raise SystemExit(0)

@@ -6,7 +6,6 @@ annotate.py describes the fields of a record.
 
 import json
 import os
-from contextlib import contextmanager
 from pathlib import Path
 
 from t2g.cli import fail, try_lock
@@ -64,20 +63,10 @@ def read_feedback(record) -> Feedback:
     return Feedback.parse(feedback.render())
 
 
-@contextmanager
-def writing(path: Path):
-    """Turns an error of the file system into one sentence about path."""
-    try:
-        yield
-    except OSError as error:
-        fail(f"{path} cannot be written ({error.strerror}); free some space or change --out")
-
-
 def write_whole(path: Path, records):
     """Writes a .jsonl file that appears whole or not at all."""
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-    with writing(path):
-        write_text(path, "".join(lines))
+    write_text(path, "".join(lines))
 
 
 class Notes:
@@ -88,8 +77,7 @@ class Notes:
 
     def __init__(self, path: Path):
         self.path = path
-        with writing(path):
-            self.file = open(path, "ab")
+        self.file = open(path, "ab")
         if not try_lock(self.file):
             fail(f"another process writes {path}; wait for it or choose another --out")
         repair_last_line(path)

@@ -121,11 +121,8 @@ def write_page(path, folders) -> str:
     # With "<" escaped, no text of a model can end the script element that holds the data.
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     template = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write_text(Path(path), template.replace("/*DATA*/", text))
-    except OSError as error:
-        fail(f"{path} cannot be written ({error.strerror})")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_text(Path(path), template.replace("/*DATA*/", text))
     return str(path)
 
 

@@ -43,7 +43,7 @@ def main():
     add("--prompts", None, "alpaca_eval's prompts or FastChat's question.jsonl")
     _, args = tasks.parse(parser, "benchmark")
     path = Path(args.out)
-    cli.make_folder(path.resolve().parent, "file of answers")
+    path.resolve().parent.mkdir(parents=True, exist_ok=True)
     questions = benchmarks.read_texts(args.prompts) if args.prompts else []
     if questions and all({"question_id", "turns"} <= row.keys() for row in questions):
         rows = answer_turns(questions, path.stem, args)

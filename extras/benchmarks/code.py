@@ -236,7 +236,7 @@ def read_samples(path, problems) -> list[dict]:
 def save(samples, path):
     """Writes samples to the .jsonl file that --samples names, if it is given."""
     if path:
-        cli.make_folder(Path(path).resolve().parent, "--samples")
+        Path(path).resolve().parent.mkdir(parents=True, exist_ok=True)
         write_text(Path(path), "".join(json.dumps(sample) + "\n" for sample in samples))
 
 

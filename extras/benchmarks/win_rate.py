@@ -62,7 +62,7 @@ def main():
     add("--concurrency", 16, "requests at the same time")
     args = parser.parse_args()
     path = Path(args.out)
-    cli.make_folder(path.resolve().parent, "--out")
+    path.resolve().parent.mkdir(parents=True, exist_ok=True)
     server.client(args.base_url, TIMEOUT_S, MAX_RETRIES)  # fails early for a bad address
     records = both_orders(read_answers(args.a), read_answers(args.b), args.judge)
     with Notes(path) as notes:

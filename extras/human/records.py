@@ -1,12 +1,15 @@
-"""Turns published human feedback into the records that train_rm.py learns from.
+"""Turns human feedback, published or one's own, into the records that train_rm.py learns from.
 
     python -m extras.human.records FILE --out annotations.jsonl
 
 Each line of FILE is a row of DeFacto (an explanation, instructions, a corrected summary), of
 FineGrainedRLHF's QA feedback (ranges of errors by kind), of ILF's feedback on programs (a critique
-and the mended program), or a finished record. Poor is what people removed or named. Good is sparse,
-as in the paper: names and numbers of a summary that the corrector kept and the article has, the
-longest runs of an answer without an error, the longest lines of a program that were kept.
+and the mended program), or a record of annotate.py in which people filled in critique, good_spans
+and poor_spans. Invalid feedback is reported and left out.
+
+In the published forms, poor is what people removed or named. Good is sparse, as in the paper: names
+and numbers of a summary that the corrector kept and the article has, the longest runs of an answer
+without an error, the longest lines of a program that were kept.
 """
 
 import difflib
@@ -15,12 +18,12 @@ import re
 from pathlib import Path
 
 from extras.code import problems
-from t2g import cli
+from t2g import annotator, cli
 from t2g.align import find
 from t2g.critics import quote_of
-from t2g.feedback import Feedback
+from t2g.feedback import Feedback, FeedbackError
 from t2g.log import read_jsonl
-from t2g.notes import write_whole
+from t2g.notes import read_feedback, write_whole
 from t2g.tasks import summarize
 
 MAX_GOOD, MIN_GOOD_WORDS = 2, 4  # good quotes of a response; words of a run that counts as good
@@ -46,15 +49,26 @@ def records(rows, name) -> list[dict]:
     """Returns the annotation records of a file's rows; fails with the number of a faulty row."""
     result = []
     for number, row in enumerate(rows, 1):
-        form = next((form for field, form in FORMS.items() if field in row), dict)
+        form = next((form for field, form in FORMS.items() if field in row), filled_in)
         try:
             record = {"id": str(number - 1), **form(row), "status": "ok", "reason": ""}
             Feedback(record["critique"], record["good_spans"], record["poor_spans"])
+        except FeedbackError as error:
+            print(f"row {number} of {name} is left out: {error}")
+            continue
         except (KeyError, TypeError, ValueError, AttributeError, IndexError):
             problem = "has no known form; see the head of extras/human/records.py"
             cli.fail(f"row {number} of {name} {problem}")
         result.append(record)
-    return result
+    return result or cli.fail(f"no row of {name} has valid feedback")
+
+
+def filled_in(row) -> dict:
+    """Checks a record that people filled in, and spells each quote as the response does."""
+    fields = {"critique": None, "good_spans": [], "poor_spans": [], **row}
+    record = fields | annotator.checked(fields, row["response"])
+    read_feedback(record)
+    return record
 
 
 def defacto(row) -> dict:
@@ -201,7 +215,7 @@ def main():
     parser.add_argument("file", help="rows of DeFacto, FineGrainedRLHF or ILF")
     parser.add_argument("--out", required=True, help="the annotations to write, a .jsonl file")
     args = parser.parse_args()
-    cli.make_folder(Path(args.out).parent, "--out")
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     found = records(read_jsonl(args.file), args.file)
     write_whole(Path(args.out), found)
     print(f"annotations: {args.out}, {len(found)} records")

@@ -61,7 +61,7 @@ def main() -> bool:
     """Runs the parts. Returns whether anything failed."""
     args = parse_args()
     out = Path(args.out).resolve()
-    cli.make_folder(out, "--out")
+    out.mkdir(parents=True, exist_ok=True)
     if args.part:
         module = importlib.import_module(f"extras.speed.{PARTS[args.part].module}")
         return getattr(module, args.part)(args, partial(write_row, out / f"{args.part}.jsonl"))

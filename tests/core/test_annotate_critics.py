@@ -1,4 +1,4 @@
-"""Annotation by programs and people; reward models and chat models as critics."""
+"""Annotation by programs; reward models and chat models as critics."""
 
 from argparse import Namespace
 
@@ -8,7 +8,6 @@ from annotating import flags, requests, texts, write
 from t2g import annotator, critics, policy
 from t2g.feedback import Feedback
 from t2g.log import read_jsonl
-from t2g.notes import read_annotations
 from t2g.tasks import Example, toy
 
 
@@ -86,43 +85,6 @@ def test_a_server_reads_the_log_of_the_unit_tests_and_the_task_s_criteria(
     assert "Good is what is short." in question and annotator.CRITERIA not in question
     assert "### Log of the unit tests\nx fails few" in question
     assert read_jsonl(tmp_path / "out.jsonl")[0]["test_log"] == "x fails few"
-
-
-# ---- people ------------------------------------------------------------------------------------
-@pytest.fixture
-def human(tmp_path, call):
-    """human(records) returns the exit code, the output and the annotations of --critic human."""
-
-    def run(records):
-        path, out = write(tmp_path / "in.jsonl", records), tmp_path / "out.jsonl"
-        code, printed = call("--critic", "human", "--responses", path, "--out", out)
-        return code, printed, read_annotations(out) if out.exists() else []
-
-    return run
-
-
-def test_records_of_people_are_checked_and_the_invalid_ones_reported(human):
-    a, b, c, d = texts(4)
-    quote = {"text": a["response"][:6].upper(), "severity": 0.5}
-    valid = {**a, "critique": "Fine.", "good_spans": [quote]}
-    invalid = {**c, "critique": "Bad.", "poor_spans": ["nowhere"]}
-    code, printed, [record] = human([valid, b, invalid, {**d, "critique": 7}])
-    assert code == 0 and "3 records without a valid critique" in printed
-    assert "record 3 of" in printed and "quote 1 of poor_spans" in printed
-    assert "record 4 of" in printed and (record["status"], record["id"]) == ("ok", "r0")
-    assert record["good_spans"] == [{"text": a["response"][:6], "severity": 0.5}]
-
-
-def test_kinds_must_fit_the_poor_spans(human):
-    a, b = ({**text, "critique": "Bad.", "poor_spans": [text["response"][:6]]} for text in texts(2))
-    _, printed, [record] = human([{**a, "kinds": ["x", "y"]}, {**b, "kinds": ["x"]}])
-    assert "record 1 of" in printed and '"kinds"' in printed and record["kinds"] == ["x"]
-
-
-@pytest.mark.parametrize("records", [[], texts(1)])
-def test_a_file_without_any_feedback_is_refused(human, records):
-    code, printed, written = human(records)
-    assert code == 2 and "record" in printed and not written
 
 
 # ---- critics -----------------------------------------------------------------------------------

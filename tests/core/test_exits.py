@@ -131,6 +131,11 @@ def test_in_bf16_first_ratios_far_from_1_are_a_warning_given_once():
         (OSError(errno.ENOSPC, "No space left on device"), 2, "free some space"),
         (SafetensorError("I/O error: File too large (os error 27)"), 2, "free some space"),
         (Exception("No space left on device (os error 28)"), 2, "free some space"),  # tokenizers'
+        (
+            PermissionError(errno.EACCES, "not allowed", "a/b"),
+            2,
+            "a/b cannot be used (not allowed)",
+        ),
     ],
 )
 def test_what_may_befall_any_stage_ends_it_with_a_sentence(error, code, shown, capsys):

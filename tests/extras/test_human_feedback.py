@@ -99,6 +99,22 @@ def test_a_finished_record_is_taken_as_it_is():
     assert records([row], "rows") == [row | {"status": "ok", "reason": ""}]
 
 
+def test_what_people_filled_in_is_checked_and_the_invalid_rows_are_reported(capsys, refused):
+    row = {"prompt": "p", "response": "Ana is 27.", "critique": "Her age is wrong."}
+    quote = {"text": "ANA IS", "severity": 0.5}
+    valid = row | {"poor_spans": ["27"], "kinds": ["age"], "good_spans": [quote]}
+    faults = {
+        "critique": row | {"critique": ""},
+        "quote 1 of poor_spans": row | {"poor_spans": ["nowhere"]},
+        '"kinds"': valid | {"kinds": ["x", "y"]},
+    }
+    [record] = records([*faults.values(), valid], "rows")
+    assert record["good_spans"] == [{"text": "Ana is", "severity": 0.5}]
+    for number, (fault, line) in enumerate(zip(faults, capsys.readouterr().out.splitlines()), 1):
+        assert f"row {number} of rows" in line and fault in line
+    assert "no row of rows has valid feedback" in refused(records, [faults["critique"]], "rows")
+
+
 BAD_QUOTE = {"critique": "c", "good_spans": [], "poor_spans": [1]}
 
 
