@@ -34,10 +34,8 @@ def ensure(names, args, root, policy=None) -> dict[str, float]:
     seconds, flags = {}, tasks.data_flags(args)
     words = []
     for name, value in flags.items():
-        if value is True:
-            words.append(f"--{name}")
-        elif value is not None and value is not False:
-            words += [f"--{name}", str(value)]
+        if value is not None and value is not False:
+            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     for name, (title, output, script, flag) in STAGES.items():
         output = Path(root) / output
         if name not in names or (name == "sft" and policy):

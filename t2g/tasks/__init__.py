@@ -77,10 +77,10 @@ def load(task, args) -> list[list[Example]]:
 
 
 def valid_example(example) -> Example:
-    texts = example[:2] if isinstance(example, Example) else [None]
-    if not all(isinstance(text, str) for text in texts):
+    if not isinstance(example, Example) or not all(isinstance(x, str) for x in example[:2]):
         fail(f"the task made {example!r}, not an Example with strings as prompt and reference")
-    return Example(*(valid_text(text, "an example of the task") for text in texts), example.facts)
+    prompt, reference = (valid_text(text, "an example of the task") for text in example[:2])
+    return Example(prompt, reference, example.facts)
 
 
 def add_flags(add):

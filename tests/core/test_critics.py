@@ -77,7 +77,7 @@ def test_half_a_surrogate_pair_in_feedback_becomes_a_question_mark(capsys):
     assert "half a surrogate pair" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("one", [None, 1.0, "poor"])
-def test_a_rule_must_return_feedback(one, refused):
-    critic = rule_critic(SimpleNamespace(critique=lambda *_: one))
-    assert f"returned {one!r}" in refused(critic, [None], ["a"])
+def test_a_rule_must_return_feedback(refused):
+    for one in (None, 1.0, "poor"):
+        critic = rule_critic(SimpleNamespace(critique=lambda *_, one=one: one))
+        assert f"returned {one!r}" in refused(critic, [None], ["a"])
