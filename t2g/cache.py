@@ -42,9 +42,8 @@ def check_batching(model):
     Some recurrent models read the padding, and models with an encoder are no policies.
     """
     kind = model.config.model_type
-    ids = torch.arange(3, 11, device=model.device).reshape(2, 4) % len(
-        model.get_input_embeddings().weight
-    )
+    size = len(model.get_input_embeddings().weight)
+    ids = torch.arange(3, 11, device=model.device).reshape(2, 4) % size
     attention = torch.tensor([[True] * 4, [False, False, True, True]], device=model.device)
     row, more = torch.tensor([1], device=model.device), ids[:1, :1]
     try:
