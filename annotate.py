@@ -27,9 +27,6 @@ from t2g.critics import rule_critic
 from t2g.notes import Notes, read_responses, write_whole
 from t2g.rollout import respond
 
-WRITTEN = ("reasoning", "critique", "good_spans", "poor_spans", "kinds")  # by an annotator
-WRITTEN += ("status", "reason", "usage", "annotator")
-
 
 def parse_args():
     parser = cli.parser(__doc__)
@@ -87,12 +84,6 @@ def main():
 
 
 # ---- responses ---------------------------------------------------------------------------------
-def read_unannotated(args) -> list[dict]:
-    """Returns the records of --responses without the fields of an earlier annotator."""
-    records = read_responses(args.responses)
-    return [{key: r[key] for key in r if key not in WRITTEN} for r in records]
-
-
 def sample_responses(task, args, out) -> tuple[list[tasks.Example], list[dict]]:
     """Samples the policy; returns examples of the task and a record with a response for each."""
     stages.ensure(["sft"], args, out.parent, args.policy)
@@ -139,7 +130,7 @@ def add_test_logs(records, task, args) -> list[dict]:
 def annotate_by_rule(task, args, out) -> list[dict]:
     """Annotates responses with the task's own program."""
     if args.responses:
-        records = read_unannotated(args)
+        records = read_responses(args.responses)
         examples = examples_of(records, task, args)
     else:
         examples, records = sample_responses(task, args, out)
@@ -155,7 +146,8 @@ def annotate_by_rule(task, args, out) -> list[dict]:
 def annotate_by_server(task, args, out):
     """Annotates responses by a model behind a server, and writes each record as it arrives."""
     server.client(args.base_url, args.timeout, args.max_retries)  # fails before sampling
-    records = read_unannotated(args) if args.responses else keep_responses(task, args, out)
+    given = args.responses
+    records = read_responses(given) if given else keep_responses(task, args, out)
     with Notes(out) as notes:
         spent = sum(map(annotator.tokens_of, notes.records.values()), server.Tokens())
         criteria = getattr(task, "CRITERIA", annotator.CRITERIA)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from t2g import card, cli, critics, page, policy, stages, tasks
 from t2g.metrics import evaluate, interval
+from t2g.notes import read_usable
 from t2g.rollout import respond
 
 EXAMPLES_SHOWN = 3
@@ -23,7 +24,7 @@ EXAMPLES_SHOWN = 3
 @cli.friendly_errors()
 def main():
     parser = cli.parser(__doc__)
-    parser.add_argument("what", nargs="?", choices=WHAT, default="policy", help="what to measure")
+    parser.add_argument("what", nargs="?", choices=WHAT, default="policy", help="default: policy")
     runs = "policies; reward models and, with --annotations, annotation files; or runs"
     parser.add_argument("runs", nargs="*", help=runs)
     add = cli.flags(parser)
@@ -64,7 +65,7 @@ def reward_models(task, args) -> dict:
     names = args.runs or [str(root / "rm")]
     models = [name for name in names if not name.endswith(".jsonl")]
     if args.annotations:
-        source, records = args.policy or next(iter(models), None), card.read_truth(args.annotations)
+        source, records = args.policy or next(iter(models), None), read_usable(args.annotations)
     elif models == names:
         source = args.policy or str(root / "sft")
         records = records_of_rule(task, args, source)

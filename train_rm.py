@@ -14,19 +14,17 @@ from pathlib import Path
 
 from t2g import cli, critics, policy, stages, supervised, tasks
 from t2g.feedback import Feedback
-from t2g.notes import read_annotations
+from t2g.notes import read_usable
 
 
 def read_targets(path, no_critique=False) -> list[tuple[str, str, str]]:
     """The (prompt, response, z) of the annotations whose status is "ok"."""
-    targets, records = [], read_annotations(path)
-    for record in records:
+    targets = []
+    for record in read_usable(path):
         feedback = record["feedback"]
-        if feedback and no_critique:
+        if no_critique:
             feedback = Feedback("", feedback.good, feedback.poor)
-        if feedback:
-            targets.append((record["prompt"], record["response"], feedback.render()))
-    print(f"{len(targets)} of {len(records)} annotations are usable")
+        targets.append((record["prompt"], record["response"], feedback.render()))
     return targets
 
 

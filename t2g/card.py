@@ -22,14 +22,6 @@ SIGNS = {"good": 1, "poor": -1}
 WORD = re.compile(r"\w+|[^\w\s]")
 
 
-def read_truth(path) -> list[dict]:
-    """Returns the records of a file that have feedback."""
-    records = read_annotations(path)
-    usable = [record for record in records if record["feedback"]]
-    print(f"{path}: {len(usable)} of {len(records)} records have the status ok and are used")
-    return usable or fail(f"{path} has no record whose status is ok")
-
-
 def read_feedback_on(records, path) -> list[Feedback | None]:
     """Returns a file's feedback on the responses of other records, None where it has none."""
     feedback_on = {}

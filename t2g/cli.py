@@ -33,20 +33,12 @@ def fail(sentence: str):
     raise SystemExit(2)
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the line breaks of the description and shows the default of every flag that has one."""
-
-    def _get_help_string(self, action):
-        if action.default is None or action.default is False:
-            return action.help
-        return super()._get_help_string(action)
-
-
 def parser(doc: str) -> argparse.ArgumentParser:
     """Returns a parser whose help starts with doc, and silences the messages of transformers."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    return argparse.ArgumentParser(description=doc, formatter_class=Help, allow_abbrev=False)
+    form = argparse.RawDescriptionHelpFormatter  # keeps the line breaks of doc
+    return argparse.ArgumentParser(description=doc, formatter_class=form, allow_abbrev=False)
 
 
 def flags(parser):
@@ -67,7 +59,9 @@ def flags(parser):
     def add(name, default, help, kind=None):
         if default is False:
             parser.add_argument(name, action="store_true", help=help)
-        elif isinstance(kind, tuple):
+            return
+        help += "" if default is None else " (default: %(default)s)"
+        if isinstance(kind, tuple):
             parser.add_argument(name, default=default, choices=kind, help=help)
         else:
             kind = kind or (positive(type(default)) if isinstance(default, int | float) else str)

@@ -2,7 +2,6 @@
 
 METRICS is the glossary: the logger refuses a metric that is not in it. Metrics of delta, KL,
 entropy, V and the losses are over responses with a readable critique, the others over all.
-`python -m t2g.log` prints the glossary as a Markdown table.
 """
 
 import functools
@@ -204,9 +203,3 @@ def peak_memory_gib() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
-
-
-if __name__ == "__main__":
-    print("| metric | meaning |\n|---|---|")
-    for metric, meaning in METRICS.items():
-        print(f"| `{metric}` | {meaning} |")

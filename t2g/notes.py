@@ -13,10 +13,15 @@ from t2g.feedback import Feedback, FeedbackError
 from t2g.log import read_jsonl, sync, write_text
 
 FIELDS = {"prompt": str, "response": str, "critique": str, "good_spans": list, "poor_spans": list}
+WRITTEN = ("reasoning", "critique", "good_spans", "poor_spans", "kinds")  # by an annotator
+WRITTEN += ("status", "reason", "usage", "annotator")
 
 
 def read_responses(path) -> list[dict]:
-    """Returns records to annotate, which need an id, a prompt and a response each."""
+    """Returns records to annotate: each an id, a prompt, a response and perhaps other fields.
+
+    The fields that an earlier annotator wrote are left out.
+    """
     records, ids = read_jsonl(path), set()
     for number, record in enumerate(records, 1):
         if type(record.get("id")) is int:
@@ -29,7 +34,7 @@ def read_responses(path) -> list[dict]:
         ids.add(record["id"])
     if not records:
         fail(f"{path} contains no records")
-    return records
+    return [{key: r[key] for key in r if key not in WRITTEN} for r in records]
 
 
 def read_annotations(path) -> list[dict]:
@@ -48,6 +53,14 @@ def read_annotations(path) -> list[dict]:
         name = record.get("id")
         records[name if isinstance(name, str) else number] = record
     return list(records.values())
+
+
+def read_usable(path) -> list[dict]:
+    """Returns the records of a file that have feedback. Fails if there are none."""
+    records = read_annotations(path)
+    usable = [record for record in records if record["feedback"]]
+    print(f"{path}: {len(usable)} of {len(records)} records have the status ok and are used")
+    return usable or fail(f"{path} has no record whose status is ok")
 
 
 def read_feedback(record) -> Feedback:

@@ -20,7 +20,7 @@ import torch
 from t2g import adapters, cli, critics, policy, stages, supervised, tasks
 from t2g.align import resolve, span_rewards, token_offsets
 from t2g.folder import run_folder
-from t2g.notes import read_annotations
+from t2g.notes import read_usable
 from t2g.policy import Policy, autocast, response_logits
 
 TOY = dict(
@@ -101,9 +101,7 @@ def read_rows(path, tokenizer, limit, seed) -> tuple[list[tuple], float, float]:
 
     Returns: the rows, and the mean and the standard deviation of the targets.
     """
-    records = [record for record in read_annotations(path) if record["feedback"]]
-    if not records:
-        cli.fail(f"{path} holds no annotation to learn from")
+    records = read_usable(path)
     random.Random(seed).shuffle(records)
     prompts, responses = ([record[key] for record in records] for key in ("prompt", "response"))
     targets = [target(tokenizer, record["response"], record["feedback"]) for record in records]

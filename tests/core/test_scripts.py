@@ -233,7 +233,7 @@ def test_unusable_data_folders_and_policies(refuse, toy_run, tmp_path):
     [
         ([1], "line 1 of"),
         (NOTE | {"good_spans": "d"}, "good_spans"),
-        ({"status": "failed"}, "no training pairs"),
+        ({"status": "failed"}, "no record whose status is ok"),
     ],
 )
 def test_useless_annotations(refuse, toy_run, tmp_path, record, problem):

@@ -160,7 +160,7 @@ def test_a_long_prompt_is_shortened_and_a_long_response_is_unreadable(root):
 
 def test_annotations_without_information_are_refused(root, capsys, tmp_path):
     same = [{**record, "good_spans": [], "poor_spans": []} for record in annotations(3)]
-    cases = [([{"status": "failed"}], "no annotation to learn from"), (same, "the same reward")]
+    cases = [([{"status": "failed"}], "no record whose status is ok"), (same, "the same reward")]
     for records, expected in cases:
         path = tmp_path / "annotations.jsonl"
         path.write_text("".join(json.dumps(record) + "\n" for record in records))
