@@ -41,10 +41,10 @@ def mean_scores(task, examples, texts) -> dict[str, float]:
     scores = [task.score(example, text) for example, text in zip(examples, texts)]
     numeric = (int, float, np.number, np.bool_, torch.Tensor)
     for score in scores:
-        for name in task.METRICS:
-            value = score.get(name) if isinstance(score, dict) else score
-            if not (isinstance(score, dict) and isinstance(value, numeric) and np.isfinite(value)):
-                fail(f"score() of the task returned {score!r}, which has no finite number {name!r}")
+        values = [score.get(name) for name in task.METRICS] if isinstance(score, dict) else [None]
+        if not all(isinstance(value, numeric) and np.isfinite(value) for value in values):
+            needed = f"not a dict with a finite number for each of {', '.join(task.METRICS)}"
+            fail(f"score() of the task returned {score!r}, {needed}")
     return {name: float(np.mean([score[name] for score in scores])) for name in task.METRICS}
 
 
