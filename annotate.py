@@ -34,7 +34,8 @@ def parse_args():
     tasks.add_flags(add)
     add("--responses", None, "records to annotate (default: samples of a policy)")
     add("--out", None, "the .jsonl file to write (default: runs/TASK/annotations.jsonl)")
-    add("--critic", None, "default: openai with --model, otherwise rule", ("rule", "openai"))
+    critics = ("rule", "openai")
+    add("--critic", None, "who annotates (default: openai with --model, otherwise rule)", critics)
     add("--policy", None, "run, folder, hub id or .gguf file to sample (default: sft beside --out)")
     add("--num_samples", 500, "responses to sample and annotate")
     add("--response_length", 64, "maximum tokens of a sampled response")
@@ -74,8 +75,12 @@ def main():
     if out.exists() and not (args.critic == "openai" and out.is_file()):
         cli.fail(f"{out} exists already; move it away or choose another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
-    annotate = annotate_by_server if args.critic == "openai" else annotate_by_rule
-    annotate(task, args, out)
+    if args.critic == "openai":
+        annotate_by_server(task, args, out)
+        return
+    records = annotate_by_rule(task, args, out)
+    write_whole(out, records)
+    print(f"annotations: {out}, {len(records)} records")
 
 
 # ---- responses ---------------------------------------------------------------------------------
@@ -122,7 +127,7 @@ def add_test_logs(records, task, args) -> list[dict]:
 
 
 # ---- critics -----------------------------------------------------------------------------------
-def annotate_by_rule(task, args, out):
+def annotate_by_rule(task, args, out) -> list[dict]:
     """Annotates responses with the task's own program."""
     if args.responses:
         records = read_responses(args.responses)
@@ -135,8 +140,7 @@ def annotate_by_rule(task, args, out):
         feedback = feedback if args.severity else feedback.plain()
         spans = {"good_spans": feedback.good, "poor_spans": feedback.poor}
         record |= {"critique": feedback.critique, **spans, "status": "ok", "reason": ""}
-    write_whole(out, records)
-    print(f"annotations: {out}, {len(records)} records")
+    return records
 
 
 def annotate_by_server(task, args, out):

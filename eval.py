@@ -33,6 +33,7 @@ def main():
     add("--annotations", None, "rm: records of annotate.py that are the truth instead of the rule")
     add("--response_length", 64, "maximum tokens of a response")
     add("--critique_length", 200, "rm: maximum tokens of a critique")
+    add("--free_critiques", False, "rm: sample critiques without a grammar")
     add("--eval_samples", 256, "held-out prompts; of --annotations all records are used")
     add("--out", "page.html", "page: the file to write")
     task, args = tasks.parse(parser, "eval")
@@ -98,7 +99,8 @@ def feedback_of(name, records, args):
     if name.endswith(".jsonl"):
         return card.read_feedback_on(records, name)
     tokenizer, model = policy.load(name, policy.device())
-    options = dict(critique_length=args.critique_length, bf16=args.bf16, desc=f"{name} criticises")
+    options = dict(critique_length=args.critique_length, free=args.free_critiques)
+    options |= dict(bf16=args.bf16, desc=f"{name} criticises")
     critic = critics.reward_model_critic(model, tokenizer, **options)
     examples = [tasks.Example(record["prompt"], "", {}) for record in records]
     return critic(examples, [record["response"] for record in records])

@@ -13,6 +13,7 @@ from t2g.align import locate, token_offsets
 from t2g.chat import encode_chats
 from t2g.cli import fail, load_file
 from t2g.feedback import Feedback, FeedbackError, reward_prompt
+from t2g.grammar import feedback_grammar, parse_cut
 from t2g.log import print_once, valid_text
 from t2g.rollout import respond
 
@@ -25,6 +26,7 @@ def add_flags(add):
     add("--reward_model", None, "a run, folder, hub id, .gguf file, or name on the server")
     add("--base_url", None, "openai: server, such as http://localhost:8000/v1")
     add("--critique_length", 200, "maximum tokens of a critique")
+    add("--free_critiques", False, "rm and openai: sample critiques without a grammar")
 
 
 def stages_before(args) -> list[str]:
@@ -47,13 +49,14 @@ def load_critic(task, args, root, device):
     """
     if args.critic == "rule":
         return rule_critic(task)
-    if args.critic == "openai":
-        return checked(openai_critic(args.base_url, args.reward_model, args.critique_length))
-    if args.critic != "rm":
+    if args.critic not in BUILT_IN:
         return checked(load_critic_file(args.critic).critic(task, args))
+    options = dict(critique_length=args.critique_length, free=args.free_critiques)
+    if args.critic == "openai":
+        return checked(openai_critic(args.base_url, args.reward_model, **options))
     tokenizer, model = policy.load(args.reward_model or root / "rm")
     model = dist.frozen(model, args)
-    return checked(reward_model_critic(model, tokenizer, args.critique_length, args.bf16))
+    return checked(reward_model_critic(model, tokenizer, bf16=args.bf16, **options))
 
 
 def load_critic_file(path):
@@ -104,9 +107,10 @@ def rule_critic(task):
     return checked(critic)
 
 
-def reward_model_critic(model, tokenizer, critique_length=200, bf16=False, desc=None):
+def reward_model_critic(model, tokenizer, critique_length=200, bf16=False, desc=None, free=False):
     """Returns a reward model as a critic: it writes z = [critique ; span map] greedily.
 
+    A grammar makes z readable and its quotes verbatim, unless free is True; see grammar.py.
     Long prompts are shortened, see fitting_prompt(). Where that is not enough the feedback is None.
     desc labels a progress bar.
     """
@@ -125,15 +129,19 @@ def reward_model_critic(model, tokenizer, critique_length=200, bf16=False, desc=
             print_once(f"some responses are too long for {limit}; they count as unreadable")
         fitting = [text for text in texts if text is not None]
         options = dict(temperature=0, bf16=bf16, desc=desc)
+        if not free:
+            options["about"] = [r for r, text in zip(responses, texts) if text is not None]
         answers = iter(respond(model, tokenizer, fitting, critique_length, **options)[0])
-        return [None if text is None else parse_or_none(next(answers)) for text in texts]
+        read = parse_or_none if free else parse_cut
+        return [None if text is None else read(next(answers)) for text in texts]
 
     return critic
 
 
-def openai_critic(base_url, model, critique_length=200, timeout=600.0, max_retries=5):
+def openai_critic(base_url, model, critique_length=200, timeout=600.0, max_retries=5, free=False):
     """Returns a reward model behind an OpenAI-compatible server as a critic.
 
+    Unless free is True, a grammar goes along, for vLLM; a server that refuses it goes without.
     A critique that does not arrive is None; if none of a batch arrives, the program ends. The
     server's context must hold everything: without its tokenizer no prompt can be shortened.
     """
@@ -141,6 +149,20 @@ def openai_critic(base_url, model, critique_length=200, timeout=600.0, max_retri
 
     server.client(base_url, timeout, max_retries)  # fails now if the address or the key is wrong
     options = dict(model=model, max_tokens=critique_length, temperature=0)
+    refused, read = free, parse_or_none if free else parse_cut
+
+    async def ask(client, request, response):
+        nonlocal refused
+        if not refused:
+            body = {"structured_outputs": {"grammar": feedback_grammar(response)}}
+            try:
+                return await server.ask(client, extra_body=body, **request)
+            except server.Refused:
+                answer = await server.ask(client, **request)  # fails if more than that is wrong
+                print_once("the server takes no grammar, so its critiques are free")
+                refused = True
+                return answer
+        return await server.ask(client, **request)
 
     def critic(examples, responses):
         feedback, errors = [None] * len(responses), []
@@ -148,10 +170,10 @@ def openai_critic(base_url, model, critique_length=200, timeout=600.0, max_retri
 
         async def ask_one(i):
             content = reward_prompt(examples[i].prompt, responses[i])
-            messages = [{"role": "user", "content": content}]
+            request = dict(messages=[{"role": "user", "content": content}], **options)
             try:
-                answer = await server.ask(client, messages=messages, **options)
-                feedback[i] = parse_or_none(answer.text)
+                answer = await ask(client, request, responses[i])
+                feedback[i] = read(answer.text)
             except server.NoAnswer as error:
                 errors.append(error)
 

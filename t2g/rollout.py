@@ -16,6 +16,7 @@ from t2g.align import response_text
 from t2g.cache import next_logits, preallocated
 from t2g.chat import encode_chats
 from t2g.cli import fail
+from t2g.grammar import FeedbackGrammar
 from t2g.policy import autocast, check_numbers, context_length, eos_ids
 
 
@@ -66,9 +67,12 @@ def encode_prompts(tokenizer, prompts: list[str], device="cpu"):
 
 @torch.no_grad()
 def sample(
-    model, tokenizer, prompts, response_length, temperature=1.0, generator=None, bf16=False
-) -> Rollout:
+    model, tokenizer, prompts, response_length, temperature=1.0, generator=None, bf16=False,
+    about=None,
+) -> Rollout:  # fmt: skip
     """One response of at most response_length tokens to each prompt; temperature 0 is greedy.
+
+    about: a text for each prompt. The response is then readable feedback about it, and greedy.
 
     Raises: SystemExit with one sentence if a prompt and its response do not fit the context.
     """
@@ -81,6 +85,7 @@ def sample(
     response = prompt.new_full((len(prompts), response_length), tokenizer.pad_token_id)
     mask = torch.zeros_like(response, dtype=torch.bool)
     finished = torch.zeros_like(mask[:, 0])
+    grammar = FeedbackGrammar(tokenizer, model, about, response_length) if about else None
     past, attention, ids = preallocated(model.config, length), prompt_mask, prompt
     active = torch.arange(len(prompts), device=model.device)  # rows that have not ended
     with autocast(bf16), cpu.packed(model):  # both keep copies of the weights for the whole loop
@@ -89,12 +94,17 @@ def sample(
             if t == 0:
                 check_numbers(logits)
             uniform = torch.rand(len(prompts), device=model.device, generator=generator)[active]
-            token = draw(logits.float(), temperature, uniform)
+            if grammar:
+                token = grammar.choose(logits.float())
+            else:
+                token = draw(logits.float(), temperature, uniform)
             response[active, t], mask[active, t] = token, True
             ended = torch.isin(token, eos)
             if ended.any():
                 finished[active[ended]] = True
                 active, token, attention = active[~ended], token[~ended], attention[~ended]
+                if grammar:
+                    grammar.keep(~ended)
                 past.reorder_cache((~ended).nonzero()[:, 0])
             if not len(active):
                 break
@@ -116,10 +126,12 @@ def draw(logits, temperature, uniform):
     return token.clamp(max=logits.shape[1] - 1)
 
 
-def respond(model, tokenizer, prompts, response_length, batch_size=64, desc=None, **sampling):
+def respond(
+    model, tokenizer, prompts, response_length, batch_size=64, desc=None, about=None, **sampling
+):
     """Responses to many prompts, in batches of similar length: texts, and which ended with EOS.
 
-    desc shows a progress bar; sampling is passed on to sample().
+    desc shows a progress bar; about and sampling are passed on to sample().
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     texts, finished = [""] * len(prompts), [False] * len(prompts)
@@ -131,6 +143,8 @@ def respond(model, tokenizer, prompts, response_length, batch_size=64, desc=None
         for start in range(0, len(order), batch_size):
             index = order[start : start + batch_size]
             batch = [prompts[i] for i in index]
+            if about:
+                sampling["about"] = [about[i] for i in index]
             rollout = sample(model, tokenizer, batch, response_length, **sampling)
             for i, text, ended in zip(index, rollout.texts, rollout.finished.tolist()):
                 texts[i], finished[i] = text, ended

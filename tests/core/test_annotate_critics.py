@@ -137,6 +137,7 @@ def test_long_prompts_are_shortened_and_long_responses_unreadable(monkeypatch, c
 
 def load_critic(base_url):
     args = Namespace(critic="openai", base_url=base_url, reward_model="rm", critique_length=20)
+    args.free_critiques = True
     return critics.load_critic(toy, args, None, "cpu")
 
 

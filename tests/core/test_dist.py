@@ -22,6 +22,7 @@ FLAGS = (
     "--max_steps", 2, "--num_ppo_epochs", 2, "--num_mini_batches", 1, "--response_length", 12,
     "--per_device_train_batch_size", 2, "--eval_samples", 2, "--learning_rate", 3e-4,
     "--reward", "prm", "--kl_target", 0.5, "--missing_eos_penalty", 0.5, "--critique_length", 12,
+    "--free_critiques",
 )  # fmt: skip
 LEARNED_CRITIC = critics.reward_model_critic
 
@@ -78,9 +79,9 @@ def sample_by_prompt(model, tokenizer, prompts, *shape, **options):
         return sample(model, tokenizer, prompts, *shape, **options)
 
 
-def readable_critic(*model):
+def readable_critic(*model, **options):
     """The learned critic, except that what its random weights write is made readable, or not."""
-    ask = LEARNED_CRITIC(*model)
+    ask = LEARNED_CRITIC(*model, **options)
 
     def judge(z, text):
         readable = len(z) % 3 and text.strip()

@@ -1,0 +1,113 @@
+"""Feedback that is readable by construction: a grammar restricts the tokens of a critic.
+
+    start -> critique "\\n" {"good": [quotes], "poor": [quotes]} EOS
+
+It permits what Feedback.render() writes, with quotes that are substrings of the response and not
+blank. Any chat model is thus a critic that parses and quotes verbatim, trained or not. The library
+llguidance turns the grammar into the set of tokens that may follow. A critique must not contain
+HEAD itself. `--free_critiques` samples without a grammar.
+"""
+
+import json
+from functools import lru_cache
+
+import llguidance
+import llguidance.hf
+import numpy as np
+import torch
+
+from t2g.cli import fail
+from t2g.feedback import Feedback, FeedbackError
+from t2g.policy import eos_ids
+
+HEAD = '\n{"good": ['
+CRITIQUE_AND_HEAD = r'head[capture, lazy]: /(?s:.*)\n\{"good": \[/'
+HEAD_ALONE = r'head: " \n{\"good\": ["'  # the space ends a character that lacks some bytes
+GRAMMAR = r"""
+start: head quotes "], \"poor\": [" quotes "]}"
+quotes: (quote (", " quote)*)?
+quote: STRING | "{\"text\": " STRING ", \"severity\": " SEVERITY "}"
+STRING: "\"" (SUBSTRING & ~BLANK) "\""
+BLANK: /(\s|\\[nrtf]|\\u00(0b|1[c-f]))*/
+SEVERITY: /-?(0(\.[0-9]+)?|1(\.0+)?|[1-9](\.[0-9]+)?e-0*[1-9][0-9]*)/
+SUBSTRING: %regex """
+NO_QUOTES = r"""
+start: head "], \"poor\": []}"
+"""
+
+
+def feedback_grammar(response: str, head=CRITIQUE_AND_HEAD) -> str:
+    """Returns the grammar of the feedback on a response, in llguidance's dialect of Lark."""
+    if not response.strip():
+        return head + NO_QUOTES
+    characters = [json.dumps(character, ensure_ascii=False)[1:-1] for character in response]
+    return head + GRAMMAR + json.dumps({"substring_chunks": characters})
+
+
+def parse_cut(z: str) -> Feedback | None:
+    """Parses feedback that may end anywhere behind HEAD; an unfinished quote is dropped.
+
+    Returns None if z is not the beginning of feedback.
+
+    >>> parse_cut('Not 27.\\n{"good": [" Porto"], "poor": [" 2').good
+    [' Porto']
+    """
+    critique, head, quotes = z.partition(HEAD)
+    for end in range(len(quotes), -1, -1):
+        for ending in ("", "}", "]}", '], "poor": []}'):
+            try:
+                return Feedback.parse(critique + head + quotes[:end] + ending)
+            except FeedbackError:
+                continue
+    return None
+
+
+class FeedbackGrammar:
+    """Keeps greedy samples in the grammar: row i becomes feedback on responses[i].
+
+    A mask over the vocabulary is made only where the grammar forbids the likeliest token.
+
+    From token `last_start` on, a row that has not begun its quotes must do so. There is then room
+    for " " + HEAD, because each token is at least one of its bytes. What is cut off behind HEAD can
+    be read by parse_cut(). Critiques of len(HEAD) + 1 = 12 tokens or more are thus readable.
+    """
+
+    def __init__(self, tokenizer, model, responses, length):
+        size = max(len(tokenizer), model.config.get_text_config().vocab_size)
+        self.vocabulary = read_vocabulary(tokenizer, size, tuple(eos_ids(tokenizer, model)))
+        self.last_start, self.step = max(0, min(3 * length // 4, length - len(HEAD) - 1)), 0
+        self.rows = [(response, self.matcher(response)) for response in responses]
+
+    def matcher(self, response, head=CRITIQUE_AND_HEAD):
+        return llguidance.LLMatcher(self.vocabulary, feedback_grammar(response, head))
+
+    def choose(self, logits):
+        """Returns the likeliest permitted token of each row, given logits (B, V)."""
+        if self.step == self.last_start:
+            for i, (response, matcher) in enumerate(self.rows):
+                if matcher.get_capture("head") is None:
+                    self.rows[i] = response, self.matcher(response, HEAD_ALONE)
+        self.step += 1
+        token = logits.argmax(-1)
+        for i, likeliest in enumerate(token.tolist()):
+            matcher = self.rows[i][1]
+            if not matcher.try_consume_tokens([likeliest]):
+                bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
+                allowed = np.unpackbits(bits, bitorder="little")[: logits.shape[1]]
+                permitted = torch.from_numpy(allowed).bool().to(logits.device)
+                token[i] = logits[i].masked_fill(~permitted, -torch.inf).argmax()
+                matcher.consume_token(int(token[i]))
+        return token
+
+    def keep(self, active):
+        """Drops the rows that have ended, those where active (B,) is False."""
+        self.rows = [row for row, kept in zip(self.rows, active.tolist()) if kept]
+
+
+@lru_cache(maxsize=2)
+def read_vocabulary(tokenizer, size, eos):
+    """Returns the bytes of a tokenizer's tokens, as llguidance wants them."""
+    try:
+        return llguidance.hf.from_tokenizer(tokenizer, n_vocab=size, eos_token=list(eos))
+    except ValueError as error:
+        fail(f"no grammar can be used with the critic's tokenizer ({error}); add --free_critiques")

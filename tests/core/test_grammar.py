@@ -1,0 +1,144 @@
+"""Constrained critiques: whatever a grammar permits can be read, and its quotes stand verbatim."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import CORPUS
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from t2g import critics
+from t2g.align import resolve, response_text
+from t2g.feedback import Feedback, quoted
+from t2g.grammar import HEAD, FeedbackGrammar, parse_cut
+from t2g.rollout import sample
+from t2g.tasks import Example
+
+RESPONSES = [
+    "Ana is 27, a nurse.", 'She said "no\\", twice.\n\n\tThen {"good": [1]}.', "naïve 東京 😀🎉 👩‍👩‍👧🏽",
+    "   \x1c\u00a0 a  ", "", " \n ", "a\x00b\x7f\ufffd",
+]  # fmt: skip
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20) | st.sampled_from(RESPONSES)
+NAMES = ["toy", "byte_level", "byte_fallback"]
+
+
+def grammar_of(tokenizer, response, length=60):
+    config = SimpleNamespace(vocab_size=len(tokenizer))
+    model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: config))
+    model.generation_config = None
+    return FeedbackGrammar(tokenizer, model, [response], length)
+
+
+@pytest.fixture(params=NAMES, scope="module")
+def any_tokenizer(request, tokenizers, toy_tokenizer):
+    return {**tokenizers, "toy": toy_tokenizer}[request.param]
+
+
+@st.composite
+def feedback(draw, response):
+    """Any feedback whose quotes stand in the response."""
+
+    def quote():
+        start = draw(st.integers(0, len(response)))
+        text = response[start : draw(st.integers(start, len(response)))]
+        assume(text.strip())
+        severity = draw(st.none() | st.floats(-1, 1) | st.integers(-1, 1))
+        return text if severity is None else {"text": text, "severity": severity}
+
+    lists = [[quote() for _ in range(draw(st.integers(0, 2)))] for _ in range(2)]
+    critique = draw(texts)
+    assume(HEAD not in critique + HEAD[:-1])
+    return Feedback(critique, *lists)
+
+
+@settings(max_examples=60)
+@given(st.data(), texts)
+def test_whatever_render_writes_is_permitted(any_tokenizer, data, response):
+    z = data.draw(feedback(response)).render()
+    grammar = grammar_of(any_tokenizer, response)
+    [(_, matcher)] = grammar.rows
+    ids = grammar.vocabulary.tokenize_str(z)
+    assert grammar.vocabulary.decode_str(ids) == z
+    assert matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting(), z
+    end = torch.zeros(1, len(any_tokenizer))
+    assert grammar.choose(end).tolist() == [any_tokenizer.eos_token_id]
+
+
+@settings(max_examples=60)
+@given(texts, st.integers(12, 90), st.integers(0, 10**6))
+def test_a_random_walk_is_readable_and_its_quotes_stand_verbatim(
+    any_tokenizer, response, length, seed
+):
+    grammar, rng, ids = grammar_of(any_tokenizer, response, length), torch.Generator(), []
+    rng.manual_seed(seed)
+    while len(ids) < length and any_tokenizer.eos_token_id not in ids:
+        logits = torch.randn(1, len(any_tokenizer), generator=rng)
+        ids += grammar.choose(logits).tolist()
+    z = response_text(any_tokenizer, ids)
+    one = parse_cut(z)
+    assert one, z
+    ended = any_tokenizer.eos_token_id in ids
+    assert not ended or Feedback.parse(z) == one
+    quotes = [quoted(quote)[0] for quote in one.good + one.poor]
+    assert all(quote in response and quote.strip() for quote in quotes), z
+    assert resolve(response, one)[1]["lost"] == 0
+
+
+def test_feedback_that_is_cut_keeps_all_finished_quotes():
+    quotes = ["a", {"text": "b", "severity": 0.5}, "]", '"}']
+    z = Feedback("Cut.", quotes[:2], quotes[2:]).render()
+    counts = []
+    for end in range(z.index(HEAD) + len(HEAD), len(z) + 1):
+        one = parse_cut(z[:end])
+        counts.append(len(one.good + one.poor))
+        assert one.critique == "Cut." and one.good + one.poor == quotes[: counts[-1]]
+    assert counts == sorted(counts) and {*counts} == {0, 1, 2, 3, 4}
+    assert parse_cut("no map") is None
+
+
+@pytest.fixture
+def chat_model(model, tokenizer):
+    """An untrained model whose only end of a response is the tokenizer's."""
+    model = copy.deepcopy(model)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    return model
+
+
+def test_an_untrained_model_is_a_readable_critic_and_free_critiques_are_those_of_before(
+    chat_model, tokenizer
+):
+    examples = [Example(f"Describe {n}.", "", {}) for n in range(6)]
+    responses = RESPONSES[:3] + CORPUS[:2] + ["x"]
+    one = critics.reward_model_critic(chat_model, tokenizer, 40)(examples, responses)
+    for response, feedback in zip(responses, one):
+        assert feedback and resolve(response, feedback)[1]["lost"] == 0
+    alone = critics.reward_model_critic(chat_model, tokenizer, 40)
+    assert alone(examples[2:3], responses[2:3]) == one[2:3], "whatever the rest of the batch"
+    free = critics.reward_model_critic(chat_model, tokenizer, 40, free=True)
+    assert free(examples, responses) == [None] * 6
+
+
+def test_a_grammar_changes_nothing_that_it_permits(chat_model, tokenizer, monkeypatch):
+    """Rows end at different steps; every likeliest token is permitted."""
+    prompts, about = ["a", "b c", "d"], ["x y", "y", "z"]
+    plain = sample(chat_model, tokenizer, prompts, 12, temperature=0)
+    monkeypatch.setattr(FeedbackGrammar, "choose", lambda self, logits: logits.argmax(-1))
+    assert sample(chat_model, tokenizer, prompts, 12, 0, about=about).texts == plain.texts
+
+
+def test_a_tokenizer_without_bytes_is_refused(tokenizers, refused):
+    assert "--free_critiques" in refused(grammar_of, tokenizers["wordpiece"], "x")
+
+
+@pytest.mark.parametrize("refuses", [[], ["structured_outputs"]])
+def test_a_server_gets_the_grammar_unless_it_refuses_it(serve, capsys, refuses):
+    cut = 'Well.\n{"good": ["r0"], "poor": ["r'
+    url, log = serve(answer=cut, refuses=refuses)
+    critic = critics.openai_critic(url, "rm", max_retries=1)
+    for _ in range(2):
+        assert critic([Example("p", "", {})], ["r0"]) == [Feedback("Well.", ["r0"], [])]
+    sent = ["structured_outputs" in line["asked"] for line in log() if line["what"] == "request"]
+    assert sent == ([True, False, False] if refuses else [True, True])
+    assert capsys.readouterr().out.count("takes no grammar") == len(refuses)
