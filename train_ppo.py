@@ -173,9 +173,8 @@ def show_heldout(step, actor, reference, critic, run):
     feedback = critic(examples, rollout.texts)  # on all ranks, for a learned critic is sharded
     delta, _ = token_rewards(run.tokenizer, rollout, feedback, args)
     old = score(actor, reference, rollout, args)
-    if dist.rank() == 0:
-        numbers = dict(delta=delta, kl=old.kl, value=old.values)
-        run.samples.add(step, run.tokenizer, examples, rollout, feedback, heldout=True, **numbers)
+    numbers = dict(delta=delta, kl=old.kl, value=old.values)
+    run.samples.add(step, run.tokenizer, examples, rollout, feedback, heldout=True, **numbers)
 
 
 def global_batch(rollout, feedback, delta, placed, old):

@@ -15,7 +15,7 @@ import sys
 
 def end_quietly(kind, error, traceback):
     """Ends a script without a traceback on Ctrl-C, also while its imports take seconds."""
-    if kind is not KeyboardInterrupt:
+    if kind is not KeyboardInterrupt or hasattr(sys, "ps1"):  # Python's prompt, which goes on
         return sys.__excepthook__(kind, error, traceback)
     print("\ninterrupted", file=sys.stderr)
     raise SystemExit(130)

@@ -43,7 +43,7 @@ class Samples:
 
     def add(self, step, tokenizer, examples, rollout, feedback, heldout=False, **at_tokens):
         """Writes some rows of a rollout, if the step is shown. at_tokens: (B, T) tensors."""
-        if step not in self.steps:
+        if step not in self.steps or dist.rank() > 0:
             return
         at_tokens = {name: tensor.cpu() for name, tensor in at_tokens.items()}
         lines = ""

@@ -98,10 +98,9 @@ class Run:
 
     def keep_samples(self, step, examples, rollout, feedback, delta, old, advantages, change):
         """Keeps a few of the responses, and the numbers at their tokens, for the page."""
-        if dist.rank() == 0:
-            numbers = dict(delta=delta, kl=old.kl, value=old.values, advantage=advantages)
-            shown = (step, self.tokenizer, examples, rollout, feedback)
-            self.samples.add(*shown, **numbers, shift=change)
+        numbers = dict(delta=delta, kl=old.kl, value=old.values, advantage=advantages)
+        shown = (step, self.tokenizer, examples, rollout, feedback)
+        self.samples.add(*shown, **numbers, shift=change)
 
     def save_or_stop(self, step, kl_coef):
         """Saves every --save_steps steps and at the end; on SIGTERM saves and exits. Collective."""
