@@ -2,23 +2,22 @@
 
     start -> critique "\\n" {"good": [quotes], "poor": [quotes]} EOS
 
-It permits what Feedback.render() writes, with quotes that are substrings of the response and not
-blank. Any chat model is thus a critic that parses and quotes verbatim, trained or not. The library
-llguidance turns the grammar into the set of tokens that may follow. A critique must not contain
-HEAD itself. `--free_critiques` samples without a grammar.
+It permits what Feedback.render() writes, with quotes that are substrings of the response, cut no
+word in two and are not blank: locate() finds each one verbatim. Any chat model, trained or not, is
+thus a readable critic. The library llguidance turns the grammar into the set of tokens that may
+follow. A critique must not contain HEAD itself. `--free_critiques` samples without a grammar.
 """
 
 import json
 from functools import lru_cache
 
-import llguidance
-import llguidance.hf
 import numpy as np
 import torch
 
 from t2g.cli import fail
 from t2g.feedback import Feedback, FeedbackError
 from t2g.policy import eos_ids
+from t2g.quotes import pieces
 
 HEAD = '\n{"good": ['
 CRITIQUE_AND_HEAD = r'head[capture, lazy]: /(?s:.*)\n\{"good": \[/'
@@ -40,8 +39,9 @@ def feedback_grammar(response: str, head=CRITIQUE_AND_HEAD) -> str:
     """Returns the grammar of the feedback on a response, in llguidance's dialect of Lark."""
     if not response.strip():
         return head + NO_QUOTES
-    characters = [json.dumps(character, ensure_ascii=False)[1:-1] for character in response]
-    return head + GRAMMAR + json.dumps({"substring_chunks": characters})
+    words = [response[start:end] for start, end in pieces(response)]
+    chunks = [json.dumps(word, ensure_ascii=False)[1:-1] for word in words]
+    return head + GRAMMAR + json.dumps({"substring_chunks": chunks})
 
 
 def parse_cut(z: str) -> Feedback | None:
@@ -79,7 +79,9 @@ class FeedbackGrammar:
         self.rows = [(response, self.matcher(response)) for response in responses]
 
     def matcher(self, response, head=CRITIQUE_AND_HEAD):
-        return llguidance.LLMatcher(self.vocabulary, feedback_grammar(response, head))
+        from llguidance import LLMatcher  # a machine without a learned critic needs no llguidance
+
+        return LLMatcher(self.vocabulary, feedback_grammar(response, head))
 
     def choose(self, logits):
         """Returns the likeliest permitted token of each row, given logits (B, V)."""
@@ -107,7 +109,9 @@ class FeedbackGrammar:
 @lru_cache(maxsize=2)
 def read_vocabulary(tokenizer, size, eos):
     """Returns the bytes of a tokenizer's tokens, as llguidance wants them."""
+    from llguidance import hf
+
     try:
-        return llguidance.hf.from_tokenizer(tokenizer, n_vocab=size, eos_token=list(eos))
+        return hf.from_tokenizer(tokenizer, n_vocab=size, eos_token=list(eos))
     except ValueError as error:
         fail(f"no grammar can be used with the critic's tokenizer ({error}); add --free_critiques")

@@ -151,11 +151,16 @@ def _closest(text, quote):
     return max(windows, key=lambda window: fuzz.ratio(quote, text[slice(*window)]), default=None)
 
 
-@lru_cache(maxsize=32)
 def _words(text) -> list[tuple[int, int]]:
     """The ranges of the words of a text, in order."""
+    return [(start, end) for start, end in pieces(text) if _in_words(text[start])]
+
+
+@lru_cache(maxsize=32)
+def pieces(text) -> list[tuple[int, int]]:
+    """The ranges of the words of a text and of the characters between them, in order."""
     cuts = [i for i in range(len(text) + 1) if not _inside_word(text, i)]
-    return [(start, end) for start, end in itertools.pairwise(cuts) if _in_words(text[start])]
+    return list(itertools.pairwise(cuts))
 
 
 def without_space(text, start, end) -> tuple[int, int]:

