@@ -34,8 +34,7 @@ def parse_args():
     tasks.add_flags(add)
     add("--responses", None, "records to annotate (default: samples of a policy)")
     add("--out", None, "the .jsonl file to write (default: runs/TASK/annotations.jsonl)")
-    critics = ("rule", "openai")
-    add("--critic", None, "who annotates (default: openai with --model, otherwise rule)", critics)
+    add("--critic", None, "default: openai with --model, otherwise rule", ("rule", "openai"))
     add("--policy", None, "run, folder, hub id or .gguf file to sample (default: sft beside --out)")
     add("--num_samples", 500, "responses to sample and annotate")
     add("--response_length", 64, "maximum tokens of a sampled response")
@@ -75,12 +74,8 @@ def main():
     if out.exists() and not (args.critic == "openai" and out.is_file()):
         cli.fail(f"{out} exists already; move it away or choose another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
-    if args.critic == "openai":
-        annotate_by_server(task, args, out)
-        return
-    records = annotate_by_rule(task, args, out)
-    write_whole(out, records)
-    print(f"annotations: {out}, {len(records)} records")
+    annotate = annotate_by_server if args.critic == "openai" else annotate_by_rule
+    annotate(task, args, out)
 
 
 # ---- responses ---------------------------------------------------------------------------------
@@ -127,7 +122,7 @@ def add_test_logs(records, task, args) -> list[dict]:
 
 
 # ---- critics -----------------------------------------------------------------------------------
-def annotate_by_rule(task, args, out) -> list[dict]:
+def annotate_by_rule(task, args, out):
     """Annotates responses with the task's own program."""
     if args.responses:
         records = read_responses(args.responses)
@@ -140,7 +135,8 @@ def annotate_by_rule(task, args, out) -> list[dict]:
         feedback = feedback if args.severity else feedback.plain()
         spans = {"good_spans": feedback.good, "poor_spans": feedback.poor}
         record |= {"critique": feedback.critique, **spans, "status": "ok", "reason": ""}
-    return records
+    write_whole(out, records)
+    print(f"annotations: {out}, {len(records)} records")
 
 
 def annotate_by_server(task, args, out):

@@ -9,7 +9,6 @@ Long prompts are shortened in their middle; responses never are.
 """
 
 import random
-import time
 from pathlib import Path
 
 from t2g import cli, critics, policy, stages, supervised, tasks
@@ -43,7 +42,6 @@ def main():
     root = Path(args.output_dir).parent
     if not args.annotations:
         stages.ensure(["sft", "annotate"], args, root, args.model)
-    start = time.perf_counter()
 
     tokenizer, model = policy.load(args.model or root / "sft", policy.device())
     limit, pairs = supervised.longest_text(model, args), []
@@ -53,7 +51,7 @@ def main():
         pairs.append((critics.fitting_prompt(tokenizer, prompt, response, room), z))
     random.Random(args.seed).shuffle(pairs)
     saved = supervised.finetune(model, tokenizer, pairs, args, desc="reward model")
-    print(f"reward model: {saved} ({time.perf_counter() - start:.0f} s)")
+    print(f"reward model: {saved}")
 
 
 if __name__ == "__main__":

@@ -4,8 +4,6 @@ python train_sft.py                                       # for the toy, from sc
 python train_sft.py --task summarize --model HUB_ID --data posts.jsonl --output_dir runs/posts/sft
 """
 
-import time
-
 from t2g import cli, cpu, policy, supervised, tasks
 
 
@@ -19,7 +17,6 @@ def main():
     supervised.add_flags(add)
     task, args = tasks.parse(parser, "train_sft")
     args.output_dir = args.output_dir or f"runs/{task.NAME}/sft"
-    start = time.perf_counter()
 
     examples, _ = tasks.load(task, args)
     if args.model:
@@ -35,7 +32,7 @@ def main():
         examples = list(map(tasks.valid_example, pairs))
     pairs = [(example.prompt, example.reference) for example in examples]
     saved = supervised.finetune(model, tokenizer, pairs, args, desc="starting policy")
-    print(f"starting policy: {saved} ({time.perf_counter() - start:.0f} s)")
+    print(f"starting policy: {saved}")
 
 
 if __name__ == "__main__":

@@ -72,23 +72,25 @@ def flags(parser):
 
 def positive(kind):
     """An argument type: a number of this kind above 0."""
-    return checked(kind, lambda value: value > 0, "above 0")
+
+    def number(text):
+        if not kind(text) > 0:
+            raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        return kind(text)
+
+    number.__name__ = kind.__name__  # for argparse's own message
+    return number
 
 
 def between(low, high):
     """An argument type: a number in [low, high]."""
-    return checked(float, lambda value: low <= value <= high, f"between {low} and {high}")
 
+    def number(text):
+        if not low <= float(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return float(text)
 
-def checked(kind, fits, range_name):
-    def convert(text):
-        value = kind(text)
-        if not fits(value):
-            raise argparse.ArgumentTypeError(f"{text} is not {range_name}")
-        return value
-
-    convert.__name__ = kind.__name__
-    return convert
+    return number
 
 
 @functools.cache
