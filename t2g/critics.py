@@ -153,16 +153,16 @@ def openai_critic(base_url, model, critique_length=200, timeout=600.0, max_retri
 
     async def ask(client, request, response):
         nonlocal refused
-        if not refused:
-            body = {"structured_outputs": {"grammar": feedback_grammar(response)}}
-            try:
-                return await server.ask(client, extra_body=body, **request)
-            except server.Refused:
-                answer = await server.ask(client, **request)  # fails if more than that is wrong
-                print_once("the server takes no grammar, so its critiques are free")
-                refused = True
-                return answer
-        return await server.ask(client, **request)
+        if refused:
+            return await server.ask(client, **request)
+        grammar = {"structured_outputs": {"grammar": feedback_grammar(response)}}
+        try:
+            return await server.ask(client, **request, extra_body=grammar)
+        except server.Refused:
+            answer = await server.ask(client, **request)  # fails if more than that is wrong
+        print_once("the server takes no grammar, so its critiques are free")
+        refused = True
+        return answer
 
     def critic(examples, responses):
         feedback, errors = [None] * len(responses), []

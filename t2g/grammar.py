@@ -2,10 +2,9 @@
 
     start -> critique "\\n" {"good": [quotes], "poor": [quotes]} EOS
 
-It permits what Feedback.render() writes, with quotes that are substrings of the response, cut no
-word in two and are not blank: locate() finds each one verbatim. Any chat model, trained or not, is
-thus a readable critic. The library llguidance turns the grammar into the set of tokens that may
-follow. A critique must not contain HEAD itself. `--free_critiques` samples without a grammar.
+It permits what Feedback.render() writes with quotes that stand in the response, cut no word in two
+and are not blank: locate() finds each one verbatim. Any chat model, trained or not, is thus a
+readable critic. The library llguidance reads the grammar. A critique must not contain HEAD.
 """
 
 import json
@@ -65,45 +64,36 @@ def parse_cut(z: str) -> Feedback | None:
 class FeedbackGrammar:
     """Keeps greedy samples in the grammar: row i becomes feedback on responses[i].
 
-    A mask over the vocabulary is made only where the grammar forbids the likeliest token.
-
-    From token `last_start` on, a row that has not begun its quotes must do so. There is then room
-    for " " + HEAD, because each token is at least one of its bytes. What is cut off behind HEAD can
-    be read by parse_cut(). Critiques of len(HEAD) + 1 = 12 tokens or more are thus readable.
+    A row that has not begun its quotes must do so from token `last_start` on. There is then room
+    for " " + HEAD, because a token is at least one byte; parse_cut() reads what is cut off behind.
+    Feedback of at least len(HEAD) + 1 = 12 tokens is thus readable.
     """
 
     def __init__(self, tokenizer, model, responses, length):
         size = max(len(tokenizer), model.config.get_text_config().vocab_size)
         self.vocabulary = read_vocabulary(tokenizer, size, tuple(eos_ids(tokenizer, model)))
-        self.last_start, self.step = max(0, min(3 * length // 4, length - len(HEAD) - 1)), 0
-        self.rows = [(response, self.matcher(response)) for response in responses]
+        self.last_start = max(0, min(3 * length // 4, length - len(HEAD) - 1))
+        self.responses, self.matchers = responses, [self.matcher(text) for text in responses]
 
     def matcher(self, response, head=CRITIQUE_AND_HEAD):
         from llguidance import LLMatcher  # a machine without a learned critic needs no llguidance
 
         return LLMatcher(self.vocabulary, feedback_grammar(response, head))
 
-    def choose(self, logits):
-        """Returns the likeliest permitted token of each row, given logits (B, V)."""
-        if self.step == self.last_start:
-            for i, (response, matcher) in enumerate(self.rows):
-                if matcher.get_capture("head") is None:
-                    self.rows[i] = response, self.matcher(response, HEAD_ALONE)
-        self.step += 1
+    def choose(self, logits, rows, t):
+        """Returns the likeliest permitted token t of these rows (B of them), given logits (B, V)."""
         token = logits.argmax(-1)
-        for i, likeliest in enumerate(token.tolist()):
-            matcher = self.rows[i][1]
+        for i, (row, likeliest) in enumerate(zip(rows, token.tolist())):
+            if t == self.last_start and self.matchers[row].get_capture("head") is None:
+                self.matchers[row] = self.matcher(self.responses[row], HEAD_ALONE)
+            matcher = self.matchers[row]
             if not matcher.try_consume_tokens([likeliest]):
                 bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
-                allowed = np.unpackbits(bits, bitorder="little")[: logits.shape[1]]
-                permitted = torch.from_numpy(allowed).bool().to(logits.device)
+                permitted = np.unpackbits(bits, bitorder="little")[: logits.shape[1]]
+                permitted = torch.from_numpy(permitted).bool().to(logits.device)
                 token[i] = logits[i].masked_fill(~permitted, -torch.inf).argmax()
                 matcher.consume_token(int(token[i]))
         return token
-
-    def keep(self, active):
-        """Drops the rows that have ended, those where active (B,) is False."""
-        self.rows = [row for row, kept in zip(self.rows, active.tolist()) if kept]
 
 
 @lru_cache(maxsize=2)

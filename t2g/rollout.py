@@ -95,7 +95,7 @@ def sample(
                 check_numbers(logits)
             uniform = torch.rand(len(prompts), device=model.device, generator=generator)[active]
             if grammar:
-                token = grammar.choose(logits.float())
+                token = grammar.choose(logits.float(), active.tolist(), t)
             else:
                 token = draw(logits.float(), temperature, uniform)
             response[active, t], mask[active, t] = token, True
@@ -103,8 +103,6 @@ def sample(
             if ended.any():
                 finished[active[ended]] = True
                 active, token, attention = active[~ended], token[~ended], attention[~ended]
-                if grammar:
-                    grammar.keep(~ended)
                 past.reorder_cache((~ended).nonzero()[:, 0])
             if not len(active):
                 break

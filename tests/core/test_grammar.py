@@ -58,12 +58,12 @@ def feedback(draw, response):
 def test_whatever_render_writes_is_permitted(any_tokenizer, data, response):
     z = data.draw(feedback(response)).render()
     grammar = grammar_of(any_tokenizer, response)
-    [(_, matcher)] = grammar.rows
+    [matcher] = grammar.matchers
     ids = grammar.vocabulary.greedy_tokenize(z)  # control tokens stay text
     assert grammar.vocabulary.decode_str(ids) == z
     assert matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting(), z
     end = torch.zeros(1, len(any_tokenizer))
-    assert grammar.choose(end).tolist() == [any_tokenizer.eos_token_id]
+    assert grammar.choose(end, [0], 0).tolist() == [any_tokenizer.eos_token_id]
 
 
 @settings(max_examples=60)
@@ -75,7 +75,7 @@ def test_a_random_walk_is_readable_and_its_quotes_stand_verbatim(
     rng.manual_seed(seed)
     while len(ids) < length and any_tokenizer.eos_token_id not in ids:
         logits = torch.randn(1, len(any_tokenizer), generator=rng)
-        ids += grammar.choose(logits).tolist()
+        ids += grammar.choose(logits, [0], len(ids)).tolist()
     z = response_text(any_tokenizer, ids)
     one = parse_cut(z)
     assert one, z
@@ -125,7 +125,7 @@ def test_a_grammar_changes_nothing_that_it_permits(chat_model, tokenizer, monkey
     """Rows end at different steps; every likeliest token is permitted."""
     prompts, about = ["a", "b c", "d"], ["x y", "y", "z"]
     plain = sample(chat_model, tokenizer, prompts, 12, temperature=0)
-    monkeypatch.setattr(FeedbackGrammar, "choose", lambda self, logits: logits.argmax(-1))
+    monkeypatch.setattr(FeedbackGrammar, "choose", lambda self, logits, *_: logits.argmax(-1))
     assert sample(chat_model, tokenizer, prompts, 12, 0, about=about).texts == plain.texts
 
 
