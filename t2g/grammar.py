@@ -81,7 +81,7 @@ class FeedbackGrammar:
         return LLMatcher(self.vocabulary, feedback_grammar(response, head))
 
     def choose(self, logits, rows, t):
-        """Returns the likeliest permitted token t of these rows (B of them), given logits (B, V)."""
+        """Returns the likeliest permitted token t of these B rows, given logits (B, V)."""
         token = logits.argmax(-1)
         for i, (row, likeliest) in enumerate(zip(rows, token.tolist())):
             if t == self.last_start and self.matchers[row].get_capture("head") is None:

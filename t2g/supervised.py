@@ -39,6 +39,7 @@ def add_flags(add, validation_share=0.0):
     add("--gradient_accumulation_steps", 1, "microbatches per optimiser step")
     add("--max_length", None, "maximum tokens of a text; the context if not given", positive(int))
     add("--optimizer", "adamw", "muon is for models from scratch", ("adamw", "muon"))
+    add("--weight_decay", 0.0, "decay of the weights per step, as a multiple of the learning rate")
     add("--max_grad_norm", 1.0, "maximum norm of the gradient; longer ones are clipped")
     adapters.add_flags(add)
     add("--validation_share", validation_share, "share of pairs held out", between(0, 0.5))
@@ -179,7 +180,7 @@ def finetune(model, tokenizer, pairs, args, desc) -> Path:
 def train(model, tokenizer, rows, heldout, args, folder, desc, objective=NEXT_TOKEN) -> int:
     """Trains the model. Returns the step of its weights: the best step if heldout, or the last."""
     device = next(model.parameters()).device
-    optimizers = make_optimizers(model, args.optimizer, args.learning_rate)
+    optimizers = make_optimizers(model, args)
     reached = {"step": 0, "best_step": 0, "best_loss": math.inf}
     if (folder / STATE).is_file():
         reached = checkpoint.load([folder / STATE], model, optimizers)
@@ -234,16 +235,18 @@ def train_step(model, microbatches, args, objective=NEXT_TOKEN) -> dict:
     return {**sums, "grad_norm": norm.item(), objective.unit: count, "update_tokens": tokens}
 
 
-def make_optimizers(model, kind, learning_rate):
+def make_optimizers(model, args):
     """AdamW for all weights, or Muon for the matrices of the blocks and AdamW for the others."""
     matrices, rest = [], []
     for name, weight in checkpoint.trainable(model).items():
         in_block = weight.ndim == 2 and "embed" not in name and "head" not in name
-        (matrices if kind == "muon" and in_block else rest).append(weight)
-    adamw = dict(lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    muon = dict(lr=learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-    optimizers = [torch.optim.AdamW(rest, **adamw)] if rest else []
-    return optimizers + ([torch.optim.Muon(matrices, **muon)] if matrices else [])
+        (matrices if args.optimizer == "muon" and in_block else rest).append(weight)
+    both = dict(lr=args.learning_rate, weight_decay=args.weight_decay)
+    adamw = dict(betas=(0.9, 0.95), fused=True)
+    optimizers = [torch.optim.AdamW(rest, **both, **adamw)] if rest else []
+    if matrices:
+        optimizers.append(torch.optim.Muon(matrices, **both, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
 
 
 def apply_gradients(optimizers, learning_rate):

@@ -23,11 +23,11 @@ JOBS = """baker nurse pilot painter lawyer farmer dentist singer plumber writer
 barber tailor cook guard judge miner""".split()
 CITIES = """Porto Lyon Oslo Turin Ghent Cork Malmo Bern Graz
 Delft Split Leeds Riga Basel Nice Kyoto Lima Quito""".split()
-RELATIONS = "sister brother cousin nephew niece mother father grandson daughter son".split()
+ANIMALS = """cat dog horse goat sheep pig cow duck goose parrot
+rabbit hamster turtle donkey pony lizard""".split()
 PLANS = (
-    "learn chess,buy a boat,paint a fence,run a marathon,open a shop,write a novel,sell a car,"
-    "climb a hill,plant a tree,build a shed,study law,adopt a dog,bake a cake,fix a roof,"
-    "join a choir,keep bees"
+    "learn chess,buy land,paint fences,run marathons,open shops,write novels,sell cars,climb hills,"
+    "plant trees,build sheds,study law,adopt dogs,bake bread,fix roofs,join choirs,keep bees"
 ).split(",")
 
 
@@ -40,10 +40,10 @@ class Fact(NamedTuple):
 
 FACTS = {
     "name": Fact(NAMES, "{}", None, "Someone"),
-    "age": Fact([str(n) for n in range(20, 80)], " is {}", r"\S* is (.+)", "grown up"),
+    "age": Fact([str(n) for n in range(20, 60)], " is now {}", r"\S* is now (.+)", "grown up"),
     "job": Fact(JOBS, ", works as a {}", r"works as an? (.+)", "professional"),
     "city": Fact(CITIES, ", lives in {}", r"lives in (.+)", "some place"),
-    "relation": Fact(RELATIONS, ", misses a {}", r"misses an? (.+)", "person"),
+    "animal": Fact(ANIMALS, ", looks after the {}", r"looks after the (.+)", "pet"),
     "plan": Fact(PLANS, ", plans to {}", r"plans to (.+)", "do things"),
 }
 FILLERS = ("as one does", "so to speak", "you know", "all in all", "as they say", "it seems")
@@ -55,12 +55,12 @@ METRICS = {
     "words": "words of the summary",
 }
 DEFAULTS = {
-    "train_sft": dict(learning_rate=0.01, max_steps=960, per_device_train_batch_size=32,
-                      optimizer="muon"),
+    "train_sft": dict(learning_rate=0.01, max_steps=400, per_device_train_batch_size=32,
+                      optimizer="muon", weight_decay=0.2),
     "annotate": dict(num_samples=12000, response_length=40),
-    "train_rm": dict(learning_rate=0.006, max_steps=900, per_device_train_batch_size=32,
-                     optimizer="muon", validation_share=0.02, eval_steps=100),
-    "train_ppo": dict(learning_rate=5e-4, max_steps=45, per_device_train_batch_size=32,
+    "train_rm": dict(learning_rate=0.015, max_steps=600, per_device_train_batch_size=32,
+                     optimizer="muon", weight_decay=0.2, validation_share=0.02, eval_steps=100),
+    "train_ppo": dict(learning_rate=1.7e-4, max_steps=45, per_device_train_batch_size=32,
                       num_mini_batches=2, num_ppo_epochs=2, response_length=40, eval_samples=256,
                       kl_coef=0.15),
     "eval": dict(response_length=40, eval_samples=256),
@@ -84,16 +84,20 @@ def load(args):
 
 
 def make_example(rng) -> Example:
-    """Makes a post with the six facts of its writer and of a friend, who differ in each of them."""
+    """Makes a post with the six facts of its writer and of a friend, who differ in each of them.
+
+    Post and summary share the word before each value of the writer ("in Porto"), and the friend's
+    values have another ("from Lyon"): a small model learns quickly whose fact it must copy.
+    """
     me, other = {}, {}
     for fact in FACTS:
         me[fact], other[fact] = rng.sample(FACTS[fact].values, 2)
-    mine = [f"I am {me['age']} years old.", f"In town I serve as the {me['job']}."]
-    mine += [f"I live in {me['city']}.", f"I miss my {me['relation']}.", f"I plan to {me['plan']}."]
+    mine = [f"I am now {me['age']}.", f"I work as a {me['job']}.", f"I live in {me['city']}."]
+    mine += [f"I look after the {me['animal']}.", f"I plan to {me['plan']}."]
     rng.shuffle(mine)
     theirs = (
         f"My friend {other['name']} turned {other['age']}, comes from {other['city']}, used to be "
-        f"a {other['job']}, has a {other['relation']} and can {other['plan']}."
+        f"my {other['job']}, owns one {other['animal']} and can {other['plan']}."
     )
     where = rng.randrange(len(mine) + 1)
     post = " ".join([f"My name is {me['name']}.", *mine[:where], theirs, *mine[where:]])
@@ -102,26 +106,26 @@ def make_example(rng) -> Example:
 
 
 def noisy_summary(example, rng) -> str:
-    """Writes a summary with local mistakes: about half of its facts are right."""
+    """Writes a summary with local mistakes: about two thirds of its facts are right."""
     me, other = example.facts["me"], example.facts["other"]
     parts = []
     for fact in FACTS:
         draw = rng.random()
-        if draw < 0.6:
+        if draw < 0.68:
             parts.append(FACTS[fact].phrase.format(me[fact]))
-        elif draw < 0.78:
+        elif draw < 0.82:
             parts.append(FACTS[fact].phrase.format(other[fact]))
         elif draw < 0.94 or fact in ("name", "age"):
             parts.append(FACTS[fact].phrase.format(FACTS[fact].vague))
-        if fact not in ("name", "age") and draw < 0.78 and rng.random() < 0.12:
+        if fact not in ("name", "age") and draw < 0.82 and rng.random() < 0.1:
             parts.append(rng.choice((parts[-1], f", again{parts[-1].removeprefix(',')}")))
-        if fact != "name" and rng.random() < 0.12:
+        if fact != "name" and rng.random() < 0.1:
             parts.append(f", {rng.choice(FILLERS)}")
     return "".join(parts) + "."
 
 
 def sft_pairs(args, examples):
-    """Returns clean summaries for three quarters of the steps, then noisy ones.
+    """Returns clean summaries for four fifths of the steps, then noisy ones.
 
     The clean ones teach the model to bind facts to the writer. A share of REVISIONS of the pairs
     asks for the revision of a noisy summary by a critique, which any chat model can do.
@@ -133,7 +137,7 @@ def sft_pairs(args, examples):
         if rng.random() < REVISIONS:
             pairs.append(revision_pair(example, rng))
         else:
-            summary = example.reference if i < 0.75 * n else noisy_summary(example, rng)
+            summary = example.reference if i < 0.8 * n else noisy_summary(example, rng)
             pairs.append((example.prompt, summary))
     return pairs
 
@@ -235,6 +239,13 @@ def judge_fact(fact, me, response, start, end) -> Remark:
     return Remark(start, end, kind, text, response[start:end].replace(value, truth))
 
 
+def facts_right(example, response: str) -> dict[str, bool]:
+    """Returns, for each fact, whether the response states it rightly."""
+    right = critique(example, response).good
+    me = example.facts["me"]
+    return {fact: any(quote.endswith(me[fact]) for quote in right) for fact in FACTS}
+
+
 def score(example, response: str) -> dict[str, float]:
     feedback = critique(example, response)
     coverage, poor = len(feedback.good) / len(FACTS), len(feedback.poor)
@@ -253,7 +264,7 @@ CHAT_TEMPLATE = (
 
 
 def new_model(seed):
-    """Returns a byte-level BPE of 1,024 tokens, trained on the task's texts, and a 0.8 M Llama."""
+    """Returns a byte-level BPE of 1,024 tokens, trained on the task's texts, and a 0.5 M Llama."""
     rng = random.Random(f"words {seed}")
     texts = []
     for _ in range(2000):
@@ -274,8 +285,8 @@ def new_model(seed):
     tokenizer.chat_template = CHAT_TEMPLATE
     config = LlamaConfig(
         vocab_size=len(tokenizer), max_position_embeddings=512, hidden_size=128,
-        intermediate_size=384, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4,
-        tie_word_embeddings=True, rope_theta=10000.0, bos_token_id=None,
+        intermediate_size=384, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
+        tie_word_embeddings=True, rope_theta=100.0, bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     return tokenizer, LlamaForCausalLM(config)

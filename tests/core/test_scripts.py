@@ -126,7 +126,7 @@ def test_the_reward_model_learns_the_feedback_with_or_without_critique(tmp_path,
 
 
 def test_annotations_have_the_agreed_fields_and_the_severities_of_the_rule_if_asked(toy_run):
-    feedback = toy.critique(toy.make_example(random.Random(0)), "Someone is 99, you know.")
+    feedback = toy.critique(toy.make_example(random.Random(0)), "Someone is now 99, you know.")
     severities = {quoted(quote) for quote in feedback.poor}
     assert severities == {("Someone", 0.5), (" 99", 1.0), (", you know", 0.3)}
     paths = {"policy": toy_run / "sft", "out": toy_run / "severe.jsonl"}
