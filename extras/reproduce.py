@@ -1,14 +1,14 @@
 """Runs every method of a recipe over seeds, and writes their table, ledger of costs and curves.
 
-python -m extras.reproduce --recipe toy                           # all rows, three seeds
-python -m extras.reproduce --recipe toy --rows scalar text2grad --seeds 0 1 2 4 5
+python -m extras.reproduce --recipe toy                           # all rows and seeds
+python -m extras.reproduce --recipe toy --rows scalar text2grad --seeds 0 1 2
+python -m extras.reproduce --recipe toy_rates                     # the sweep of learning rates
 python -m extras.reproduce --recipe toy_quick                     # a taste of it in ten minutes
 python -m extras.reproduce --recipe slf5k_8b --dry_run            # print the commands, run none
 
 A recipe is a file recipes/NAME.toml. The rows of a seed share its [stages.*]. Each of the [rows.*]
 is trained by its `run` and measured by its `measure` or the recipe's, and [words] replace their
 {names}. Kill it at any moment: the same command resumes it. The last line printed is a JSON object.
-To sweep learning rates, repeat it with --scale_learning_rates.
 """
 
 import json
@@ -58,7 +58,6 @@ def main():
     arguments.add_argument("--seeds", nargs="+", type=int, help="the recipe's if not given")
     add("--jobs", None, "commands at once, each with its share of the cores", positive(int))
     add("--output_dir", None, "where all runs go; runs/reproduce/RECIPE if not given")
-    add("--scale_learning_rates", 1.0, "factor on the learning rate of every row")
     add("--dry_run", False, "print the commands of the first seed and run none")
     args = arguments.parse_args()
     recipe = read_recipe(args.recipe)
@@ -67,7 +66,7 @@ def main():
     rows = {name: row for name, row in recipe["rows"].items() if name in (args.rows or [name])}
     seeds = args.seeds or recipe.get("seeds", [0, 1, 2])
     root = Path(args.output_dir or f"runs/reproduce/{Path(args.recipe).stem}")
-    by_seed = [jobs_of(recipe, rows, s, root, args.scale_learning_rates) for s in seeds]
+    by_seed = [jobs_of(recipe, rows, s, root) for s in seeds]
     if args.dry_run:
         return show(recipe, rows, by_seed[0])
     root.mkdir(parents=True, exist_ok=True)
@@ -107,7 +106,7 @@ def read_recipe(name) -> dict:
     return recipe
 
 
-def jobs_of(recipe, rows, seed, root, scale=1.0) -> list[Job]:
+def jobs_of(recipe, rows, seed, root) -> list[Job]:
     """Returns the jobs of one seed in order: each after the stages that it needs."""
     jobs, folder = {}, Path(root) / f"seed-{seed}"
 
@@ -118,7 +117,6 @@ def jobs_of(recipe, rows, seed, root, scale=1.0) -> list[Job]:
                 add_job(need, stage, [stage["run"]])
         words = recipe["words"] | part | {"seed": seed}
         words |= {"root": shlex.quote(str(folder)), "out": shlex.quote(str(folder / name))}
-        words["learning_rate"] = f"{part.get('learning_rate', 0) * scale:.6g}"
         for _ in range(5):  # words may hold words
             lines = [line.format(**words) for line in lines]
         lines = [" ".join(line.split()) for line in lines]

@@ -5,9 +5,9 @@
 
 Rollout and critique are those of train_ppo.py. The teacher is an average of the policy's earlier
 weights. Its prompt shows the response and the words of the critique, and the policy learns the
-teacher's distribution at each token of the response. Quotes and values are not used. Left out:
-other responses as demonstrations (each prompt is answered once), importance weights of later
-passes, and resuming.
+teacher's distribution at each token of the response, or of its poor spans alone (--tokens poor).
+Values are not used. Left out: other responses as demonstrations (each prompt is answered once),
+importance weights of later passes, and resuming.
 
 python -m extras.baselines.sdpo                                     # the toy, into runs/toy/sdpo
 python -m extras.baselines.sdpo --task summarize --policy HUB_ID --data posts.jsonl --critic rule
@@ -47,6 +47,7 @@ STATUS = "reward {reward:+.2f} kl {kl:.2f} divergence {divergence:.4f}"
 def add_flags(add):
     add("--tensorboard", False, "also write TensorBoard files")
     add("--divergence", "reverse_kl", "D, from policy to teacher", tuple(DIVERGENCES))
+    add("--tokens", "all", "which tokens learn: all, or those of poor spans", ("all", "poor"))
     rate = "step of the teacher towards the policy: 1 is the policy, 0 the starting policy"
     add("--teacher_update_rate", 0.05, rate, cli.between(0, 1))
     add_step_flags(add, num_ppo_epochs=1)
@@ -93,14 +94,15 @@ def train(task, args, tokenizer, model, critic, pool):
         hindsight, fits = add_critiques(tokenizer, model, prompts, rollout, feedback)
         mask = rollout.mask & fits[:, None]
 
-        # 4. Token rewards and KL, which are logged and not learned from.
+        # 4. Token rewards and KL, which are logged; of --tokens poor, the spans choose the tokens.
         delta, quotes = token_rewards(tokenizer, rollout, feedback, args)
+        learns = mask & (delta < 0) if args.tokens == "poor" else mask
         old = score(actor, reference, rollout, args)
         clock.append(now())
 
         # 5. Distillation by minibatches; then the teacher follows the policy.
-        batch = rollout, hindsight, mask
-        stats = update(model, teacher, optimizer, *batch, args) if mask.any() else {}
+        batch = rollout, hindsight, learns
+        stats = update(model, teacher, optimizer, *batch, args) if learns.any() else {}
         move_teacher(teacher, model, args.teacher_update_rate)
         clock.append(now())
 

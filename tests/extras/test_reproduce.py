@@ -166,10 +166,11 @@ def test_a_row_may_be_compared_with_another_row(run, recipe, tmp_path):
     assert rows["c"]["difference"]["mean"] == pytest.approx(-0.4)
 
 
-def test_other_commands_or_names_than_before_are_refused(run, capsys):
+def test_other_commands_or_names_than_before_are_refused(run, recipe, capsys):
     run("--rows", "a", "b", "--seeds", "0")
+    recipe.write_text(recipe.read_text().replace("{out} {seed}", "{out} 1{seed}"))
     cases = {
-        "--rows a --seeds 0 --scale_learning_rates 3": "a of seed 0 in",
+        "--rows a --seeds 0": "of seed 0 in",
         "--rows z": "no row z; the rows are a, b, c",
         "--recipe tois": "the recipes are",
     }
@@ -181,11 +182,11 @@ def test_other_commands_or_names_than_before_are_refused(run, capsys):
 
 def test_a_dry_run_prints_the_commands_and_runs_none(recipe, tmp_path, monkeypatch, capsys):
     flags = ["--recipe", str(recipe), "--dry_run", "--output_dir", str(tmp_path / "out")]
-    monkeypatch.setattr(sys, "argv", ["reproduce", *flags, "--scale_learning_rates", "3"])
+    monkeypatch.setattr(sys, "argv", ["reproduce", *flags])
     reproduce.main()
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == ["# A table", "# sft of seed 0"]
-    assert lines[6].endswith(f"train {tmp_path}/out/seed-0/a 0 0.9 0.9")
+    assert lines[6].endswith(f"train {tmp_path}/out/seed-0/a 0 0.9 0.3")
     assert lines[-1].endswith(f"measure {tmp_path}/out/seed-0/sft 0 0.1")
     assert not (tmp_path / "out").exists()
 
