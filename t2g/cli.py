@@ -22,7 +22,6 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 MEMORY_FULL = (torch.OutOfMemoryError, MemoryError)
 FAILURES = (ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError)
 FAILURES += (OSError, RuntimeError, TypeError, ValueError)  # of other people's code, at bad input
-UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)
 
 
 def fail(sentence: str):
@@ -120,6 +119,15 @@ def load_file(path, flag: str, built_in, required, optional=()):
     return module
 
 
+def needed(module: str, what: str):
+    """Imports an optional package, or says how to install it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        package = module.split(".")[0]
+        fail(f"{what} needs the package {package}: pip install {package}")
+
+
 def first_unused(paths) -> Path:
     return next(path for path in paths if not path.exists())
 
@@ -143,16 +151,10 @@ def try_lock(file) -> bool:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError as error:
-        warn_unsupported("locks: let no second process write there", error)
+    except OSError as error:  # the file systems of some clusters
+        problem = f"this file system has no locks ({error.strerror})"
+        warnings.warn(f"{problem}: let no second process write there", stacklevel=2)
     return True
-
-
-def warn_unsupported(what, error):
-    """Warns, once, of what the file system lacks, as some of clusters do; raises other errors."""
-    if error.errno not in UNSUPPORTED:
-        raise error
-    warnings.warn(f"this file system has no {what} ({error.strerror})", stacklevel=2)
 
 
 @contextmanager

@@ -5,12 +5,11 @@ split, such as HuggingFaceH4/ultrafeedback_binarized:train_prefs. Rows that cann
 counted on the console.
 """
 
-import importlib
 import random
 from collections import Counter
 from pathlib import Path
 
-from t2g.cli import fail
+from t2g.cli import fail, needed
 from t2g.log import parse_json, read_jsonl, read_text
 
 HELDOUT_SHARE = 0.2
@@ -42,15 +41,6 @@ def read_hub(data: str, split: str) -> list[dict]:
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: the hub id is a script
         reason = str(error).splitlines()[0].removesuffix(".")
         fail(f"cannot load the data set {data}: {reason}. Use NAME:SPLIT or a downloaded file")
-
-
-def needed(module: str, what: str):
-    """Imports an optional package, or says how to install it."""
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        package = module.split(".")[0]
-        fail(f"{what} needs the package {package}: pip install {package}")
 
 
 def load(args, reader):

@@ -29,18 +29,18 @@ from t2g.cache import check_batching, positions
 from t2g.chat import control_tokens, encode_chats, template_kwargs, turn_edges
 from t2g.cli import FAILURES, fail
 from t2g.dist import device
-from t2g.log import put_in_place
 
 LOWEST = torch.finfo(torch.float32).min
 DAMAGED = (EOFError, JSONDecodeError, SafetensorError, UnpicklingError)
 
 
-class ResponseStats(NamedTuple):
-    """What one forward pass says of the response tokens: (B, T) each, 0 off the mask."""
+class Scores(NamedTuple):
+    """The numbers of response tokens: (B, T) each, 0 off the mask."""
 
     logprobs: torch.Tensor
     entropy: torch.Tensor
     values: torch.Tensor
+    kl: torch.Tensor | None = None  # against the reference, by score()
 
 
 class Policy(nn.Module):
@@ -53,10 +53,10 @@ class Policy(nn.Module):
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
 
-    def forward(self, rollout, temperature=1.0, entropy_grad=False) -> ResponseStats:
+    def forward(self, rollout, temperature=1.0, entropy_grad=False) -> Scores:
         logits, states = response_logits(self.model, rollout)
         logprobs, entropy = token_stats(logits, rollout, temperature, entropy_grad)
-        return ResponseStats(logprobs, entropy, self.values(states, rollout.mask))
+        return Scores(logprobs, entropy, self.values(states, rollout.mask))
 
     def values(self, states, mask):
         """V (B, T) of the states before each response token, 0 off the mask."""
@@ -140,24 +140,21 @@ def save(model, tokenizer, run, step, value_head=None, write_more=None) -> Path:
     head_weights = dist.whole_state(value_head) if value_head else {}
     for weight in weights.values():
         check_numbers(weight)
-    try:
-        if dist.rank() == 0:
-            for leftover in Path(run).glob("checkpoint-*.unfinished"):
-                shutil.rmtree(leftover)
-            model.save_pretrained(unfinished, state_dict=weights)
-            tokenizer.save_pretrained(unfinished)
-            if value_head:
-                (unfinished / "value_head").mkdir()
-                save_file(head_weights, unfinished / "value_head" / "value_head.safetensors")
-        dist.barrier()
-        if write_more:
-            write_more(unfinished)
-        dist.barrier()
-    except (OSError, SafetensorError) as error:
-        fail(f"{folder} cannot be written ({error}); free some space. Earlier checkpoints stay")
+    if dist.rank() == 0:
+        for leftover in Path(run).glob("checkpoint-*.unfinished"):
+            shutil.rmtree(leftover)
+        model.save_pretrained(unfinished, state_dict=weights)
+        tokenizer.save_pretrained(unfinished)
+        if value_head:
+            (unfinished / "value_head").mkdir()
+            save_file(head_weights, unfinished / "value_head" / "value_head.safetensors")
+    dist.barrier()
+    if write_more:
+        write_more(unfinished)
+    dist.barrier()
     if dist.rank() == 0:
         shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed right after it
-        put_in_place(unfinished, folder)
+        unfinished.rename(folder)
     return folder
 
 
@@ -184,12 +181,15 @@ def load(path, device="cpu") -> tuple:
     """
     path = str(latest_checkpoint(path) or path)
     path = os.path.abspath(path) if os.path.exists(path) else path
+    if (Path(path) / "metrics.jsonl").is_file():
+        fail(f"the run {path} has no checkpoint, so it did not finish: run that stage again")
     try:
         tokenizer, model = read(path)
     except (*FAILURES, *DAMAGED, StrictDataclassError) as error:
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 400)
-        hint = "; a file is damaged or a git-lfs pointer" if isinstance(error, DAMAGED) else ""
-        fail(f"no model could be loaded from {path!r} ({reason}){hint}")
+        hint = "give a hub id, a model's folder or a .gguf file"
+        hint = "a file is damaged or a git-lfs pointer" if isinstance(error, DAMAGED) else hint
+        fail(f"no model could be loaded from {path!r} ({reason}); {hint}")
     if not tokenizer.chat_template:
         fail(f"the tokenizer of {path} has no chat template: use a chat model, or set and save one")
     if tokenizer.eos_token_id is None:
@@ -225,7 +225,6 @@ def read(path) -> tuple:
             tokenizer = AutoTokenizer.from_pretrained(path)
         return tokenizer, adapters.merge(model, path)
     source, gguf = pretrained(path)
-    check_path(path, gguf)
     tokenizer = AutoTokenizer.from_pretrained(source, **gguf)
     options = dict(dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True)
     model, report = AutoModelForCausalLM.from_pretrained(source, **options, **gguf)
@@ -247,15 +246,6 @@ def check_keys(path, report):
             wrong.append(f"{len(keys)} {kind} ({', '.join(keys[:3])})")
     if wrong:
         fail(f"the weights in {path} are not those of its model: {'; '.join(wrong)}")
-
-
-def check_path(path, gguf):
-    """Fails with a sentence of its own for paths at which there is no model."""
-    if (Path(path) / "metrics.jsonl").is_file():
-        fail(f"the run {path} has no checkpoint, so it did not finish: run that stage again")
-    is_local = path.startswith((".", "/", "runs/")) or gguf
-    if is_local and not Path(path, "" if gguf else "config.json").is_file():
-        fail(f"{path} holds no model: give a hub id, a model's folder or a .gguf file")
 
 
 def pretrained(path: str) -> tuple[str, dict]:

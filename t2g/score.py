@@ -1,20 +1,9 @@
 """Log-probabilities, values and KL of a rollout, computed one microbatch at a time."""
 
-from typing import NamedTuple
-
 import torch
 
-from t2g.policy import autocast, check_numbers, response_logits, token_stats
+from t2g.policy import Scores, autocast, check_numbers, response_logits, token_stats
 from t2g.ppo import kl_penalty
-
-
-class Scores(NamedTuple):
-    """The numbers of a rollout before the update on it: (B, T) each, 0 off the mask."""
-
-    logprobs: torch.Tensor
-    entropy: torch.Tensor
-    values: torch.Tensor
-    kl: torch.Tensor
 
 
 @torch.no_grad()

@@ -143,7 +143,7 @@ def test_an_adapter_brings_its_template_and_new_tokens(folder, tokenizer):
 
 @pytest.mark.parametrize(
     ("base", "problem"),
-    [(None, "without a base"), ("SELF", "without a base"), ("/no/model", "/no/model holds no")],
+    [(None, "without a base"), ("SELF", "without a base"), ("/no/model", "/no/model")],
 )
 def test_an_adapter_without_its_base_is_refused(folder, tokenizer, refused, base, problem):
     path = save_adapter(folder, tokenizer)[0]

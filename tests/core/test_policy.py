@@ -111,13 +111,13 @@ def test_what_stands_in_padding_changes_nothing(policy, rollout):
     changed = copy.copy(rollout)
     changed.prompt = rollout.prompt.masked_fill(~rollout.prompt_mask, 77)
     changed.response = rollout.response.masked_fill(~rollout.mask, 99)
-    for plain, other in zip(policy(rollout), policy(changed)):
+    for plain, other in zip(policy(rollout)[:3], policy(changed)[:3]):
         assert torch.equal(plain, other)
 
 
 @torch.no_grad()
 def test_off_the_mask_all_is_zero(policy, rollout):
-    for x in policy(rollout):
+    for x in policy(rollout)[:3]:
         assert x.shape == rollout.response.shape and x.dtype == torch.float32
         assert not x[~rollout.mask].any() and (x[rollout.mask] != 0).all()
 
