@@ -88,9 +88,17 @@ def encode_pairs(tokenizer, pairs) -> list[tuple[list[int], list[int]]]:
     return rows
 
 
-@lru_cache(maxsize=8)  # some tokenizers have thousands, which take longer to list than to encode
 def control_tokens(tokenizer) -> list[str]:
-    """The spelling of the special tokens of a complete tokenizer, longest first."""
+    """The spelling of the special tokens, longest first."""
+    return special_tokens(tokenizer, len(tokenizer))
+
+
+@lru_cache(maxsize=8)
+def special_tokens(tokenizer, size) -> list[str]:
+    """What control_tokens() returns, read once for each size that a tokenizer has.
+
+    Some tokenizers have thousands of them, which take longer to list than a prompt to encode.
+    """
     special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     return sorted(special, key=len, reverse=True)
 

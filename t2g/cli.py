@@ -22,6 +22,7 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 MEMORY_FULL = (torch.OutOfMemoryError, MemoryError)
 FAILURES = (ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError)
 FAILURES += (OSError, RuntimeError, TypeError, ValueError)  # of other people's code, at bad input
+UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)
 
 
 def fail(sentence: str):
@@ -151,10 +152,16 @@ def try_lock(file) -> bool:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError as error:  # the file systems of some clusters
-        problem = f"this file system has no locks ({error.strerror})"
-        warnings.warn(f"{problem}: let no second process write there", stacklevel=2)
+    except OSError as error:
+        warn_unsupported("locks: let no second process write there", error)
     return True
+
+
+def warn_unsupported(what, error):
+    """Warns, once, of what the file system lacks, as some of clusters do; raises other errors."""
+    if error.errno not in UNSUPPORTED:
+        raise error
+    warnings.warn(f"this file system has no {what} ({error.strerror})", stacklevel=2)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import functools
 import gzip
 import json
 import math
+import os
 import resource
 import sys
 import zlib
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from t2g.cli import fail, needed
+from t2g.cli import fail, needed, warn_unsupported
 
 METRICS = {
     # PPO
@@ -110,7 +111,25 @@ def write_text(path, text):
     path = path.resolve()
     unfinished = path.with_name(path.name + ".unfinished")
     unfinished.write_text(text, encoding="utf-8")
+    put_in_place(unfinished, path)
+
+
+def put_in_place(unfinished, path):
+    """Renames a file or a folder when it is on the disk, so that path is never half of it."""
+    for place in [*unfinished.rglob("*"), unfinished]:
+        sync(place)
     unfinished.rename(path)
+    sync(path.parent)
+
+
+def sync(path):
+    """Flushes a file, or a folder's list of its files, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        warn_unsupported("fsync: a power failure may damage what was just written", error)
+    os.close(handle)
 
 
 def truncate(path, step):

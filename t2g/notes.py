@@ -10,7 +10,7 @@ from pathlib import Path
 
 from t2g.cli import fail, try_lock
 from t2g.feedback import Feedback, FeedbackError
-from t2g.log import read_jsonl, write_text
+from t2g.log import read_jsonl, sync, write_text
 
 FIELDS = {"prompt": str, "response": str, "critique": str, "good_spans": list, "poor_spans": list}
 WRITTEN = ("reasoning", "critique", "good_spans", "poor_spans", "kinds")  # by an annotator
@@ -120,10 +120,11 @@ class Notes:
         return left
 
     def add(self, record):
-        """Writes a record at once, so that no kill loses it."""
+        """Writes a record at once, so that neither a kill nor a power cut loses it."""
         self.records[record["id"]] = record
         self.file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
         self.file.flush()
+        sync(self.path)
 
 
 def repair_last_line(path: Path):

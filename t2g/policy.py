@@ -29,6 +29,7 @@ from t2g.cache import check_batching, positions
 from t2g.chat import control_tokens, encode_chats, template_kwargs, turn_edges
 from t2g.cli import FAILURES, fail
 from t2g.dist import device
+from t2g.log import put_in_place
 
 LOWEST = torch.finfo(torch.float32).min
 DAMAGED = (EOFError, JSONDecodeError, SafetensorError, UnpicklingError)
@@ -140,21 +141,24 @@ def save(model, tokenizer, run, step, value_head=None, write_more=None) -> Path:
     head_weights = dist.whole_state(value_head) if value_head else {}
     for weight in weights.values():
         check_numbers(weight)
-    if dist.rank() == 0:
-        for leftover in Path(run).glob("checkpoint-*.unfinished"):
-            shutil.rmtree(leftover)
-        model.save_pretrained(unfinished, state_dict=weights)
-        tokenizer.save_pretrained(unfinished)
-        if value_head:
-            (unfinished / "value_head").mkdir()
-            save_file(head_weights, unfinished / "value_head" / "value_head.safetensors")
-    dist.barrier()
-    if write_more:
-        write_more(unfinished)
-    dist.barrier()
+    try:
+        if dist.rank() == 0:
+            for leftover in Path(run).glob("checkpoint-*.unfinished"):
+                shutil.rmtree(leftover)
+            model.save_pretrained(unfinished, state_dict=weights)
+            tokenizer.save_pretrained(unfinished)
+            if value_head:
+                (unfinished / "value_head").mkdir()
+                save_file(head_weights, unfinished / "value_head" / "value_head.safetensors")
+        dist.barrier()
+        if write_more:
+            write_more(unfinished)
+        dist.barrier()
+    except (OSError, SafetensorError) as error:
+        fail(f"{folder} cannot be written ({error}); free some space. Earlier checkpoints stay")
     if dist.rank() == 0:
         shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed right after it
-        unfinished.rename(folder)
+        put_in_place(unfinished, folder)
     return folder
 
 

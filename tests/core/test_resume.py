@@ -278,13 +278,16 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_loses_nothing(
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EINVAL])
-def test_a_file_system_without_locks_is_warned_of(flags, monkeypatch, number):
+def test_a_file_system_without_locks_or_fsync_is_warned_of(flags, monkeypatch, number):
     def lacking(*_):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", lacking)
-    with pytest.warns(UserWarning, match="this file system has no locks"):
+    monkeypatch.setattr(os, "fsync", lacking)
+    with pytest.warns(UserWarning, match="this file system has no") as given:
         assert run(*flags, "--max_steps", 1)[0] == 0
+    texts = {str(warning.message).split(":")[0] for warning in given}
+    assert {f"this file system has no {what}" for what in ("locks", "fsync")} <= texts
 
 
 @pytest.fixture
