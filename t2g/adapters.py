@@ -74,7 +74,8 @@ def base_of(path) -> str:
     if Path(base).resolve() == own:
         fail(f"{path} is an adapter without a base: set base_model_name_or_path in its config")
     folders = [folder / base for folder in (Path(), own, *own.parents)]
-    return str(next((folder for folder in folders if folder.is_dir()), base))
+    models = (f for f in folders if f.resolve() != own and list(f.glob("*config.json")))
+    return str(next(models, base))
 
 
 def merge(model, path):
@@ -84,11 +85,16 @@ def merge(model, path):
     weights = peft().load_peft_weights(path, device="cpu")
     embedding = model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is embedding)
-    sizes = [len(w) for key, w in weights.items() if f".{name}." in key and ".lora_" not in key]
+    sizes = [len(w) for key, w in weights.items() if f".{name}." in key and key.endswith("weight")]
     if sizes:
         model.resize_token_embeddings(sizes[0], mean_resizing=False)
     model = peft().PeftModel.from_pretrained(model, path)
     own = peft().get_peft_model_state_dict(model, save_embedding_layers=False)
     if left := sorted(key for key in own.keys() ^ weights.keys() if ".lora_" in key):
         fail(f"the adapter {path} does not fit its base: {', '.join(left[:3])}")
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head.weight is embedding.weight and any(".lora_embedding_" in key for key in weights):
+        head.weight = nn.Parameter(head.weight.clone())  # the adapter leaves the head as it is
+        for config in (model.config, model.config.get_text_config()):
+            config.tie_word_embeddings = False
     return model.merge_and_unload().requires_grad_(True)  # peft froze the base's weights

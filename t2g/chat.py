@@ -3,12 +3,12 @@
 A control token that is spelt in a text, such as <|im_end|> in a user's message, stays text.
 """
 
-import json
 from functools import lru_cache
 
 from jinja2 import TemplateError
 
 from t2g.cli import FAILURES, fail
+from t2g.log import parse_json
 
 QUESTION, ANSWER = "What is 1 + 1?", "It is two."  # to see what a template makes of them
 EXAMPLE_KWARGS = '{"enable_thinking": false}'
@@ -19,7 +19,7 @@ template_kwargs = {}  # --chat_template_kwargs of this process
 def use_kwargs(text):
     """Gives the chat templates of all models these arguments, a JSON object or None."""
     try:
-        kwargs = json.loads(text or "{}")
+        kwargs = parse_json(text or "{}", "--chat_template_kwargs")
     except ValueError:
         kwargs = None
     if not isinstance(kwargs, dict):

@@ -35,6 +35,9 @@ def fail(sentence: str):
 
 def parser(doc: str) -> argparse.ArgumentParser:
     """Returns a parser whose help starts with doc, and silences the messages of transformers."""
+    for word in sys.argv:
+        if word != word.encode(errors="replace").decode():
+            fail(f"the argument {word!r} is not UTF-8; rename the file")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     form = argparse.RawDescriptionHelpFormatter  # keeps the line breaks of doc

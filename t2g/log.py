@@ -150,13 +150,13 @@ def read_json(path) -> dict:
 
 
 def read_text(path) -> str:
-    """Returns the text of a UTF-8 file, which may be gzipped (.gz)."""
+    """Returns the text of a UTF-8 file, perhaps with a BOM or gzipped (.gz)."""
     path = Path(path)
     if not path.is_file():
         fail(f"there is no file {path}")
     try:
         content = path.read_bytes()
-        return (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
+        return (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8-sig")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         fail(f"{path} cannot be read: {error}")
 

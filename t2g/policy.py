@@ -263,7 +263,7 @@ def eos_ids(tokenizer, model) -> list[int]:
     """The token ids that end a response: the tokenizer's and the model's."""
     named = model.generation_config.eos_token_id if model.generation_config else None
     named = named if isinstance(named, list) else [named]
-    return sorted({tokenizer.eos_token_id, *named} - {None})
+    return sorted({tokenizer.eos_token_id, *(i for i in named if isinstance(i, int))})
 
 
 def context_length(model) -> int:

@@ -22,8 +22,9 @@ FUZZY_MIN_CHARS = 8  # shorter quotes resemble too many words
 DOUBLE, SINGLE, HYPHENS = "“”„‟«»「」『』", "‘’‚‛‹›´", "‐‑‒–—―−"
 SAME_MARK = {ord(c): mark for mark, alike in zip("\"'-", (DOUBLE, SINGLE, HYPHENS)) for c in alike}
 EMPHASIS = re.compile(r"(?<![0-9A-Za-z])[*_~`]+(?=\S)|(?<=\S)[*_~`]+(?![0-9A-Za-z])")
-INVISIBLE = re.compile(  # soft hyphens, zero-width spaces and joiners, directions, variants
-    r"[\u00ad\u034f\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufe00-\ufe0f\ufeff]"
+INVISIBLE = re.compile(  # soft hyphens, zero-width spaces and joiners, directions, variants,
+    r"[\u0640\u064b-\u0652\u0670"  # Arabic's long lines and short vowels
+    r"\u00ad\u034f\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufe00-\ufe0f\ufeff]"
 )
 UNSPACED = re.compile(  # Thai, Lao, Tibetan, Burmese; Khmer; kana; Chinese characters
     r"[\u0e00-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
@@ -124,7 +125,7 @@ def _joins(piece, char):
     """Whether a character and those before it are one space, letter or syllable."""
     if char.isspace() or char.isascii():
         return char.isspace() and piece.isspace()
-    before, after, both = (unicodedata.normalize("NFC", x) for x in (piece, char, piece + char))
+    before, after, both = (unicodedata.normalize("NFKC", x) for x in (piece, char, piece + char))
     return both != before + after
 
 

@@ -1,9 +1,10 @@
 """Answer any request: UltraFeedback-binarized, or other rows with a prompt and a chosen answer.
 
 --data is a file or a hub id such as HuggingFaceH4/ultrafeedback_binarized:train_prefs. The fields
-"prompt" and "chosen" are strings or lists of messages; "chosen" may also be the whole conversation.
-The reference is the last answer. A conversation of several turns, or with a system message, becomes
-one prompt in which each message follows the name of its role.
+"prompt" and "chosen" (or "completion") are strings or messages; "chosen" may also be the whole
+conversation, as "messages" and "conversations" are. The reference is the last answer. A
+conversation of several turns, or with a system message, becomes one prompt in which each message
+follows the name of its role.
 
 No program can judge such answers, so this task has no rule: annotations come from models or people.
 """
@@ -32,22 +33,26 @@ DEFAULTS = {
     "train_ppo": dict(learning_rate=1e-5, **LENGTHS),
     "eval": LENGTHS,
 }
-ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
+CHATS = ("messages", "conversations")
+ANSWERS = ("chosen", "completion", *CHATS)
+ROLES = {"human": "user", "gpt": "assistant", "model": "assistant"}  # ShareGPT's and Gemma's names
 
 
 def load(args):
     def reader(rows, name):
-        if not data.has(rows, "chosen"):
-            fail(f"{name} has no field 'chosen'; it has {', '.join(rows[0])}")
+        if not any(data.has(rows, field) for field in ANSWERS):
+            fail(f"{name} has no field {', '.join(ANSWERS)}; it has {', '.join(rows[0])}")
         return example_of
 
     return data.load(args, reader)
 
 
 def example_of(row) -> Example | None:
-    before = conversation(row.get("prompt") or [], "user")
-    messages = conversation(row.get("chosen"), "assistant")
-    if messages and messages[0][0] != "assistant":  # "chosen" repeats the prompt
+    before = conversation(first_of(row, "prompt", *CHATS), "user")
+    messages = conversation(first_of(row, *ANSWERS), "assistant")
+    if not messages:
+        return None
+    if messages[0][0] != "assistant" or messages == before:  # "chosen" repeats the prompt
         before = [turn for turn in before if turn not in messages]
     messages = before + messages
     while messages and messages[-1][0] != "assistant":
@@ -61,19 +66,24 @@ def example_of(row) -> Example | None:
     return Example("\n\n".join(turns), answer, {})
 
 
+def first_of(row, *fields):
+    return next((row[field] for field in fields if row.get(field)), [])
+
+
 def conversation(messages, role) -> list[tuple[str, str]]:
     """Returns the role and the text of each message; a string is one message of the given role."""
-    if not isinstance(messages, list):
+    if isinstance(messages, str):
         return [(role, data.text(messages))]
     turns = []
-    for message in messages:
+    for message in messages if isinstance(messages, list) else [messages]:
         message = message if isinstance(message, dict) else {}
-        role = message.get("role") or message.get("from")
+        role = str(message.get("role") or message.get("from") or "").lower()
         content = message.get("content") or message.get("value")
         if isinstance(content, list):  # parts such as {"type": "text", "text": "Why?"}, or images
             parts = [data.text(p.get("text") if isinstance(p, dict) else p) for p in content]
             content = "\n".join(parts) if all(parts) else ""
-        turns.append((ROLES.get(role, role), data.text(content)))
+        if role != "system" or data.text(content):  # many rows have an empty one
+            turns.append((ROLES.get(role, role), data.text(content)))
     return turns
 
 

@@ -135,6 +135,8 @@ def test_white_space_and_case_do_not_hide_a_quote(data, parts):
         ("It cost 27\u00a0euros.", "27 euros", "27\u00a0euros"),
         ("价格是ＡＢＣ１２３元", "ABC123", "ＡＢＣ１２３"),
         ("他说“好”。", "「好」", "“好”"),
+        ("彼はｺﾝﾋﾟｭｰﾀを買う。", "コンピュータ", "ｺﾝﾋﾟｭｰﾀ"),
+        ("الـــكتاب ذَهَب إلى", "الكتاب ذهب", "الـــكتاب ذَهَب"),
         # emphasis
         ("The **old** harbour is fine.", "The old harbour", "The **old** harbour"),
         ("The old harbour is fine.", "the _old_ `harbour`", "The old harbour"),

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from t2g.chat import chat_text, encode_chats, encode_pairs, turn_edges, use_kwargs
+from t2g.chat import chat_text, encode_chats, encode_pairs, template_kwargs, turn_edges, use_kwargs
 
 PARTS = (
     "{% for m in messages %}<|user|>{% for part in m.content %}{{ part.text }}{% endfor %}"
@@ -48,6 +48,8 @@ def test_templates_get_the_arguments_of_the_command_line(tokenizer, capsys):
         with pytest.raises(SystemExit):
             use_kwargs(wrong)
         assert "JSON object" in capsys.readouterr().err
+    use_kwargs('{"a": "\\ud83d"}')
+    assert template_kwargs == {"a": "?"}
     use_kwargs('{"continue_final_message": true}')
     with pytest.raises(SystemExit):
         chat_text(tokenizer, "Hi.")

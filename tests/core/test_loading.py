@@ -121,7 +121,7 @@ def save_adapter(folder, tokenizer, **config):
     """A LoRA whose folder holds a tokenizer, on embeddings of that tokenizer's size."""
     base = AutoModelForCausalLM.from_pretrained(folder)
     base.resize_token_embeddings(len(tokenizer))
-    wrapped = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], **config))
+    wrapped = get_peft_model(base, LoraConfig(**{"r": 2, "target_modules": ["q_proj"]} | config))
     wrapped.peft_config["default"].base_model_name_or_path = folder.name  # a relative path
     for part in (wrapped, tokenizer):
         part.save_pretrained(folder.parent / "adapter")
@@ -142,8 +142,32 @@ def test_an_adapter_brings_its_template_and_new_tokens(folder, tokenizer):
 
 
 @pytest.mark.parametrize(
+    "config",
+    [{"target_modules": ["embed_tokens"]}, {"trainable_token_indices": {"embed_tokens": [5]}}],
+)
+def test_an_adapter_of_a_tied_embedding_is_merged_exactly(folder, tokenizer, config):
+    change(folder / "config.json", {"tie_word_embeddings": True})
+    weights = load_file(folder / "model.safetensors")
+    weights.pop("lm_head.weight")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    path, wrapped = save_adapter(folder, tokenizer, **config)
+    for weight in wrapped.parameters():
+        if weight.requires_grad:
+            torch.nn.init.normal_(weight)
+    wrapped.save_pretrained(path)
+    ids = torch.tensor([[5, 6, 7]])
+    logits, again = load(path)[1](ids).logits, wrapped.eval()(ids).logits
+    assert torch.allclose(logits, again, atol=1e-4)
+
+
+@pytest.mark.parametrize(
     ("base", "problem"),
-    [(None, "without a base"), ("SELF", "without a base"), ("/no/model", "/no/model")],
+    [
+        (None, "without a base"),
+        ("SELF", "without a base"),
+        ("./adapter", "./adapter"),  # the adapter's own name
+        ("/no/model", "/no/model"),
+    ],
 )
 def test_an_adapter_without_its_base_is_refused(folder, tokenizer, refused, base, problem):
     path = save_adapter(folder, tokenizer)[0]

@@ -306,6 +306,8 @@ def test_a_checkpoint_comes_back_as_it_was(policy, tokenizer, rollout, tmp_path)
         assert torch.equal(*ids)
         assert eos_ids(loaded_tokenizer, loaded) == eos_ids(tokenizer, policy.model)
         assert not loaded.training
+    loaded.generation_config.eos_token_id = ["<eos>", None]  # as some files name it
+    assert eos_ids(tokenizer, loaded) == [tokenizer.eos_token_id]
 
 
 @torch.no_grad()

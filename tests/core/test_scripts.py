@@ -197,6 +197,7 @@ BAD_FLAGS = {  # command: what the sentence names
     "train_ppo --lam 2": "between 0 and 1",
     "train_ppo --task toi": "toi",
     "train_ppo --data a.jsonl": "--task",
+    "train_ppo --data \udcff.jsonl": "not UTF-8",
     "train_ppo --task qa --critic rule": "no rule",
     "train_ppo --critic rule --policy none.gguf": "none.gguf",
     "train_sft --max_length -1": "--max_length",

@@ -47,7 +47,8 @@ def write(path, rows):
         parquet.write_table(sys.modules["pyarrow"].Table.from_pylist(rows), path)
         return path
     text = json.dumps(rows) if ".json" in path.suffixes else "\n".join(map(json.dumps, rows)) + "\n"
-    with (gzip.open if path.suffix == ".gz" else open)(path, "wt") as file:
+    mode = dict(mode="wt", encoding="utf-8-sig" if path.suffix == ".jsonl" else "utf-8")
+    with (gzip.open if path.suffix == ".gz" else open)(path, **mode) as file:
         file.write(text)
     return path
 
@@ -152,6 +153,12 @@ ONE_TURN = [
     {"prompt": TURNS[:1], "chosen": TURNS[1:2]},
     {"chosen": SHAREGPT},
     {"prompt": PARTS, "chosen": TURNS[1:2]},
+    {"messages": TURNS[:2]},
+    {"conversations": SHAREGPT},
+    {"conversations": SHAREGPT[:1], "chosen": SHAREGPT[1]},
+    {"prompt": TURNS[:1], "completion": TURNS[1:2], "messages": TURNS},
+    {"prompt": [{"role": "system", "content": ""}, *TURNS[:1]], "chosen": "It is 4."},
+    {"messages": [{"role": "User", "content": "What is 2 + 2?"}, {**TURNS[1], "role": "model"}]},
 ]
 SEVERAL_TURNS = [
     {"prompt": [SYSTEM, *TURNS], "chosen": [AGAIN]},
@@ -167,6 +174,8 @@ NO_EXAMPLE = [
     {"prompt": "Why?"},
     {"chosen": "So."},
     {"prompt": ["Why?"], "chosen": "So."},
+    {"prompt": [{"role": 1, "content": ""}], "chosen": "So."},
+    {"prompt": TURNS, "chosen": None},
 ]
 
 
@@ -187,7 +196,9 @@ def test_qa_has_scores_and_no_rule(tmp_path, refused):
     assert qa.score(example, "")["words"] == 0
     assert set(qa.METRICS) == set(qa.score(example, "x")) and not hasattr(qa, "critique")
     path = write(tmp_path / "a.jsonl", [{"text": "a"}])
-    assert "'chosen'; it has text" in refused(qa.load, flags("qa", path))
+    assert "chosen, completion, messages, conversations; it has text" in refused(
+        qa.load, flags("qa", path)
+    )
 
 
 # ---- a task of one's own -----------------------------------------------------------------------
