@@ -30,6 +30,7 @@ UNSPACED = re.compile(  # Thai, Lao, Tibetan, Burmese; Khmer; kana; Chinese char
     r"[\u0e00-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
     r"\U00020000-\U0003ffff]"
 )
+BESIDE = re.compile(rf"(?<={UNSPACED.pattern})\s+|\s+(?={UNSPACED.pattern})")  # such as 用 CT 检查
 
 
 def locate(text: str, quote: str) -> list[tuple[int, int]]:
@@ -101,7 +102,7 @@ def _in_words(char):
 def _normalise(text) -> tuple[str, list[tuple[int, int]]]:
     """The text as rule 1 compares it, and the original range of each of its characters."""
     skipped = set()
-    for pattern in (EMPHASIS, INVISIBLE):
+    for pattern in (EMPHASIS, INVISIBLE, BESIDE):
         for match in pattern.finditer(text):
             skipped.update(range(*match.span()))
     pieces = []  # [start, end, characters]: runs of spaces, and characters that compose

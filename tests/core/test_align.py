@@ -68,6 +68,7 @@ def test_where_words_have_no_spaces_each_character_is_a_word():
     ]
     assert locate("第127章，第27章", "27") == [(7, 9)]
     assert locate("用Python写Pythonic的", "Python") == [(1, 7)]
+    assert find("建议使用CT检查肺部", "使用 CT 检查") == ("normalised", [(2, 8)])
     assert locate(NFD("cafés, cafe"), "cafe") == [(8, 12)]
 
 
