@@ -196,12 +196,13 @@ def test_the_learning_rate_rises_and_then_falls_to_nearly_zero(kind):
 def test_texts_that_are_too_long_are_dropped_and_counted(fresh, finetune, capsys):
     tokenizer, model = fresh()
     lengths = sorted(sum(map(len, row)) for row in supervised.encode_pairs(tokenizer, PAIRS))
-    for limit, options in ((lengths[-4], {}), (lengths[-2], {"model": model})):
-        if options:
-            model.config.max_position_embeddings = limit
-        finetune(max_length=5000 if options else limit, max_steps=1, **options)
-        too_long = sum(length > limit for length in lengths)
-        assert f"{too_long} of 24 training texts have more than" in capsys.readouterr().out
+    longer = {limit: sum(length > limit for length in lengths) for limit in lengths}
+    limit = lengths[-4]
+    finetune(max_length=limit, max_steps=1)
+    assert f"{longer[limit]} of 24 training texts have more than" in capsys.readouterr().out
+    limit = model.config.max_position_embeddings = lengths[-2]
+    finetune(model=model, max_length=5000, max_steps=1)
+    assert f"{longer[limit]} of 24 training texts have more than" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         finetune(max_length=3, folder="none")
     assert "--max_length" in capsys.readouterr().err
