@@ -81,7 +81,7 @@ def main():
     earlier = partial(stages.ensure, needed, args, root, args.policy)
     with dist.session(args.cpu_offload, run_first=earlier) as seconds:
         start = time.perf_counter()
-        tokenizer, model = policy.load(start_model)
+        tokenizer, model = policy.load(start_model, empty=dist.size() > 1)
         parts = tasks.load(task, args)
         pool, heldout = (tasks.short_enough(part, tokenizer, model, args) for part in parts)
         measured = heldout[: args.eval_samples]

@@ -9,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from t2g import cpu
 from t2g.cli import fail, positive
+from t2g.loading import allocate
 
 
 def peft():
@@ -32,6 +33,7 @@ def added(model, args):
     """
     if not args.lora_r:
         return model
+    allocate(model, "cpu")  # peft puts the adapters on the device of the weights
     experts, excluded, others = unusual_matrices(model)
     targets = dict(target_modules="all-linear", target_parameters=experts or None)
     config = dict(lora_alpha=args.lora_alpha, exclude_modules=excluded or None, **targets)

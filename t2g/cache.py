@@ -59,6 +59,18 @@ def check_batching(model):
         fail(f"a {kind} model gives padded batches other probabilities; use another architecture")
 
 
+def is_plain(model) -> bool:
+    """Whether a model is a causal transformer with a key-value cache and positions as arguments.
+
+    Padding changes nothing for such a model, so check_batching need not try.
+    """
+    layers = DynamicCache(config=model.config).layers
+    arguments = inspect.signature(model.forward).parameters.keys()
+    causal = getattr(model.config, "is_decoder", True) and not model._is_stateful
+    takes_positions = arguments >= {"position_ids", "use_cache"}
+    return causal and takes_positions and all(isinstance(x, DynamicLayer) for x in layers)
+
+
 def preallocated(config, length) -> DynamicCache:
     """The model's own cache, its plain layers with room for `length` tokens."""
     cache = DynamicCache(config=config)

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from t2g.cli import fail, friendly_errors
+from t2g.loading import fill
 
 
 @contextmanager
@@ -203,7 +204,7 @@ def shard(model, bf16=False, cpu_offload=False, recompute=False):
         part.set_force_sum_reduction_for_comms(True)
         if hasattr(part, "set_reduce_scatter_unused_params"):  # older versions of torch lack it
             part.set_reduce_scatter_unused_params(True)  # an expert that got no token of this rank
-    return model
+    return fill(model, "cpu" if cpu_offload else device())
 
 
 def frozen(model, args):
@@ -216,7 +217,7 @@ def frozen(model, args):
     if args.bf16:  # buffers, such as of RoPE, stay in fp32
         for weights in model.parameters():
             weights.data = weights.data.to(torch.bfloat16)
-    return model.to(device())
+    return fill(model, device()).to(device())
 
 
 def recompute_blocks(model):

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from t2g import adapters, cpu, dist
+from t2g import adapters, cpu, dist, loading
 from t2g.cache import check_batching, positions
 from t2g.chat import control_tokens, encode_chats, template_kwargs, turn_edges
 from t2g.cli import FAILURES, fail
@@ -177,10 +177,11 @@ def latest_checkpoint(run) -> Path | None:
     return next(reversed(checkpoints(run)), None)
 
 
-def load(path, device="cpu") -> tuple:
+def load(path, device="cpu", empty=False) -> tuple:
     """A tokenizer, padding on the left, and a causal language model in fp32, in eval mode.
 
-    Args: path, a run's folder (its latest checkpoint), a model's folder, a .gguf file or a hub id.
+    Args: path, a run's folder (its latest checkpoint), a model's folder, a .gguf file or a hub id;
+        empty, to leave the weights to dist.shard or dist.frozen if they can be read in slices.
     Raises: SystemExit with one sentence if there is no such model, or no chat template or EOS.
     """
     path = str(latest_checkpoint(path) or path)
@@ -188,7 +189,7 @@ def load(path, device="cpu") -> tuple:
     if (Path(path) / "metrics.jsonl").is_file():
         fail(f"the run {path} has no checkpoint, so it did not finish: run that stage again")
     try:
-        tokenizer, model = read(path)
+        tokenizer, model = read(path, empty)
     except (*FAILURES, *DAMAGED, StrictDataclassError) as error:
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 400)
         hint = "give a hub id, a model's folder or a .gguf file"
@@ -214,12 +215,13 @@ def load(path, device="cpu") -> tuple:
     ids = dict(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
     model.generation_config = GenerationConfig(**ids)
     model.name_or_path = path  # an adapter's files name it as their base
-    model = cpu.use(model).to(device).eval()
-    check_batching(model)
+    model = cpu.use(model).eval()
+    if model.device.type != "meta":
+        check_batching(model.to(device))
     return tokenizer, model
 
 
-def read(path) -> tuple:
+def read(path, empty=False) -> tuple:
     """A model with its adapter merged, and its tokenizer; an adapter's own one takes precedence."""
     if adapters.is_adapter(path):
         base = adapters.base_of(path)
@@ -230,6 +232,10 @@ def read(path) -> tuple:
         return tokenizer, adapters.merge(model, path)
     source, gguf = pretrained(path)
     tokenizer = AutoTokenizer.from_pretrained(source, **gguf)
+    if empty and not gguf:
+        model = loading.empty_model(source)
+        if model is not None:
+            return tokenizer, model
     options = dict(dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True)
     model, report = AutoModelForCausalLM.from_pretrained(source, **options, **gguf)
     check_keys(path, report)

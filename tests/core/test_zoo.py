@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from t2g import adapters, cache, policy
-from t2g.cache import check_batching
+from t2g.cache import check_batching, is_plain
 from t2g.rollout import draw, sample
 
 PROMPTS = ["Hi.", "My name is Ana. I plan to learn chess. My friend Ben has a dog.", "I am 27."]
@@ -121,6 +121,7 @@ def test_every_architecture_is_right_or_refused(name, tokenizer, capsys):
     try:
         check_batching(model)
     except SystemExit:
+        assert not is_plain(model) or name == "dory"  # which cannot be sampled at all
         pytest.skip(capsys.readouterr().err)
     check(model, tokenizer)
 
