@@ -13,7 +13,7 @@ from t2g.align import locate, token_offsets
 from t2g.chat import encode_chats
 from t2g.cli import fail, load_file
 from t2g.feedback import Feedback, FeedbackError, reward_prompt
-from t2g.grammar import FeedbackGrammar, feedback_grammar, parse_cut
+from t2g.grammar import CRITIQUE_AND_HEAD, FeedbackGrammar, feedback_grammar, parse_cut
 from t2g.log import print_once, valid_text
 from t2g.rollout import respond
 
@@ -143,7 +143,8 @@ def reward_model_critic(model, tokenizer, critique_length=200, bf16=False, desc=
 def openai_critic(base_url, model, critique_length=200, timeout=600.0, max_retries=5, free=False):
     """Returns a reward model behind an OpenAI-compatible server as a critic.
 
-    Unless free is True, a grammar goes along, for vLLM; a server that refuses it goes without.
+    Unless free is True, a grammar goes along, for vLLM; a server that refuses it goes without. It
+    lets a critique have 3 characters for each of its critique_length tokens.
     A critique that does not arrive is None; if none of a batch arrives, the program ends. The
     server's context must hold everything: without its tokenizer no prompt can be shortened.
     """
@@ -151,13 +152,15 @@ def openai_critic(base_url, model, critique_length=200, timeout=600.0, max_retri
 
     server.client(base_url, timeout, max_retries)  # fails now if the address or the key is wrong
     options = dict(model=model, max_tokens=critique_length, temperature=0)
+    # A server's grammar cannot count tokens, so characters leave room for the quotes.
+    head = CRITIQUE_AND_HEAD.replace("*", f"{{0,{3 * critique_length}}}")
     refused, read = free, parse_or_none if free else parse_cut
 
     async def ask(client, request, response):
         nonlocal refused
         if refused:
             return await server.ask(client, **request)
-        grammar = {"structured_outputs": {"grammar": feedback_grammar(response)}}
+        grammar = {"structured_outputs": {"grammar": feedback_grammar(response, head)}}
         try:
             return await server.ask(client, **request, extra_body=grammar)
         except server.Refused:

