@@ -5,6 +5,7 @@ python -m extras.reproduce --recipe toy --rows scalar text2grad --seeds 0 1 2
 python -m extras.reproduce --recipe toy_rates                     # the sweep of learning rates
 python -m extras.reproduce --recipe toy_quick                     # a taste of it in ten minutes
 python -m extras.reproduce --recipe slf5k_8b --dry_run            # print the commands, run none
+python -m extras.reproduce --recipe slf5k_8b --plan 8xH100-80     # memory, hours and costs
 
 A recipe is a file recipes/NAME.toml. The rows of a seed share its [stages.*]. Each of the [rows.*]
 is trained by its `run` and measured by its `measure` or the recipe's, and [words] replace their
@@ -59,6 +60,7 @@ def main():
     add("--jobs", None, "commands at once, each with its share of the cores", positive(int))
     add("--output_dir", None, "where all runs go; runs/reproduce/RECIPE if not given")
     add("--dry_run", False, "print the commands of the first seed and run none")
+    add("--plan", None, "a machine, such as 8xH100-80: print memory, hours and costs, run nothing")
     args = arguments.parse_args()
     recipe = read_recipe(args.recipe)
     if unknown := set(args.rows or []) - set(recipe["rows"]):
@@ -69,6 +71,10 @@ def main():
     by_seed = [jobs_of(recipe, rows, s, root) for s in seeds]
     if args.dry_run:
         return show(recipe, rows, by_seed[0])
+    if args.plan:
+        from extras.scale.recipe import plan_recipe  # which imports the scripts
+
+        return print(json.dumps(plan_recipe(args.plan, by_seed[0], len(seeds))))
     root.mkdir(parents=True, exist_ok=True)
     jobs = [job for same in zip(*by_seed) for job in same]
     jobs.sort(key=lambda job: job.name in rows)  # what others wait for comes first
