@@ -18,14 +18,15 @@ the budget (exit code 0), the same command continues and asks nothing twice that
 
 import math
 import random
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
 
-from t2g import annotator, cli, policy, server, stages, tasks
+from t2g import annotator, cli, dist, policy, server, stages, tasks
 from t2g.critics import rule_critic
 from t2g.notes import Notes, read_responses, write_whole
-from t2g.rollout import respond
+from t2g.rollout import respond_together
 
 
 def parse_args():
@@ -68,6 +69,8 @@ def parse_args():
 @cli.friendly_errors()
 def main():
     task, args = parse_args()
+    if args.responses:
+        dist.first_only()
     out = Path(args.out or f"runs/{task.NAME}/annotations.jsonl")
     if args.responses and out.resolve() == Path(args.responses).resolve():
         cli.fail("--out is the file of --responses; choose another --out")
@@ -81,13 +84,15 @@ def main():
 # ---- responses ---------------------------------------------------------------------------------
 def sample_responses(task, args, out) -> tuple[list[tasks.Example], list[dict]]:
     """Samples the policy; returns examples of the task and a record with a response for each."""
-    stages.ensure(["sft"], args, out.parent, args.policy)
-    tokenizer, model = policy.load(args.policy or out.parent / "sft", policy.device())
-    examples = tasks.short_enough(tasks.load(task, args)[0], tokenizer, model, args)
-    examples = random.Random(args.seed).choices(examples, k=args.num_samples)
-    prompts = [example.prompt for example in examples]
-    options = dict(temperature=args.temperature, bf16=args.bf16, desc="sampling")
-    texts, _ = respond(model, tokenizer, prompts, args.response_length, batch_size=128, **options)
+    earlier = partial(stages.ensure, ["sft"], args, out.parent, args.policy)
+    with dist.session(run_first=earlier):
+        tokenizer, model = policy.load(args.policy or out.parent / "sft", policy.device())
+        examples = tasks.short_enough(tasks.load(task, args)[0], tokenizer, model, args)
+        examples = random.Random(args.seed).choices(examples, k=args.num_samples)
+        prompts, length = [example.prompt for example in examples], args.response_length
+        options = dict(temperature=args.temperature, bf16=args.bf16, batch_size=128)
+        texts, _ = respond_together(model, tokenizer, prompts, length, desc="sampling", **options)
+    dist.first_only()
     records = []
     for number, (prompt, text) in enumerate(zip(prompts, texts)):
         records.append({"id": str(number), "prompt": prompt, "response": text})
@@ -175,6 +180,7 @@ def keep_responses(task, args, out) -> list[dict]:
     """Samples responses into a file beside --out, where an interrupted run finds them again."""
     path = out.with_suffix(".responses.jsonl")
     if path.exists():
+        dist.first_only()
         print(f"responses: {path} (sampled before; move it away to sample anew)")
         return read_responses(path)
     if out.exists():

@@ -11,12 +11,13 @@ Leaves out the training stages, whose metrics.jsonl has a line per step (t2g/log
 """
 
 import json
+from functools import partial
 from pathlib import Path
 
-from t2g import card, cli, critics, page, policy, stages, tasks
+from t2g import card, cli, critics, dist, page, policy, stages, tasks
 from t2g.metrics import evaluate, interval
 from t2g.notes import read_usable
-from t2g.rollout import respond
+from t2g.rollout import respond_together
 
 EXAMPLES_SHOWN = 3
 
@@ -37,13 +38,16 @@ def main():
     add("--eval_samples", 256, "held-out prompts; of --annotations all records are used")
     add("--out", "page.html", "page: the file to write")
     task, args = tasks.parse(parser, "eval")
-    print(json.dumps(WHAT[args.what](task, args)))
+    if args.what == "rm" and not (args.annotations or hasattr(task, "critique")):
+        cli.fail(f"the task {args.task} has no rule; give the true records as --annotations")
+    needed = [] if args.runs else NEEDED.get(args.what, [])
+    earlier = partial(stages.ensure, needed, args, f"runs/{task.NAME}", args.policy)
+    with dist.session(run_first=earlier):
+        print(json.dumps(WHAT[args.what](task, args)))
 
 
 def policies(task, args) -> dict:
     """Returns each policy's scores on the same held-out prompts, sampled and greedy."""
-    if not args.runs:
-        stages.ensure(["sft", "ppo"], args, f"runs/{task.NAME}")
     scores, table, examples = {}, {}, tasks.load(task, args)[1]
     for run in args.runs or [f"runs/{task.NAME}/sft", f"runs/{task.NAME}/ppo"]:
         tokenizer, model = policy.load(run, policy.device())
@@ -59,10 +63,6 @@ def policies(task, args) -> dict:
 def reward_models(task, args) -> dict:
     """Returns the card of a critic, or {critic: card} of several; see t2g/card.py."""
     root = Path("runs", task.NAME)
-    if not args.annotations and not hasattr(task, "critique"):
-        cli.fail(f"the task {args.task} has no rule; give the true records as --annotations")
-    if not args.runs:
-        stages.ensure(["sft", "annotate", "rm"], args, root, args.policy)
     names = args.runs or [str(root / "rm")]
     models = [name for name in names if not name.endswith(".jsonl")]
     if args.annotations:
@@ -86,7 +86,7 @@ def records_of_rule(task, args, source) -> list[dict]:
     heldout = tasks.short_enough(tasks.load(task, args)[1], tokenizer, model, args)
     heldout = heldout[: args.eval_samples]
     prompts, options = [e.prompt for e in heldout], dict(desc="responses", bf16=args.bf16)
-    texts, _ = respond(model, tokenizer, prompts, args.response_length, **options)
+    texts, _ = respond_together(model, tokenizer, prompts, args.response_length, **options)
     records = []
     for example, text, one in zip(heldout, texts, critics.rule_critic(task)(heldout, texts)):
         kinds = task.kinds(example, text) if hasattr(task, "kinds") else []
@@ -102,8 +102,10 @@ def feedback_of(name, records, args):
     options = dict(critique_length=args.critique_length, free=args.free_critiques)
     options |= dict(bf16=args.bf16, desc=f"{name} criticises")
     critic = critics.reward_model_critic(model, tokenizer, **options)
-    examples = [tasks.Example(record["prompt"], "", {}) for record in records]
-    return critic(examples, [record["response"] for record in records])
+    own = dist.share(records)
+    examples = [tasks.Example(record["prompt"], "", {}) for record in own]
+    feedback = critic(examples, [record["response"] for record in own])
+    return dist.collect(feedback, len(records))
 
 
 def seeds(task, args) -> dict:
@@ -141,6 +143,7 @@ def print_table(columns):
 
 
 WHAT = {"policy": policies, "rm": reward_models, "seeds": seeds, "page": compare}
+NEEDED = {"policy": ["sft", "ppo"], "rm": ["sft", "annotate", "rm"]}  # stages, if no run is named
 
 if __name__ == "__main__":
     main()

@@ -45,6 +45,7 @@ def parse_args():
     add_algorithm_flags(add)
     for module in (adapters, dist, checkpoint):
         module.add_flags(add)
+    add("--replicate_frozen", False, "reference and reward model unsharded: faster, more memory")
     task, args = tasks.parse(parser, "train_ppo")
     args.output_dir = args.output_dir or f"runs/{task.NAME}/ppo"
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps

@@ -9,9 +9,10 @@ Long prompts are shortened in their middle; responses never are.
 """
 
 import random
+from functools import partial
 from pathlib import Path
 
-from t2g import cli, critics, policy, stages, supervised, tasks
+from t2g import cli, critics, dist, policy, stages, supervised, tasks
 from t2g.feedback import Feedback
 from t2g.notes import read_usable
 
@@ -40,18 +41,18 @@ def main():
     task, args = tasks.parse(parser, "train_rm")
     args.output_dir = args.output_dir or f"runs/{task.NAME}/rm"
     root = Path(args.output_dir).parent
-    if not args.annotations:
-        stages.ensure(["sft", "annotate"], args, root, args.model)
-
-    tokenizer, model = policy.load(args.model or root / "sft", policy.device())
-    limit, pairs = supervised.longest_text(model, args), []
-    path = args.annotations or root / "annotations.jsonl"
-    for prompt, response, z in read_targets(path, args.no_critique):
-        room = limit - len(tokenizer(z, add_special_tokens=False)["input_ids"]) - 1  # 1 for EOS
-        pairs.append((critics.fitting_prompt(tokenizer, prompt, response, room), z))
-    random.Random(args.seed).shuffle(pairs)
-    saved = supervised.finetune(model, tokenizer, pairs, args, desc="reward model")
-    print(f"reward model: {saved}")
+    needed = [] if args.annotations else ["sft", "annotate"]
+    earlier = partial(stages.ensure, needed, args, root, args.model)
+    with dist.session(args.cpu_offload, run_first=earlier):
+        tokenizer, model = policy.load(args.model or root / "sft")
+        limit, pairs = supervised.longest_text(model, args), []
+        path = args.annotations or root / "annotations.jsonl"
+        for prompt, response, z in read_targets(path, args.no_critique):
+            room = limit - len(tokenizer(z, add_special_tokens=False)["input_ids"]) - 1  # for EOS
+            pairs.append((critics.fitting_prompt(tokenizer, prompt, response, room), z))
+        random.Random(args.seed).shuffle(pairs)
+        saved = supervised.finetune(model, tokenizer, pairs, args, desc="reward model")
+        print(f"reward model: {saved}")
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ python train_sft.py                                       # for the toy, from sc
 python train_sft.py --task summarize --model HUB_ID --data posts.jsonl --output_dir runs/posts/sft
 """
 
-from t2g import cli, cpu, policy, supervised, tasks
-from t2g.rollout import respond
+from t2g import cli, cpu, dist, policy, supervised, tasks
+from t2g.rollout import respond_together
 
 
 @cli.friendly_errors()
@@ -19,23 +19,24 @@ def main():
     task, args = tasks.parse(parser, "train_sft")
     args.output_dir = args.output_dir or f"runs/{task.NAME}/sft"
 
-    examples, heldout = tasks.load(task, args)
-    if args.model:
-        tokenizer, model = policy.load(args.model, policy.device())
-    elif hasattr(task, "new_model"):
-        tokenizer, model = task.new_model(args.seed)
-        model = cpu.use(model).to(policy.device())
-    else:
-        cli.fail(f"the task {args.task} needs --model (in train_ppo.py: --policy)")
-    examples = tasks.short_enough(examples, tokenizer, model, args)
-    if hasattr(task, "sft_pairs"):
-        pairs = [tasks.Example(*pair, {}) for pair in task.sft_pairs(args, examples)]
-        examples = list(map(tasks.valid_example, pairs))
-    pairs = [(example.prompt, example.reference) for example in examples]
-    saved = supervised.finetune(model, tokenizer, pairs, args, desc="starting policy")
-    print(f"starting policy: {saved}")
-    if hasattr(task, "facts_right"):
-        print_facts(task, tokenizer, model, heldout[:128])
+    with dist.session(args.cpu_offload):
+        examples, heldout = tasks.load(task, args)
+        if args.model:
+            tokenizer, model = policy.load(args.model)
+        elif hasattr(task, "new_model"):
+            tokenizer, model = task.new_model(args.seed)
+            model = cpu.use(model)
+        else:
+            cli.fail(f"the task {args.task} needs --model (in train_ppo.py: --policy)")
+        examples = tasks.short_enough(examples, tokenizer, model, args)
+        if hasattr(task, "sft_pairs"):
+            pairs = [tasks.Example(*pair, {}) for pair in task.sft_pairs(args, examples)]
+            examples = list(map(tasks.valid_example, pairs))
+        pairs = [(example.prompt, example.reference) for example in examples]
+        saved = supervised.finetune(model, tokenizer, pairs, args, desc="starting policy")
+        print(f"starting policy: {saved}")
+        if hasattr(task, "facts_right"):
+            print_facts(task, tokenizer, model, heldout[:128])
 
 
 def print_facts(task, tokenizer, model, examples):
@@ -44,7 +45,7 @@ def print_facts(task, tokenizer, model, examples):
     PPO cannot reinforce what the policy never says.
     """
     prompts = [example.prompt for example in examples]
-    texts, _ = respond(model, tokenizer, prompts, 64, temperature=0)
+    texts, _ = respond_together(model, tokenizer, prompts, 64, temperature=0)
     right = [task.facts_right(*pair) for pair in zip(examples, texts)]
     shares = {fact: sum(one[fact] for one in right) / len(right) for fact in right[0]}
     print("greedy and right: " + ", ".join(f"{fact} {x:.2f}" for fact, x in shares.items()))

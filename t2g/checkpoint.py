@@ -1,7 +1,7 @@
 """The state from which a run resumes: weights, optimiser moments, random generators. No pickle.
 
-A supervised run keeps one state in its folder; a run of train_ppo.py keeps one in each checkpoint,
-one file per rank. Killed and resumed, both are bit-identical on a CPU in fp32.
+A supervised run keeps its latest state in its folder; a run of train_ppo.py keeps one in each
+checkpoint. A state has one file per rank. Killed and resumed, both are bit-identical on a CPU in fp32.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from t2g import dist, policy
 from t2g.cli import fail, positive
-from t2g.log import read_json, write_json
+from t2g.log import put_in_place, read_json, write_json
 
 
 def save(path, model, optimizers=(), **reached):
@@ -32,6 +32,34 @@ def save(path, model, optimizers=(), **reached):
         tensors["random.cuda"] = torch.cuda.get_rng_state()
     save_file(tensors, unfinished, metadata={"reached": json.dumps(reached)})
     os.replace(unfinished, path)
+
+
+def replace(folder, name, step, model, optimizers=(), **reached):
+    """Writes the state folder/NAME-STEP whole or not at all, and deletes earlier ones. Collective."""
+    unfinished = folder / f"{name}.unfinished"
+    if dist.rank() == 0:
+        shutil.rmtree(unfinished, ignore_errors=True)  # left by a run that was killed
+        unfinished.mkdir()
+    dist.barrier()
+    save(state_files(unfinished, dist.size())[dist.rank()], model, optimizers, **reached)
+    dist.barrier()
+    if dist.rank() == 0:
+        earlier = states(folder, name)
+        put_in_place(unfinished, folder / f"{name}-{step}")
+        for path in earlier:
+            shutil.rmtree(path)
+    dist.barrier()
+
+
+def states(folder, name) -> list[Path]:
+    """The states that replace() wrote under a name: one, or two if it was killed."""
+    return sorted(folder.glob(f"{name}-*"), key=policy.step_of)
+
+
+def latest(folder, name) -> list[Path]:
+    """The files of the latest state under a name; [] if there is none."""
+    found = states(folder, name)
+    return state_files(found[-1], len(list(found[-1].iterdir()))) if found else []
 
 
 def load(files, model, optimizers=()) -> dict:
@@ -111,14 +139,15 @@ def save_checkpoint(actor, tokenizer, optimizer, args, meta):
     """
 
     def write_state(folder):
-        (folder / "state").mkdir(exist_ok=True)
+        folder = folder / "state"
+        folder.mkdir(exist_ok=True)
         save(state_files(folder, dist.size())[dist.rank()], actor, [optimizer])
         if dist.rank() == 0:
             versions = {"torch": torch.__version__, "transformers": transformers.__version__}
             versions["python"] = sys.version.split()[0]
             program = {"argv": sys.argv, "commit": commit(), "versions": versions}
             config = {"processes": dist.size(), "config": vars(args)}
-            write_json(folder / "state" / "meta.json", meta | config | program)
+            write_json(folder / "meta.json", meta | config | program)
 
     where = args.output_dir, meta["step"]
     policy.save(actor.model, tokenizer, *where, actor.value_head, write_state)
@@ -150,7 +179,7 @@ def resume(actor, optimizer, args, examples) -> dict:
     if abs(meta["start"] - start["start"]) > 1e-6 * meta["start"]:  # the reference is made from it
         remedy = "restore it, or begin anew with --resume none"
         fail(f"{folder} started from another --policy; {remedy}")
-    load(state_files(folder, meta["processes"]), actor, [optimizer])
+    load(state_files(folder / "state", meta["processes"]), actor, [optimizer])
     print(f"resuming after step {step} of {args.output_dir}", flush=True)
     if meta["config"]["kl_coef"] == args.kl_coef:  # otherwise the user asks for another one
         start["kl_coef"] = meta["kl_coef"]
@@ -170,8 +199,8 @@ def hash_of(examples) -> str:
 
 
 def state_files(folder, processes) -> list[Path]:
-    """The files of a checkpoint's state, one per rank."""
-    return [folder / "state" / f"{rank}-of-{processes}.safetensors" for rank in range(processes)]
+    """The files of a state, one per rank."""
+    return [folder / f"{rank}-of-{processes}.safetensors" for rank in range(processes)]
 
 
 def commit() -> str | None:

@@ -119,7 +119,14 @@ def processes() -> int:
 
 
 def rank() -> int:
-    return distributed.get_rank() if distributed.is_initialized() else 0
+    """The number of this process; known before and after session()."""
+    return int(os.environ["RANK"]) if "WORLD_SIZE" in os.environ else 0
+
+
+def first_only():
+    """Ends this process unless it is the first, which does alone what follows."""
+    if rank():
+        raise SystemExit
 
 
 def size() -> int:
@@ -174,10 +181,24 @@ def own(rows):
     return rows[rank() * count : (rank() + 1) * count]
 
 
+def share(rows: list) -> list:
+    """Every size-th row of a list that all ranks have; repeats a few, so that each has as many."""
+    count = -(-len(rows) // size())
+    return [rows[(rank() + i * size()) % len(rows)] for i in range(count)]
+
+
+def collect(rows: list, count: int) -> list:
+    """The inverse of share(), on all ranks, for a list of count rows. Collective."""
+    if size() == 1:
+        return rows
+    parts = [None] * size()
+    distributed.all_gather_object(parts, rows)
+    return [parts[i % size()][i // size()] for i in range(count)]
+
+
 def add_flags(add):
     add("--gradient_checkpointing", False, "recompute activations in the backward pass")
     add("--cpu_offload", False, "keep weights and optimiser state in CPU memory; needs torchrun")
-    add("--replicate_frozen", False, "reference and reward model unsharded: faster, more memory")
 
 
 def shard(model, bf16=False, cpu_offload=False, recompute=False):
@@ -221,10 +242,8 @@ def frozen(model, args):
 
 
 def recompute_blocks(model):
-    # No random number is drawn in a block: dropout is off.
-    options = dict(use_reentrant=False, preserve_rng_state=False)
     for block in blocks(model):
-        block.forward = partial(checkpoint, block.forward, **options)
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def blocks(model) -> list:

@@ -10,12 +10,11 @@ import shutil
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from t2g import dist
+from t2g import checkpoint, dist
 from t2g.cli import fail, first_unused, fresh_folder, try_lock
 from t2g.log import read_json
 from t2g.policy import checkpoints, latest_checkpoint, step_of
 
-STATE = "state.safetensors"  # of a supervised run that has not finished
 RESUME_IGNORES = {  # flags that may differ between a run and its continuation
     *("argv", "resume", "output_dir", "save_steps", "save_total_limit", "tensorboard"),
     *("eval_samples", "gradient_checkpointing", "cpu_offload", "replicate_frozen"),
@@ -52,7 +51,7 @@ def resumable(folder, args, resume) -> bool:
     """Whether the folder holds an unfinished run of the same flags, and of the same --resume."""
     latest, config = latest_checkpoint(folder), folder / "config.json"
     stopped = latest and (latest / "state").is_dir() and not is_finished(folder)
-    if not (((folder / STATE).is_file() or stopped) and config.is_file()):
+    if not ((checkpoint.latest(folder, "state") or stopped) and config.is_file()):
         return False
     before, flags = read_json(config), json.loads(json.dumps(vars(args), default=str))
     ignored = RESUME_IGNORES | (BATCH_FACTORS if "batch_size" in flags else set())

@@ -21,23 +21,34 @@ def evaluate(
     """Scores a response to each example, sampled at temperature 1, and again greedy (_greedy).
 
     Sampling has a generator of its own, so that measuring does not change the run. respond may be
-    any function with the arguments of rollout.respond().
+    any function with the arguments of rollout.respond(). Each rank responds to a part. Collective.
 
     Returns: the task's scores and eos_rate, means over examples.
     """
-    generator = torch.Generator(dist.device()).manual_seed(seed)
-    prompts, means = [example.prompt for example in examples], {}
+    generator = torch.Generator(dist.device()).manual_seed(seed + dist.rank())
+    count, examples, means = len(examples), dist.share(examples), {}
+    prompts = [example.prompt for example in examples]
     for suffix, temperature in (("", 1.0), ("_greedy", 0)):
         label = desc and f"{desc}, {'greedy' if suffix else 'sampled'}"
         sampling = dict(temperature=temperature, bf16=bf16, generator=generator, desc=label)
         texts, finished = respond(model, tokenizer, prompts, length, **sampling)
-        scores = mean_scores(task, examples, texts) | {"eos_rate": float(np.mean(finished))}
-        means |= {name + suffix: mean for name, mean in scores.items()}
+        scores = task_scores(task, examples, texts)
+        rows = [score | {"eos_rate": end} for score, end in zip(scores, finished)]
+        rows = dist.collect(rows, count)
+        means |= {name + suffix: mean for name, mean in means_of(rows).items()}
     return means
 
 
 def mean_scores(task, examples, texts) -> dict[str, float]:
-    """Returns the task's mean scores. Fails if one is missing or not finite."""
+    return means_of(task_scores(task, examples, texts))
+
+
+def means_of(rows: list[dict]) -> dict[str, float]:
+    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+
+
+def task_scores(task, examples, texts) -> list[dict[str, float]]:
+    """Returns the task's scores of each response. Fails if one is missing or not finite."""
     scores = [task.score(example, text) for example, text in zip(examples, texts)]
     numeric = (int, float, np.number, np.bool_, torch.Tensor)
     for score in scores:
@@ -45,7 +56,7 @@ def mean_scores(task, examples, texts) -> dict[str, float]:
         if not all(isinstance(value, numeric) and np.isfinite(value) for value in values):
             needed = f"not a dict with a finite number for each of {', '.join(task.METRICS)}"
             fail(f"score() of the task returned {score!r}, {needed}")
-    return {name: float(np.mean([score[name] for score in scores])) for name in task.METRICS}
+    return [{name: score[name] for name in task.METRICS} for score in scores]
 
 
 def token_counts(tokenizer, rollout, feedback) -> dict[str, float]:

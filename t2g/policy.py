@@ -169,7 +169,7 @@ def checkpoints(run) -> list[Path]:
 
 
 def step_of(checkpoint) -> int:
-    return int(checkpoint.name.removeprefix("checkpoint-"))
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def latest_checkpoint(run) -> Path | None:

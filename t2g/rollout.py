@@ -148,3 +148,10 @@ def respond(
                 texts[i], finished[i] = text, ended
             bar.update(len(index))
     return texts, finished
+
+
+def respond_together(model, tokenizer, prompts, *length, **options):
+    """respond() to prompts that all ranks have, shared out over the ranks. Collective."""
+    answers = respond(model, tokenizer, dist.share(prompts), *length, **options)
+    texts, finished = (dist.collect(part, len(prompts)) for part in answers)
+    return texts, finished

@@ -24,6 +24,10 @@ STAGES = {  # name: what it makes, under which name, the script, the flag of its
     "ppo": ("trained policy", "ppo", "train_ppo.py", "--output_dir"),
 }
 POLICY_FLAG = {"annotate": "--policy", "rm": "--model"}
+HANDED_ON = {  # flags that a stage takes from the script that starts it, beside those of the data
+    "annotate": ("response_length", "temperature"),
+    "rm": ("lora_r", "lora_alpha", "gradient_checkpointing"),
+}
 
 
 def ensure(names, args, root, policy=None) -> dict[str, float]:
@@ -32,10 +36,6 @@ def ensure(names, args, root, policy=None) -> dict[str, float]:
     If the user named a policy, there is no stage "sft", and the other stages start from it.
     """
     seconds, flags = {}, tasks.data_flags(args)
-    words = []
-    for name, value in flags.items():
-        if value is not None and value is not False:
-            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     for name, (title, output, script, flag) in STAGES.items():
         output = Path(root) / output
         if name not in names or (name == "sft" and policy):
@@ -48,11 +48,21 @@ def ensure(names, args, root, policy=None) -> dict[str, float]:
             note = f", made with another {', '.join(changed)}" if changed else ""
             print(f"using the {title} in {output}{note}; move it away for a new one", flush=True)
             continue
-        command = [script, *words, flag, str(output)]
+        handed_on = {n: getattr(args, n, None) for n in HANDED_ON.get(name, ())}
+        command = [script, *words(flags | handed_on), flag, str(output)]
         if policy and name in POLICY_FLAG:
             command += [POLICY_FLAG[name], policy]
         seconds[name] = run(title, command)
     return seconds
+
+
+def words(flags: dict) -> list[str]:
+    """The flags as they stand in a command line."""
+    words = []
+    for name, value in flags.items():
+        if value is not None and value is not False:
+            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return words
 
 
 def run(title: str, command: list[str]) -> float:

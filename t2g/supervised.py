@@ -3,12 +3,14 @@
     L = - E[ log p(completion | prompt) ]      mean over all completion tokens of an optimiser step
 
 EOS is part of a completion. A run that was stopped resumes with the same flags and data, and the
-result is bit-identical. Baselines use the same loop with an Objective of their own.
+result is bit-identical. torchrun shares each step out over its processes. Baselines use the same
+loop with an Objective of their own.
 """
 
 import itertools
 import math
 import random
+import shutil
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -18,15 +20,13 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from t2g import adapters, checkpoint, policy
+from t2g import adapters, checkpoint, dist, policy
 from t2g.chat import encode_pairs
 from t2g.cli import between, fail, positive
-from t2g.folder import STATE, run_folder
+from t2g.folder import run_folder
 from t2g.log import Logger
 from t2g.policy import autocast, check_numbers, context_length, now, response_logits
 from t2g.rollout import Rollout
-
-BEST = "best.safetensors"  # the weights of the lowest validation loss so far
 
 
 def add_flags(add, validation_share=0.0):
@@ -36,12 +36,13 @@ def add_flags(add, validation_share=0.0):
     add("--warmup_ratio", 0.05, "share of the steps in which the rate rises", between(0, 1))
     add("--max_steps", 200, "optimiser steps")
     add("--per_device_train_batch_size", 8, "sequences per microbatch")
-    add("--gradient_accumulation_steps", 1, "microbatches per optimiser step")
+    add("--gradient_accumulation_steps", 1, "microbatches per optimiser step and process")
     add("--max_length", None, "maximum tokens of a text; the context if not given", positive(int))
     add("--optimizer", "adamw", "muon is for models from scratch", ("adamw", "muon"))
     add("--weight_decay", 0.0, "decay of the weights per step, as a multiple of the learning rate")
     add("--max_grad_norm", 1.0, "maximum norm of the gradient; longer ones are clipped")
     adapters.add_flags(add)
+    dist.add_flags(add)
     add("--validation_share", validation_share, "share of pairs held out", between(0, 0.5))
     add("--eval_steps", 50, "steps between two validation losses")
     add("--early_stopping_patience", 5, "stop after this many validation losses without a new best")
@@ -94,7 +95,9 @@ def drop_long(rows, limit, size=length):
 
 
 def split(rows, args):
-    """The first --validation_share of the rows, for validation, and the others."""
+    """The first --validation_share of the rows, for validation, and the others; sets batch_size."""
+    args.batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    args.batch_size *= dist.processes()
     count = round(args.validation_share * len(rows))
     heldout, rows = rows[:count], rows[count:]
     print(f"{len(rows)} pairs for training, {len(heldout)} for validation", flush=True)
@@ -103,7 +106,7 @@ def split(rows, args):
 
 
 def by_length(rows, args) -> list[list]:
-    """All rows in batches of similar length."""
+    """All rows in microbatches of similar length."""
     size, rows = args.per_device_train_batch_size, sorted(rows, key=length)
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 
@@ -153,25 +156,33 @@ NEXT_TOKEN = Objective(
 
 @torch.no_grad()
 def validation_loss(model, tokenizer, rows, args, objective=NEXT_TOKEN) -> float:
-    """The mean loss of rows that are not trained on."""
-    device, loss, count = next(model.parameters()).device, 0.0, 0
-    for batch in by_length(rows, args):
+    """The mean loss of rows that are not trained on. Collective."""
+    device, loss, count = dist.device(), 0.0, 0
+    for batch in by_length(dist.share(rows), args):
         microbatch = objective.collate(batch, tokenizer.pad_token_id, device)
         loss += objective.loss(model, *microbatch, args)[0].item()
         count += objective.count(*microbatch)
-    return loss / count
+    sums = dist.totals({"loss": loss, "count": count})
+    return sums["loss"] / sums["count"]
+
+
+def prepared(model, args):
+    """The model on its device, with adapters if --lora_r asks for them, and sharded."""
+    model = adapters.added(model, args)
+    return dist.shard(model, args.bf16, args.cpu_offload, args.gradient_checkpointing)
 
 
 def finetune(model, tokenizer, pairs, args, desc) -> Path:
     """Trains on pairs and returns the checkpoint, a plain model even if adapters were trained.
 
-    With held-out pairs, training stops early and keeps the model of the lowest validation loss.
+    All ranks have all pairs. With held-out pairs, training stops early and keeps the model of the
+    lowest validation loss.
     """
     if not pairs:
         fail("there are no training pairs")
     rows = drop_long(encode_pairs(tokenizer, pairs), longest_text(model, args))
     heldout, rows = split(rows, args)
-    model = adapters.added(model, args)
+    model = prepared(model, args)
     with run_folder(args) as folder:
         step = train(model, tokenizer, rows, heldout, args, folder, desc)
         return save(model, tokenizer, folder, step, args)
@@ -179,22 +190,24 @@ def finetune(model, tokenizer, pairs, args, desc) -> Path:
 
 def train(model, tokenizer, rows, heldout, args, folder, desc, objective=NEXT_TOKEN) -> int:
     """Trains the model. Returns the step of its weights: the best step if heldout, or the last."""
-    device = next(model.parameters()).device
     optimizers = make_optimizers(model, args)
     reached = {"step": 0, "best_step": 0, "best_loss": math.inf}
-    if (folder / STATE).is_file():
-        reached = checkpoint.load([folder / STATE], model, optimizers)
+    if saved := checkpoint.latest(folder, "state"):
+        reached = checkpoint.load(saved, model, optimizers)
         print(f"resuming after step {reached['step']} of {args.output_dir}", flush=True)
-    first, accumulate = reached["step"] + 1, args.gradient_accumulation_steps
-    log = Logger(folder, args, objective.metrics or (), keep_until=reached["step"])
-    batches = in_batches(rows, args.per_device_train_batch_size, args.seed)
-    batches = itertools.islice(batches, reached["step"] * accumulate, None)
-    bar = tqdm(range(first, args.max_steps + 1), desc, args.max_steps, initial=first - 1)
+    if dist.rank() == 0:
+        log = Logger(folder, args, objective.metrics or (), keep_until=reached["step"])
+    batches = in_batches(rows, args.batch_size, args.seed)
+    batches = itertools.islice(batches, reached["step"], None)
+    steps = range(reached["step"] + 1, args.max_steps + 1)
+    bar = tqdm(steps, desc, args.max_steps, initial=reached["step"], disable=dist.rank() > 0)
     model.train(objective.dropout)
     for step in bar:
         start = now()
-        parts = itertools.islice(batches, accumulate)
-        microbatches = [objective.collate(part, tokenizer.pad_token_id, device) for part in parts]
+        own, size = dist.share(next(batches)), args.per_device_train_batch_size
+        parts = [own[i : i + size] for i in range(0, len(own), size)]
+        tokens = tokenizer.pad_token_id, dist.device()
+        microbatches = [objective.collate(part, *tokens) for part in parts]
         metrics = train_step(model, microbatches, args, objective)
         metrics["learning_rate"] = args.learning_rate * schedule(step, args)
         apply_gradients(optimizers, metrics["learning_rate"])
@@ -206,33 +219,40 @@ def train(model, tokenizer, rows, heldout, args, folder, desc, objective=NEXT_TO
             model.train(objective.dropout)
             if loss < reached["best_loss"]:
                 reached |= {"best_step": step, "best_loss": loss}
-                checkpoint.save(folder / BEST, model)
-        log(step, metrics)
+                checkpoint.replace(folder, "best", step, model)
+        if dist.rank() == 0:
+            log(step, metrics)
         bar.set_postfix_str(f"loss {metrics['loss']:.3f}", refresh=False)
         patience = args.early_stopping_patience * args.eval_steps
         if heldout and step - reached["best_step"] >= patience:
             print(f"\nstopped early: the best step was {reached['best_step']}", flush=True)
             break
         if step % args.save_steps == 0:
-            checkpoint.save(folder / STATE, model, optimizers, **reached)
+            checkpoint.replace(folder, "state", step, model, optimizers, **reached)
     bar.close()
     if heldout:
-        checkpoint.load([folder / BEST], model)
+        checkpoint.load(checkpoint.latest(folder, "best"), model)
     return reached["best_step"] if heldout else args.max_steps
 
 
 def train_step(model, microbatches, args, objective=NEXT_TOKEN) -> dict:
-    """The clipped gradient of the mean over all units, whatever the split; returns metrics."""
-    sums, count = defaultdict(float), sum(objective.count(*batch) for batch in microbatches)
+    """The clipped gradient of the mean over the units of all ranks, whatever the split.
+
+    Returns: metrics. Collective.
+    """
+    counts = {objective.unit: sum(objective.count(*batch) for batch in microbatches)}
+    read = [int(batch.prompt_mask.sum() + batch.mask.sum()) for batch, *_ in microbatches]
+    counts = dist.totals(counts | {"update_tokens": sum(read)})
+    sums, count = defaultdict(float), counts[objective.unit]
     for microbatch in microbatches:
         loss, stats = objective.loss(model, *microbatch, args)
         (loss / count).backward()
         for name, value in {"loss": loss.item(), **stats}.items():
             sums[name] += value / count
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+    norm = dist.plain(torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm))
     check_numbers(norm)
-    tokens = sum(int(batch.prompt_mask.sum() + batch.mask.sum()) for batch, *_ in microbatches)
-    return {**sums, "grad_norm": norm.item(), objective.unit: count, "update_tokens": tokens}
+    counts = {name: int(number) for name, number in counts.items()}
+    return dist.totals(sums) | {"grad_norm": norm.item()} | counts
 
 
 def make_optimizers(model, args):
@@ -268,6 +288,7 @@ def save(model, tokenizer, folder, step, args, value_head=None) -> Path:
     """Writes the final checkpoint, with adapters merged, and deletes what a resumed run needs."""
     model = model.merge_and_unload() if args.lora_r else model
     saved = policy.save(model.eval(), tokenizer, folder, step, value_head)
-    for file in [*folder.glob("state.*"), *folder.glob("best.*")]:
-        file.unlink()
+    if dist.rank() == 0:
+        for state in [*folder.glob("state-*"), *folder.glob("best-*")]:
+            shutil.rmtree(state)
     return saved

@@ -2,6 +2,7 @@
 
 import random
 from collections import defaultdict
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -9,7 +10,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from t2g import cli, critics, policy, stages, tasks
+from t2g import cli, critics, dist, policy, stages, tasks
 from t2g.feedback import Feedback, revision_prompt
 from t2g.metrics import token_counts
 from t2g.policy import now
@@ -40,16 +41,22 @@ def parse(doc, name, add_own_flags, toy):
     task, args = tasks.parse(parser, name, toy=toy)
     args.output_dir = args.output_dir or f"runs/{task.NAME}/{name}"
     args.span_weights, args.kl_estimator = "uniform", "full"  # flags of train_ppo.py alone
+    args.replicate_frozen = False
     return task, args
 
 
-def start(args, needs_critic=True):
-    """Runs the missing earlier stages. Returns: the run's parent folder, tokenizer and policy."""
+@contextmanager
+def started(args, needs_critic=True):
+    """Runs the missing earlier stages, and joins the processes of torchrun.
+
+    Yields: the folder of all runs, and the tokenizer and the model of the starting policy.
+    """
     root = Path(args.output_dir).parent
     needed = ["sft", *(critics.stages_before(args) if needs_critic else [])]
-    stages.ensure(needed, args, root, args.policy)
-    torch.manual_seed(args.seed)
-    return root, *policy.load(args.policy or root / "sft", policy.device())
+    earlier = partial(stages.ensure, needed, args, root, args.policy)
+    with dist.session(args.cpu_offload, run_first=earlier):
+        torch.manual_seed(args.seed)
+        yield root, *policy.load(args.policy or root / "sft", policy.device())
 
 
 def add_sampling_flags(add, num_prompts, samples_per_prompt):
@@ -69,18 +76,21 @@ def draw_examples(task, args, tokenizer, model) -> list[tasks.Example]:
 
 
 def sample_and_score(examples, critic, tokenizer, model, args, prompts=None, size=64):
-    """Samples a response for each example, and has the critic judge it.
+    """Samples a response for each example, and has the critic judge it. Collective.
 
     prompts: what the policy reads instead of the examples' own prompts, which the critic reads.
+    All ranks have all examples, and each samples for a part of them.
 
     Returns: a list of Scored, and metrics: seconds in total, and means over the responses.
     """
+    count, examples = len(examples), dist.share(examples)
     own = [example.prompt for example in examples]
+    prompts = dist.share(prompts) if prompts else own
     rows, seconds, sums = [], dict(seconds_rollout=0.0, seconds_critique=0.0), defaultdict(float)
     for first in tqdm(range(0, len(examples), size), desc="sampling", unit="batch"):
         part = slice(first, first + size)
         clock = [now()]
-        rollout = sample(model, tokenizer, (prompts or own)[part], **sampling(args))
+        rollout = sample(model, tokenizer, prompts[part], **sampling(args))
         clock.append(now())
         feedback = critic(examples[part], rollout.texts)
         clock.append(now())
@@ -94,10 +104,11 @@ def sample_and_score(examples, critic, tokenizer, model, args, prompts=None, siz
         means["judged_tokens"] = sum(map(len, read)) / len(read) + means["response_tokens"]
         for name, mean in means.items():
             sums[name] += len(read) * mean
+    rows = dist.collect(rows, count)
     rewards = [row.reward for row in rows if row.reward is not None]
     if not rewards:
         cli.fail(f"none of {len(rows)} critiques is readable; see --critic and --reward_model")
-    means = {name: total / len(rows) for name, total in sums.items()}
+    means = dist.means({name: total / len(examples) for name, total in sums.items()})
     means |= dict(unparsable=1 - len(rewards) / len(rows), reward=sum(rewards) / len(rewards))
     return rows, {"samples": len(rows), **seconds, **means}
 

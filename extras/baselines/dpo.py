@@ -21,7 +21,7 @@ import torch
 from torch.nn import functional as F
 
 from extras.baselines import common
-from t2g import adapters, cli, critics, policy, supervised
+from t2g import cli, critics, dist, policy, supervised
 from t2g.folder import run_folder
 from t2g.log import read_jsonl, write_json
 from t2g.notes import write_whole
@@ -138,12 +138,14 @@ def collate(rows, pad_token_id, device):
 
 @torch.no_grad()
 def add_references(rows, tokenizer, model, args):
-    """Appends log ref of the two responses to each row; the reference is the initial policy."""
-    for part in supervised.by_length(rows, args):
+    """Returns the rows with log ref of their two responses, of the initial policy. Collective."""
+    own = [list(row) for row in dist.share(rows)]
+    for part in supervised.by_length(own, args):
         batch, trained, _ = collate(part, tokenizer.pad_token_id, model.device)
         logprobs = sequence_logprobs(model, batch, trained, args.bf16)
         for row, pair in zip(part, torch.stack(logprobs.chunk(2), 1).tolist()):
             row.extend(pair)
+    return dist.collect(own, len(rows))
 
 
 def preference_loss(model, batch, trained, references, args):
@@ -176,31 +178,32 @@ def main():
     if args.samples_per_prompt < 2:
         cli.fail("--samples_per_prompt must be at least 2: a pair needs two responses to a prompt")
     pairs, stats = read_pairs(args.pairs) if args.pairs else [], {}  # bad ones fail first
-    root, tokenizer, model = common.start(args, needs_critic=not pairs)
+    with common.started(args, needs_critic=not pairs) as (root, tokenizer, model):
+        # 1. Pairs of responses of the starting policy.
+        if not pairs:
+            pairs, stats = sample_pairs(task, args, tokenizer, model, root)
 
-    # 1. Pairs of responses of the starting policy.
-    if not pairs:
-        pairs, stats = sample_pairs(task, args, tokenizer, model, root)
+        # 2. Log-probabilities of the reference, computed once.
+        limit = supervised.longest_text(model, args)
+        rows = encode(tokenizer, pairs)
+        rows = supervised.drop_long(rows, limit, lambda row: len(row[0]) + max(map(len, row[1:])))
+        before = policy.now()
+        rows = add_references(rows, tokenizer, model, args)
+        stats["seconds_reference"] = policy.now() - before
+        stats["reference_tokens"] = sum(2 * len(row[0]) + len(row[1]) + len(row[2]) for row in rows)
 
-    # 2. Log-probabilities of the reference, computed once.
-    limit = supervised.longest_text(model, args)
-    rows = encode(tokenizer, pairs)
-    rows = supervised.drop_long(rows, limit, lambda row: len(row[0]) + max(map(len, row[1:])))
-    before = policy.now()
-    add_references(rows, tokenizer, model, args)
-    stats["seconds_reference"] = policy.now() - before
-    stats["reference_tokens"] = sum(2 * len(row[0]) + len(row[1]) + len(row[2]) for row in rows)
-
-    # 3. Training.
-    random.Random(args.seed).shuffle(rows)  # the samples are sorted by length
-    heldout, rows = supervised.split(rows, args)
-    model = adapters.added(model, args)
-    with run_folder(args) as folder:
-        write_whole(folder / "pairs.jsonl", pairs)
-        write_json(folder / "sampling.json", [stats])
-        step = supervised.train(model, tokenizer, rows, heldout, args, folder, "DPO", PREFERENCE)
-        saved = supervised.save(model, tokenizer, folder, step, args)
-    print(f"policy: {saved}")
+        # 3. Training.
+        random.Random(args.seed).shuffle(rows)  # the samples are sorted by length
+        heldout, rows = supervised.split(rows, args)
+        model = supervised.prepared(model, args)
+        with run_folder(args) as folder:
+            if dist.rank() == 0:
+                write_whole(folder / "pairs.jsonl", pairs)
+                write_json(folder / "sampling.json", [stats])
+            data = tokenizer, rows, heldout, args, folder, "DPO"
+            step = supervised.train(model, *data, PREFERENCE)
+            saved = supervised.save(model, tokenizer, folder, step, args)
+        print(f"policy: {saved}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import random
 from pathlib import Path
 
 from extras.baselines import common
-from t2g import cli, critics, policy, supervised
+from t2g import cli, critics, dist, policy, supervised
 from t2g.log import write_json
 
 TOY = dict(
@@ -32,32 +32,33 @@ def add_flags(add):
 @cli.friendly_errors()
 def main():
     task, args = common.parse(__doc__, "ilf", add_flags, TOY)
-    root, tokenizer, model = common.start(args)
-    critic = critics.load_critic(task, args, root, policy.device())
-    examples = common.draw_examples(task, args, tokenizer, model)
-    num_prompts = len({example.prompt for example in examples})
-    shared = critic, tokenizer, model, args
+    with common.started(args) as (root, tokenizer, model):
+        critic = critics.load_critic(task, args, root, policy.device())
+        examples = common.draw_examples(task, args, tokenizer, model)
+        num_prompts = len({example.prompt for example in examples})
+        shared = critic, tokenizer, model, args
 
-    # 1. Responses. One without a readable critique cannot be revised.
-    first, stats = common.sample_and_score(examples, *shared)
-    first = [row for row in first if row.feedback is not None]
+        # 1. Responses. One without a readable critique cannot be revised.
+        first, stats = common.sample_and_score(examples, *shared)
+        first = [row for row in first if row.feedback is not None]
 
-    # 2. Revisions, which the critic judges as responses to the same prompts.
-    examples, prompts = [row.example for row in first], []
-    for row in first:
-        parts = row.example.prompt, row.text, row.feedback, args.response_length
-        prompts.append(common.fitting_revision(model, tokenizer, *parts))
-    second, revised = common.sample_and_score(examples, *shared, prompts)
+        # 2. Revisions, which the critic judges as responses to the same prompts.
+        examples, prompts = [row.example for row in first], []
+        for row in first:
+            parts = row.example.prompt, row.text, row.feedback, args.response_length
+            prompts.append(common.fitting_revision(model, tokenizer, *parts))
+        second, revised = common.sample_and_score(examples, *shared, prompts)
 
-    # 3. Supervised training on the best of them.
-    pairs = best_revisions(first, second)
-    random.Random(args.seed).shuffle(pairs)  # the samples are sorted by length
-    revised["prompts_kept"] = len(pairs) / num_prompts
-    rewards = f"responses {stats['reward']:.2f}, revisions {revised['reward']:.2f}"
-    print(f"mean reward: {rewards}; {len(pairs)} revisions to learn from")
-    saved = supervised.finetune(model, tokenizer, pairs, args, desc="ILF")
-    write_json(Path(args.output_dir) / "sampling.json", [stats, revised])
-    print(f"policy: {saved}")
+        # 3. Supervised training on the best of them.
+        pairs = best_revisions(first, second)
+        random.Random(args.seed).shuffle(pairs)  # the samples are sorted by length
+        revised["prompts_kept"] = len(pairs) / num_prompts
+        rewards = f"responses {stats['reward']:.2f}, revisions {revised['reward']:.2f}"
+        print(f"mean reward: {rewards}; {len(pairs)} revisions to learn from")
+        saved = supervised.finetune(model, tokenizer, pairs, args, desc="ILF")
+        if dist.rank() == 0:
+            write_json(Path(args.output_dir) / "sampling.json", [stats, revised])
+        print(f"policy: {saved}")
 
 
 def best_revisions(first, second) -> list[tuple[str, str]]:

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from extras.baselines.common import fitting_revision
-from t2g import cli, critics, policy, stages, tasks
+from t2g import cli, critics, dist, policy, stages, tasks
 from t2g.metrics import evaluate
 from t2g.rollout import respond
 
@@ -49,16 +49,18 @@ def main():
     add("--eval_samples", 256, "number of held-out prompts")
     task, args = tasks.parse(parser, "eval")
     root, examples = Path(args.runs[0]).parent, tasks.load(task, args)[1]
-    stages.ensure(critics.stages_before(args), args, root)
-    critic, scores = critics.load_critic(task, args, root, policy.device()), {}
-    for run in args.runs:
-        tokenizer, model = policy.load(run, policy.device())
-        heldout = tasks.short_enough(examples, tokenizer, model, args)
-        heldout, length = heldout[: args.eval_samples], args.response_length
-        revise = partial(reflect, examples=heldout, critic=critic)
-        options = dict(bf16=args.bf16, desc=run, seed=args.seed, respond=revise)
-        scores[run] = evaluate(task, model, tokenizer, heldout, length, **options)
-    print(json.dumps(scores))
+    args.replicate_frozen, scores = True, {}
+    earlier = partial(stages.ensure, critics.stages_before(args), args, root)
+    with dist.session(run_first=earlier):
+        critic = critics.load_critic(task, args, root, policy.device())
+        for run in args.runs:
+            tokenizer, model = policy.load(run, policy.device())
+            heldout = tasks.short_enough(examples, tokenizer, model, args)
+            heldout, length = heldout[: args.eval_samples], args.response_length
+            revise = partial(reflect, examples=dist.share(heldout), critic=critic)
+            options = dict(bf16=args.bf16, desc=run, seed=args.seed, respond=revise)
+            scores[run] = evaluate(task, model, tokenizer, heldout, length, **options)
+        print(json.dumps(scores))
 
 
 if __name__ == "__main__":

@@ -12,12 +12,13 @@ python train_ppo.py --critic extras/baselines/scalar_rm.py --output_dir runs/toy
 """
 
 import random
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from t2g import adapters, cli, critics, policy, stages, supervised, tasks
+from t2g import cli, critics, dist, policy, stages, supervised, tasks
 from t2g.align import resolve, span_rewards, token_offsets
 from t2g.folder import run_folder
 from t2g.notes import read_usable
@@ -141,26 +142,27 @@ def main():
     task, args = tasks.parse(parser, "scalar_rm", toy=TOY)
     args.output_dir = args.output_dir or f"runs/{task.NAME}/rm_scalar"
     root = Path(args.output_dir).parent
-    if not args.annotations:
-        stages.ensure(["sft", "annotate"], args, root, args.model)
-
-    torch.manual_seed(args.seed)
-    tokenizer, model = policy.load(args.model or root / "sft", policy.device())
-    scorer = Policy(model).to(policy.device())
-    limit = supervised.longest_text(model, args)
-    path = args.annotations or root / "annotations.jsonl"
-    rows, mean, std = read_rows(path, tokenizer, limit, args.seed)
-    heldout, rows = supervised.split(supervised.drop_long(rows, limit), args)
-    scorer.model = adapters.added(model, args)
-    with run_folder(args) as folder:
-        desc = "scalar reward model"
-        step = supervised.train(scorer, tokenizer, rows, heldout, args, folder, desc, REGRESSION)
-        with torch.no_grad():  # from standard deviations back to reward units
-            scorer.value_head.weight.mul_(std)
-            scorer.value_head.bias.mul_(std).add_(mean)
-        model.config.reward_unit = REWARD_UNIT
-        saved = supervised.save(scorer.model, tokenizer, folder, step, args, scorer.value_head)
-    print(f"scalar reward model: {saved}")
+    needed = [] if args.annotations else ["sft", "annotate"]
+    earlier = partial(stages.ensure, needed, args, root, args.model)
+    with dist.session(args.cpu_offload, run_first=earlier):
+        torch.manual_seed(args.seed)
+        tokenizer, model = policy.load(args.model or root / "sft")
+        scorer = Policy(model)
+        limit = supervised.longest_text(model, args)
+        path = args.annotations or root / "annotations.jsonl"
+        rows, mean, std = read_rows(path, tokenizer, limit, args.seed)
+        heldout, rows = supervised.split(supervised.drop_long(rows, limit), args)
+        scorer.model = supervised.prepared(model, args)
+        dist.shard(scorer.value_head, cpu_offload=args.cpu_offload)
+        with run_folder(args) as folder:
+            data = tokenizer, rows, heldout, args, folder, "scalar reward model"
+            step = supervised.train(scorer, *data, REGRESSION)
+            with torch.no_grad():  # from standard deviations back to reward units
+                scorer.value_head.weight.mul_(std)
+                scorer.value_head.bias.mul_(std).add_(mean)
+            model.config.reward_unit = REWARD_UNIT
+            saved = supervised.save(scorer.model, tokenizer, folder, step, args, scorer.value_head)
+        print(f"scalar reward model: {saved}")
 
 
 if __name__ == "__main__":

@@ -22,10 +22,10 @@ import torch
 from tqdm import tqdm
 
 from extras.baselines import common
-from t2g import cli, critics, policy, tasks
+from t2g import cli, critics, dist, policy, tasks
 from t2g.log import Logger
 from t2g.metrics import mean_scores, shift, summary, token_counts
-from t2g.policy import Policy, autocast, context_length, now, response_logits
+from t2g.policy import Policy, Scores, autocast, check_numbers, context_length, now, response_logits
 from t2g.ppo import kl_penalty
 from t2g.rewards import token_rewards
 from t2g.rollout import encode_prompts, sample, step_rng
@@ -51,39 +51,47 @@ def add_flags(add):
     rate = "step of the teacher towards the policy: 1 is the policy, 0 the starting policy"
     add("--teacher_update_rate", 0.05, rate, cli.between(0, 1))
     add_step_flags(add, num_ppo_epochs=1)
+    dist.add_flags(add)
 
 
 @cli.friendly_errors()
 def main():
     task, args = common.parse(__doc__, "sdpo", add_flags, TOY)
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    args.batch_size = rows * args.num_mini_batches
-    root, tokenizer, model = common.start(args)
-    critic = critics.load_critic(task, args, root, policy.device())
-    pool = tasks.short_enough(tasks.load(task, args)[0], tokenizer, model, args)
-    train(task, args, tokenizer, model, critic, pool)
-    saved = policy.save(model, tokenizer, args.output_dir, args.max_steps)
-    print(f"policy: {saved}")
+    args.batch_size = rows * args.num_mini_batches * dist.processes()
+    with common.started(args) as (root, tokenizer, model):
+        critic = critics.load_critic(task, args, root, policy.device())
+        pool = tasks.short_enough(tasks.load(task, args)[0], tokenizer, model, args)
+        train(task, args, tokenizer, model, critic, pool)
+        saved = policy.save(model, tokenizer, args.output_dir, args.max_steps)
+        print(f"policy: {saved}")
 
 
 def train(task, args, tokenizer, model, critic, pool):
-    reference = copy.deepcopy(model).requires_grad_(False)
-    teacher = model if args.teacher_update_rate == 1 else copy.deepcopy(reference)
-    actor = Policy(model).to(model.device)  # score() wants one; its values are not used
+    reference = dist.frozen(copy.deepcopy(model).requires_grad_(False), args)
+    teacher = model
+    if args.teacher_update_rate < 1:
+        teacher = dist.frozen(copy.deepcopy(model).requires_grad_(False), args)
+    actor = Policy(model)  # score() wants one; its values are not used
+    dist.shard(model, args.bf16, args.cpu_offload, args.gradient_checkpointing)
+    actor.value_head.to(dist.device())
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
-    folder = cli.fresh_folder(args.output_dir)
-    log = Logger(folder, args, task.METRICS | METRICS, args.tensorboard)
-    bar = tqdm(range(1, args.max_steps + 1), desc="SDPO", unit="step")
+    if dist.rank() == 0:
+        folder = cli.fresh_folder(args.output_dir)
+        log = Logger(folder, args, task.METRICS | METRICS, args.tensorboard)
+    steps = range(1, args.max_steps + 1)
+    bar = tqdm(steps, desc="SDPO", unit="step", disable=dist.rank() > 0)
     for step in bar:
         clock = [now()]
         rate = args.learning_rate * (1 - (step - 1) / args.max_steps)
         optimizer.param_groups[0]["lr"] = rate
 
         # 1. Rollout: one sampled response to each prompt, the prompts of train_ppo.py.
-        drawn = step_rng(args.seed, step).choices(pool, k=args.batch_size)
-        examples = sorted(drawn, key=lambda example: len(example.prompt))
+        drawn = step_rng(args.seed, step, dist.rank()).choices(pool, k=args.batch_size)
+        examples = sorted(dist.own(drawn), key=lambda example: len(example.prompt))
         prompts = [example.prompt for example in examples]
-        rollout = sample(model, tokenizer, prompts, **sampling(args))
+        with dist.whole(model):
+            rollout = sample(model, tokenizer, prompts, **sampling(args))
         clock.append(now())
 
         # 2. Critique: None is unreadable, and masked out of the loss.
@@ -98,23 +106,26 @@ def train(task, args, tokenizer, model, critic, pool):
         delta, quotes = token_rewards(tokenizer, rollout, feedback, args)
         learns = mask & (delta < 0) if args.tokens == "poor" else mask
         old = score(actor, reference, rollout, args)
+        mask, delta, old = dist.gather(mask), dist.gather(delta), Scores(*map(dist.gather, old))
         clock.append(now())
 
         # 5. Distillation by minibatches; then the teacher follows the policy.
         batch = rollout, hindsight, learns
-        stats = update(model, teacher, optimizer, *batch, args) if learns.any() else {}
+        stats = update(model, teacher, optimizer, *batch, args) if dist.gather(learns).any() else {}
         move_teacher(teacher, model, args.teacher_update_rate)
         clock.append(now())
 
         # 6. Did the criticised tokens move?
-        change = (response_logprobs(actor, rollout, args) - old.logprobs) * mask
+        change = (dist.gather(response_logprobs(actor, rollout, args)) - old.logprobs) * mask
         clock.append(now())
         stats |= shift(change, delta, mask) | summary(mask, delta, quotes, old.kl, old.entropy)
         stats |= token_counts(tokenizer, rollout, feedback) | seconds_of(clock)
-        stats |= mean_scores(task, examples, rollout.texts) | {"learning_rate": rate}
-        stats["unparsable"] = feedback.count(None) / len(feedback)
-        stats["too_long"] = (~fits).sum().item() / len(feedback) - stats["unparsable"]
-        log(step, stats)
+        unread = {"unparsable": feedback.count(None) / len(feedback)}
+        unread["too_long"] = (~fits).sum().item() / len(feedback) - unread["unparsable"]
+        stats |= dist.means(mean_scores(task, examples, rollout.texts) | unread)
+        stats["learning_rate"] = rate
+        if dist.rank() == 0:
+            log(step, stats)
         bar.set_postfix_str(STATUS.format_map(defaultdict(float, stats)))
 
 
@@ -178,21 +189,22 @@ def update(model, teacher, optimizer, rollout, hindsight, mask, args) -> dict[st
     sums, optimizer_steps = defaultdict(float), args.num_ppo_epochs * args.num_mini_batches
     for _ in range(args.num_ppo_epochs):
         for minibatch in torch.randperm(len(rollout)).chunk(args.num_mini_batches):
-            token_count = mask[minibatch].sum().clamp(min=1)
+            token_count = dist.total(mask[minibatch].sum()).clamp(min=1)
             for rows in minibatch.sort().values.split(args.per_device_train_batch_size):
                 parts = rollout.rows(rows), hindsight.rows(rows)
                 per_token = token_divergence(model, teacher, *parts, args)
                 loss = per_token.masked_fill(~mask[rows], 0).sum() / token_count
                 loss.backward()
                 sums["divergence"] += loss.item() / optimizer_steps
-            weights, limit = model.parameters(), args.max_grad_norm
-            norm = torch.nn.utils.clip_grad_norm_(weights, limit, error_if_nonfinite=True)
-            sums["grad_norm"] += norm.item() / optimizer_steps
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+            norm = dist.plain(norm)
+            check_numbers(norm)
+            sums["grad_norm"] += norm.item() / optimizer_steps / dist.size()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
     for name, read in (("update_tokens", rollout), ("teacher_tokens", hindsight)):
         sums[name] = args.num_ppo_epochs * int(read.prompt_mask.sum() + read.mask.sum())
-    return dict(sums)
+    return dist.totals(sums)
 
 
 @torch.no_grad()

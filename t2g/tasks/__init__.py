@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 import torch
 
-from t2g import cli, critics, dist, log
+from t2g import cli, critics, log
 from t2g.chat import EXAMPLE_KWARGS, chat_text, encode_chats, use_kwargs
 from t2g.cli import fail, positive
 from t2g.log import valid_text
@@ -154,8 +154,6 @@ def parse(parser, script: str, **defaults):
     args = parser.parse_intermixed_args()  # positional arguments may stand between flags
     torch.manual_seed(args.seed)
     use_kwargs(args.chat_template_kwargs)
-    if dist.processes() > 1 and script != "train_ppo":
-        fail(f"{script}.py runs in one process; start it without --nproc_per_node")
     if getattr(args, "critic", None) == "rule" and not hasattr(task, "critique"):
         fail(f"the task {args.task} has no rule; choose another --critic")
     if hasattr(task, "check"):
