@@ -34,8 +34,11 @@ def save(path, model, optimizers=(), **reached):
     os.replace(unfinished, path)
 
 
-def replace(folder, name, step, model, optimizers=(), **reached):
-    """Writes the state folder/NAME-STEP whole or not at all, and deletes earlier ones. Collective."""
+def replace(folder, name, model, optimizers=(), **reached):
+    """Writes the state folder/NAME-STEP whole or not at all, and deletes earlier ones. Collective.
+
+    reached holds the step.
+    """
     unfinished = folder / f"{name}.unfinished"
     if dist.rank() == 0:
         shutil.rmtree(unfinished, ignore_errors=True)  # left by a run that was killed
@@ -45,7 +48,7 @@ def replace(folder, name, step, model, optimizers=(), **reached):
     dist.barrier()
     if dist.rank() == 0:
         earlier = states(folder, name)
-        put_in_place(unfinished, folder / f"{name}-{step}")
+        put_in_place(unfinished, folder / f"{name}-{reached['step']}")
         for path in earlier:
             shutil.rmtree(path)
     dist.barrier()

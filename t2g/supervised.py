@@ -219,7 +219,7 @@ def train(model, tokenizer, rows, heldout, args, folder, desc, objective=NEXT_TO
             model.train(objective.dropout)
             if loss < reached["best_loss"]:
                 reached |= {"best_step": step, "best_loss": loss}
-                checkpoint.replace(folder, "best", step, model)
+                checkpoint.replace(folder, "best", model, step=step)
         if dist.rank() == 0:
             log(step, metrics)
         bar.set_postfix_str(f"loss {metrics['loss']:.3f}", refresh=False)
@@ -228,7 +228,7 @@ def train(model, tokenizer, rows, heldout, args, folder, desc, objective=NEXT_TO
             print(f"\nstopped early: the best step was {reached['best_step']}", flush=True)
             break
         if step % args.save_steps == 0:
-            checkpoint.replace(folder, "state", step, model, optimizers, **reached)
+            checkpoint.replace(folder, "state", model, optimizers, **reached)
     bar.close()
     if heldout:
         checkpoint.load(checkpoint.latest(folder, "best"), model)

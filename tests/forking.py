@@ -37,17 +37,18 @@ def forked(script, flags, **options):
     return started(main, script, flags, **options)
 
 
-def two_ranks(prepare, flags, errors):
-    """Two processes that run train_ppo.py together, each after prepare(rank); errors: two files."""
-    port = free_port()
-    return [
-        started(as_rank, rank, port, train, prepare, flags, errors[rank], rank) for rank in (0, 1)
-    ]
+def two_ranks(prepare, flags, errors, script="train_ppo"):
+    """Two processes that run a script together, each after prepare(rank); errors: two files."""
+    port, ranks = free_port(), []
+    for rank in (0, 1):
+        call = train, prepare, script, flags, errors[rank], rank
+        ranks.append(started(as_rank, rank, port, *call))
+    return ranks
 
 
-def train(prepare, flags, errors, rank):
+def train(prepare, script, flags, errors, rank):
     prepare(rank)
-    main("train_ppo", flags, errors=errors)
+    main(script, flags, errors=errors)
 
 
 def free_port() -> int:

@@ -248,7 +248,7 @@ def test_other_data_are_refused_unless_a_checkpoint_is_named(stopped, flags, loa
 @pytest.mark.parametrize("harm", ["truncated", "another model", "no meta", "no state file"])
 def test_an_invalid_checkpoint_is_refused_and_nothing_is_lost(stopped, flags, harm):
     state = stopped / "checkpoint-4" / "state"
-    (file,) = checkpoint.state_files(state.parent, 1)
+    (file,) = checkpoint.state_files(state, 1)
     if harm == "truncated":
         file.write_bytes(file.read_bytes()[:-100])
     elif harm == "another model":
