@@ -120,7 +120,7 @@ def processes() -> int:
 
 def rank() -> int:
     """The number of this process; known before and after session()."""
-    return int(os.environ["RANK"]) if "WORLD_SIZE" in os.environ else 0
+    return int(os.environ.get("RANK", 0)) if "WORLD_SIZE" in os.environ else 0
 
 
 def first_only():

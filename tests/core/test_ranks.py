@@ -109,7 +109,8 @@ def test_samples_are_shared_out_and_written_once(folder):
     assert ids == [str(i) for i in range(7)]
     scores = json.loads(done.stdout.splitlines()[-1])[toy[1]]
     code, printed = run("eval", measure[1:])
-    alone = json.loads(printed.splitlines()[-1])[toy[1]]
+    [line] = [line for line in printed.splitlines() if line.startswith("{")]
+    alone = json.loads(line)[toy[1]]
     assert code == 0 and scores.keys() == alone.keys()
     greedy = [name for name in alone if name.endswith("_greedy")]
     assert [scores[name] for name in greedy] == pytest.approx([alone[name] for name in greedy])

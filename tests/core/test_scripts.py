@@ -246,11 +246,6 @@ def test_useless_annotations(refuse, toy_run, tmp_path, record, problem):
     assert notes.read_text() == json.dumps(record)
 
 
-def test_several_processes_are_refused(refuse, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "one process" in refuse("train_sft")
-
-
 def test_every_flag_of_the_core_is_read():
     files = [ROOT / f"{name}.py" for name in SCRIPTS] + list((ROOT / "t2g").rglob("*.py"))
     source = "".join(path.read_text() for path in files)

@@ -68,7 +68,7 @@ def naive_logprob(model, prompt, response):
 
 def referenced(tokenizer, model):
     rows = dpo.encode(tokenizer, PAIRS)
-    dpo.add_references(rows, tokenizer, model, ARGS)
+    rows = dpo.add_references(rows, tokenizer, model, ARGS)
     return rows
 
 
