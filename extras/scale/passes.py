@@ -81,7 +81,7 @@ def measure(config, args, update, shape, sharded=False, keep_gradients=False, on
 
 
 def measure_few_layers(config, args, *options):
-    """Measures 2 and 4 layers, because all sizes are linear in the number of equal layers."""
+    """Extrapolates from 2 and 4 layers, for all sizes are linear in the number of equal layers."""
     sizes = []
     for layers in (2, 4):
         part = copy.deepcopy(config)
@@ -94,6 +94,7 @@ def measure_few_layers(config, args, *options):
 
 
 def run(config, args, update, shape, sharded, keep_gradients, on_cpu):
+    """What measure() returns, with all layers of the configuration."""
     dtype = torch.bfloat16 if sharded and args.bf16 else torch.float32  # the copies that FSDP makes
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)

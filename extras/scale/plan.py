@@ -17,6 +17,7 @@ import argparse
 import copy
 import importlib
 import json
+import math
 import os
 import re
 import sys
@@ -124,10 +125,7 @@ def estimate(args, processes, machine, script="train_ppo.py") -> dict:
 
 
 def flags_that_fit(args, processes, machine, script="train_ppo.py", available=1) -> list[str]:
-    """torchrun on all available GPUs, and the first of savers() that make the run fit, all together.
-
-    Returns: the flags; [] if the run does not fit with all of them.
-    """
+    """The first flags of savers() that make the run fit, all together; [] if all do not suffice."""
     flags, args = [], copy.copy(args)
     for flag, changed in savers(args, processes, machine, available):
         flags += flag
@@ -140,12 +138,16 @@ def flags_that_fit(args, processes, machine, script="train_ppo.py", available=1)
 
 def savers(args, processes, machine, available):
     """Yields what saves memory, the cheapest first: flags, and the arguments that they change."""
-    trains = hasattr(args, "gradient_accumulation_steps")
+    trains, changed = hasattr(args, "gradient_accumulation_steps"), {}
     if available > processes:
-        ratio, changed = available // processes, {"processes": available}
-        if trains and args.per_device_train_batch_size % ratio == 0:  # the step stays the same
-            changed["per_device_train_batch_size"] = args.per_device_train_batch_size // ratio
-        yield [f"torchrun --nproc_per_node {available}", *flags_of(changed)[2:]], changed
+        if trains:  # the step stays the same, if it can be divided
+            rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+            rows = max(1, rows * processes // available)
+            size = math.gcd(rows, args.per_device_train_batch_size)
+            changed["per_device_train_batch_size"] = size
+            changed["gradient_accumulation_steps"] = rows // size
+        flags = [f"torchrun --nproc_per_node {available}", *flags_of(changed)]
+        yield flags, changed | {"processes": available}
     for name in ("bf16", "gradient_checkpointing"):
         if not getattr(args, name, True):
             yield [f"--{name}"], {name: True}
