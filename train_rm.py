@@ -44,7 +44,7 @@ def main():
     needed = [] if args.annotations else ["sft", "annotate"]
     earlier = partial(stages.ensure, needed, args, root, args.model)
     with dist.session(args.cpu_offload, run_first=earlier):
-        tokenizer, model = policy.load(args.model or root / "sft")
+        tokenizer, model = policy.load(args.model or root / "sft", empty=dist.size() > 1)
         limit, pairs = supervised.longest_text(model, args), []
         path = args.annotations or root / "annotations.jsonl"
         for prompt, response, z in read_targets(path, args.no_critique):

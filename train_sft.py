@@ -22,7 +22,7 @@ def main():
     with dist.session(args.cpu_offload):
         examples, heldout = tasks.load(task, args)
         if args.model:
-            tokenizer, model = policy.load(args.model)
+            tokenizer, model = policy.load(args.model, empty=dist.size() > 1)
         elif hasattr(task, "new_model"):
             tokenizer, model = task.new_model(args.seed)
             model = cpu.use(model)
