@@ -187,7 +187,8 @@ def openai_critic(base_url, model, critique_length=200, timeout=600.0, max_retri
         except server.Stop as error:
             fail(str(error))
         if len(errors) == len(responses):
-            fail(f"no critique arrived: {errors[-1]}; {server.CHECK}")
+            remedy = server.CHECK if refused else f"{server.CHECK}, or add --free_critiques"
+            fail(f"no critique arrived: {errors[-1]}; {remedy}")
         return feedback
 
     return critic
