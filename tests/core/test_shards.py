@@ -22,6 +22,13 @@ CASES = {
 }
 
 
+def save_small_model(model, tokenizer, folder, tied):
+    config = type(model.config)(**model.config.to_dict() | {"tie_word_embeddings": tied})
+    for part in (LlamaForCausalLM(config).to(torch.bfloat16), tokenizer):
+        part.save_pretrained(folder, max_shard_size=1000)
+    assert len(list(folder.glob("*.safetensors"))) > 5
+
+
 def weights_of(folder, options):
     """The weights and buffers of the policy and the reference, whole on rank 0."""
     _, model = policy.load(folder, empty=dist.size() > 1)
@@ -42,6 +49,21 @@ def save_weights(folder, options, path):
             save_file(state, path)
 
 
+def save_checkpoint(folder, run):
+    with dist.session():
+        tokenizer, model = policy.load(folder, empty=True)
+        policy.save(dist.shard(model), tokenizer, run, 1)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_model_of_many_files_is_saved_in_as_many(model, tokenizer, tmp_path, tied):
+    save_small_model(model, tokenizer, tmp_path / "model", tied)
+    in_two_ranks(save_checkpoint, tmp_path / "model", tmp_path / "run")
+    assert len(list((tmp_path / "run" / "checkpoint-1").glob("*.safetensors"))) > 5
+    (_, one), (_, two) = (policy.load(tmp_path / name) for name in ("model", "run"))
+    assert_close(two.state_dict(), one.state_dict(), rtol=0, atol=0)
+
+
 def in_two_ranks(function, *args):
     port = free_port()
     ranks = [started(as_rank, rank, port, function, *args) for rank in (0, 1)]
@@ -54,11 +76,7 @@ def in_two_ranks(function, *args):
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_read_the_weights_of_one(model, tokenizer, tmp_path, case, tied):
     """From many files in bf16; the head has a weight of its own or that of the embeddings."""
-    config = type(model.config)(**model.config.to_dict() | {"tie_word_embeddings": tied})
-    saved = LlamaForCausalLM(config).to(torch.bfloat16)
-    for part in (saved, tokenizer):
-        part.save_pretrained(tmp_path / "model", max_shard_size=1000)
-    assert len(list((tmp_path / "model").glob("*.safetensors"))) > 5
+    save_small_model(model, tokenizer, tmp_path / "model", tied)
     in_two_ranks(save_weights, tmp_path / "model", CASES[case], tmp_path / "weights")
     one = weights_of(tmp_path / "model", CASES[case])
     assert_close(load_file(tmp_path / "weights"), one, rtol=0, atol=0)
