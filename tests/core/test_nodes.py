@@ -1,12 +1,15 @@
 """Two nodes make the run of two processes on one: network namespaces with a cable between them."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import train_ppo
 
 FLAGS = (
     "--critic rule --max_steps 2 --num_ppo_epochs 2 --num_mini_batches 1 --response_length 12 "
@@ -54,6 +57,23 @@ def hosts(tmp_path):
     finally:
         for node in NODES:
             subprocess.run(["ip", "netns", "delete", node], capture_output=True)
+
+
+def test_the_examples_for_clusters_have_arguments_of_the_script(monkeypatch):
+    slurm = (
+        Path("docs/SCALE.md").read_text().split("    train_ppo.py ")[1].split("\n```")[0].split()
+    )
+    kubernetes = Path("examples/kubernetes.yaml").read_text().split("- train_ppo.py\n")[1]
+    flags = re.findall(r"^ +- (--\S+)=(\S+)$|^ +- (--bf16)$", kubernetes, re.M)
+    pairs = [[word for word in flag if word] for flag in flags]
+    outputs = []
+    for words in (slurm, [word for pair in pairs for word in pair]):
+        monkeypatch.setattr(sys, "argv", ["train_ppo.py", *words])
+        _, args = train_ppo.parse_args()
+        outputs.append(
+            vars(args) | {"output_dir": Path(args.output_dir).name, "data": "train.jsonl"}
+        )
+    assert outputs[0] == outputs[1]
 
 
 @pytest.mark.slow
