@@ -43,7 +43,9 @@ class Stage:
         share = 0 if self.offload else 1 / self.processes
         self.memory["weights"], self.parameters = 4 * model.parameters * share, model.parameters
         self.memory["gradients"] = 0 if keep_gradients else 4 * model.trainable * share
-        self.memory["optimiser, two moments"] = 8 * model.trainable * share
+        muon = getattr(args, "optimizer", "adamw") == "muon"  # one moment of blocks' matrices
+        moments = model.trainable + (min(model.rest, model.trainable) if muon else model.trainable)
+        self.memory["optimiser's moments"] = 4 * moments * share
         self.peak["update"] = model.update
         if self.sharded:  # two blocks and the rest are gathered; sums of gradients are in fp32
             self.peak["update"] += self.size * (2 * model.block + model.rest)
@@ -153,7 +155,9 @@ def take_steps(stage, args, model):
 def supervised(stage, args, update="tokens", prompt=None, new=None):
     """Training texts have --max_length tokens, or those of their parts."""
     prompt, new = prompt or stage.prompt, new or stage.response
-    prompt = max(1, args.max_length - new) if args.max_length else prompt
+    if args.max_length:
+        new = min(new, args.max_length - 1)
+        prompt = args.max_length - new
     rows = args.per_device_train_batch_size * (2 if update == "pairs" else 1)
     flag = "model" if hasattr(args, "model") else "policy"
     model = stage.train((getattr(args, flag), f"--{flag}"), update, prompt, new, rows)
