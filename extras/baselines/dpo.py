@@ -28,7 +28,7 @@ from t2g.notes import write_whole
 from t2g.policy import autocast, response_logits
 
 TOY = dict(
-    num_prompts=720, samples_per_prompt=4, response_length=40, learning_rate=5.4e-4,
+    num_prompts=720, samples_per_prompt=4, response_length=40, learning_rate=1.7e-4,
     max_steps=180, per_device_train_batch_size=16
 )  # fmt: skip
 

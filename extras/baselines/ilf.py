@@ -19,7 +19,7 @@ from t2g import cli, critics, dist, policy, supervised
 from t2g.log import write_json
 
 TOY = dict(
-    num_prompts=1440, samples_per_prompt=1, response_length=40, learning_rate=4.5e-3,
+    num_prompts=1440, samples_per_prompt=1, response_length=40, learning_rate=1.5e-3,
     max_steps=180, per_device_train_batch_size=32
 )  # fmt: skip
 

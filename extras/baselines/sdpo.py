@@ -33,7 +33,7 @@ from t2g.run import add_step_flags, sampling, seconds_of
 from t2g.score import response_logprobs, score
 
 TOY = dict(
-    learning_rate=1.5e-3, max_steps=45, per_device_train_batch_size=32, num_mini_batches=2,
+    learning_rate=1.7e-4, max_steps=45, per_device_train_batch_size=32, num_mini_batches=2,
     num_ppo_epochs=2, response_length=40
 )  # fmt: skip
 METRICS = {
