@@ -38,9 +38,9 @@ def plan_recipe(machine_name, jobs, seeds) -> dict:
             )
             name = ""
     totals = {name: sum(line[name] for line in lines) for name in ("gpu_hours", "bill")}
-    for title, times in ("one seed", 1), (f"{seeds} seeds", seeds):
-        hours = f"{times * totals['gpu_hours']:.0f} GPU hours, " if machine[-1] else ""
-        print(f"{title}: {hours}annotator {times * totals['bill']:.2f}")
+    for count in sorted({1, seeds}):
+        hours = f"{count * totals['gpu_hours']:.0f} GPU hours, " if machine[-1] else ""
+        print(f"seeds: {count}; {hours}annotator {count * totals['bill']:.2f}")
     return {"commands": lines, **totals}
 
 
