@@ -2,8 +2,8 @@
 
     torchrun --nproc_per_node 8 train_ppo.py ...
 
-Only this file knows torch.distributed. One process takes the same path as many, with an unsharded
-model. Collective functions must be called the same number of times on every rank.
+Only this file and loading.py know torch.distributed. One process takes the same path as many, with
+an unsharded model. Collective functions must be called the same number of times on every rank.
 """
 
 import os

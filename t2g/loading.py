@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import cached_file
 
 from t2g.cache import is_plain
-from t2g.log import write_json
+from t2g.log import read_json, write_json
 
 
 def empty_model(path):
@@ -43,12 +43,13 @@ def empty_model(path):
 
 
 def weight_files(folder) -> dict:
-    """The .safetensors file of each weight in a model's folder."""
-    files = {}
-    for file in folder.glob("*.safetensors"):
+    """The .safetensors file of each weight in a model's folder; {} if it has none."""
+    file, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if file.is_file():
         with safe_open(file, "pt") as opened:
-            files |= dict.fromkeys(opened.keys(), file)
-    return files
+            return dict.fromkeys(opened.keys(), file)
+    weight_map = read_json(index)["weight_map"] if index.is_file() else {}
+    return {name: folder / file for name, file in weight_map.items()}
 
 
 @torch.no_grad()
