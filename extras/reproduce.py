@@ -3,7 +3,7 @@
 python -m extras.reproduce --recipe toy                           # all rows and seeds
 python -m extras.reproduce --recipe toy --rows scalar text2grad --seeds 0 1 2
 python -m extras.reproduce --recipe toy_rates                     # the sweep of learning rates
-python -m extras.reproduce --recipe toy_quick                     # a taste of it in ten minutes
+python -m extras.reproduce --recipe toy_quick                     # a taste of it in five minutes
 python -m extras.reproduce --recipe slf5k_8b --dry_run            # print the commands, run none
 python -m extras.reproduce --recipe slf5k_8b --plan 8xH100-80     # memory, hours and costs
 
