@@ -70,7 +70,7 @@ def copy_rows(saved, weight):
         ranks, weight, count = weight.device_mesh, weight.to_local(), len(weight)
         start = ranks.get_local_rank() * math.ceil(count / ranks.size())
         saved = saved[start : start + len(weight)]
-    weight.copy_(saved[:])
+    weight.copy_(saved[...])
 
 
 def allocate(model, device):
@@ -93,6 +93,5 @@ def write_index(folder, parts):
     """Writes which file has which weight, as from_pretrained and vLLM expect it."""
     if parts:
         weight_map = {name: file for file, names in parts.items() for name in names}
-        write_json(
-            folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map}
-        )
+        index = {"metadata": {}, "weight_map": weight_map}
+        write_json(folder / "model.safetensors.index.json", index)
