@@ -141,10 +141,10 @@ def test_a_reward_model_writes_the_same_behind_a_server(serve, toy_model, monkey
     assert served == local and all(local)
 
 
-def test_training_uses_a_reward_model_behind_a_server(serve, toy_model, tmp_path):
+def test_training_uses_a_critic_behind_a_server(serve, toy_model, smollm2, tmp_path):
     few = ("--max_steps", 2, "--per_device_train_batch_size", 2, "--eval_samples", 2)
-    few += ("--critique_length", 24, "--response_length", 8)
-    served = ("--critic", "openai", "--base_url", serve(toy_model), "--reward_model", toy_model)
+    few += ("--critique_length", 40, "--response_length", 8)
+    served = ("--critic", "openai", "--base_url", serve(smollm2), "--reward_model", smollm2)
     run("train_ppo", "--policy", toy_model, *served, *few, "--output_dir", tmp_path / "ppo")
     unparsable = [row["unparsable"] for row in read_jsonl(tmp_path / "ppo" / "metrics.jsonl")]
     assert unparsable == ([0, 0] if serve.has_grammar else [1, 1])
