@@ -30,8 +30,7 @@ class Stage:
         self.response = getattr(args, "response_length", None) or RESPONSE
         self.critique = getattr(args, "critique_length", CRITIQUE)
         self.judged = self.prompt + self.response + QUESTION  # tokens that a critic reads
-        # The process: CUDA's context, or Python and its libraries.
-        self.memory = {"process": (0.55 if self.on_cpu else 0.5) * GIB}
+        self.memory = {"process": 0.5 * GIB}  # CUDA's context, or Python and its libraries
         self.peak, self.seconds, self.flops, self.parameters = {}, {}, 0, 0
 
     def train(self, source, update, prompt, new, rows):

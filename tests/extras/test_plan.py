@@ -210,7 +210,7 @@ def test_memory_is_as_measured(llama, planned, tokenizer, tmp_path, script, flag
         step += "--num_ppo_epochs 1 --eval_samples 1 --num_mini_batches 2 --critic rule".split()
         step += ["--max_prompt_length", "70", "--response_length", "60", "--policy", path]
     else:
-        step += ["--max_length", "90", "--optimizer", "adamw", "--model", path]
+        step += ["--max_length", "84", "--optimizer", "adamw", "--model", path]
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "262144"}
     command = [sys.executable, "-c", PRINT_PEAK, script, *step, "--output_dir", tmp_path / "run"]
     how = dict(cwd=ROOT, env=environment, capture_output=True, text=True)
