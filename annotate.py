@@ -23,7 +23,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from t2g import annotator, cli, dist, policy, server, stages, tasks
+from t2g import annotator, cli, dist, policy, server, stages, tasks, torchrun
 from t2g.critics import rule_critic
 from t2g.notes import Notes, read_responses, write_whole
 from t2g.rollout import respond_together
@@ -85,7 +85,7 @@ def main():
 def sample_responses(task, args, out) -> tuple[list[tasks.Example], list[dict]]:
     """Samples the policy; returns examples of the task and a record with a response for each."""
     earlier = partial(stages.ensure, ["sft"], args, out.parent, args.policy)
-    with dist.session(run_first=earlier):
+    with torchrun.session(run_first=earlier):
         tokenizer, model = policy.load(args.policy or out.parent / "sft", policy.device())
         examples = tasks.short_enough(tasks.load(task, args)[0], tokenizer, model, args)
         examples = random.Random(args.seed).choices(examples, k=args.num_samples)

@@ -14,7 +14,7 @@ import json
 from functools import partial
 from pathlib import Path
 
-from t2g import card, cli, critics, dist, page, policy, stages, tasks
+from t2g import card, cli, critics, dist, page, policy, stages, tasks, torchrun
 from t2g.metrics import evaluate, interval
 from t2g.notes import read_usable
 from t2g.rollout import respond_together
@@ -42,7 +42,7 @@ def main():
         cli.fail(f"the task {args.task} has no rule; give the true records as --annotations")
     needed = [] if args.runs else NEEDED.get(args.what, [])
     earlier = partial(stages.ensure, needed, args, f"runs/{task.NAME}", args.policy)
-    with dist.session(run_first=earlier):
+    with torchrun.session(run_first=earlier):
         print(json.dumps(WHAT[args.what](task, args)))
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from t2g import cli  # isort: skip  # first, so that Ctrl-C ends the slow imports quietly
 import torch
 
-from t2g import adapters, checkpoint, critics, dist, policy, stages, tasks
+from t2g import adapters, checkpoint, critics, dist, policy, stages, tasks, torchrun
 from t2g.align import SPAN_WEIGHTS
 from t2g.folder import run_folder
 from t2g.metrics import evaluate, mean_scores, shift, summary, token_counts, value_explained
@@ -80,7 +80,7 @@ def main():
     start_model = args.policy or root / "sft"
     needed = ["sft", *critics.stages_before(args)]
     earlier = partial(stages.ensure, needed, args, root, args.policy)
-    with dist.session(args.cpu_offload, run_first=earlier) as seconds:
+    with torchrun.session(args.cpu_offload, run_first=earlier) as seconds:
         start = time.perf_counter()
         tokenizer, model = policy.load(start_model, empty=dist.size() > 1)
         parts = tasks.load(task, args)

@@ -12,7 +12,7 @@ import random
 from functools import partial
 from pathlib import Path
 
-from t2g import cli, critics, dist, policy, stages, supervised, tasks
+from t2g import cli, critics, dist, policy, stages, supervised, tasks, torchrun
 from t2g.feedback import Feedback
 from t2g.notes import read_usable
 
@@ -43,7 +43,7 @@ def main():
     root = Path(args.output_dir).parent
     needed = [] if args.annotations else ["sft", "annotate"]
     earlier = partial(stages.ensure, needed, args, root, args.model)
-    with dist.session(args.cpu_offload, run_first=earlier):
+    with torchrun.session(args.cpu_offload, run_first=earlier):
         tokenizer, model = policy.load(args.model or root / "sft", empty=dist.size() > 1)
         limit, pairs = supervised.longest_text(model, args), []
         path = args.annotations or root / "annotations.jsonl"

@@ -4,7 +4,7 @@ python train_sft.py                                       # for the toy, from sc
 python train_sft.py --task summarize --model HUB_ID --data posts.jsonl --output_dir runs/posts/sft
 """
 
-from t2g import cli, cpu, dist, policy, supervised, tasks
+from t2g import cli, cpu, dist, policy, supervised, tasks, torchrun
 from t2g.rollout import respond_together
 
 
@@ -19,7 +19,7 @@ def main():
     task, args = tasks.parse(parser, "train_sft")
     args.output_dir = args.output_dir or f"runs/{task.NAME}/sft"
 
-    with dist.session(args.cpu_offload):
+    with torchrun.session(args.cpu_offload):
         examples, heldout = tasks.load(task, args)
         if args.model:
             tokenizer, model = policy.load(args.model, empty=dist.size() > 1)

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from t2g import dist, policy
+from t2g import dist, policy, torchrun
 from t2g.checkpoint import trainable
 from t2g.ppo import gae, masked_mean, whiten
 from t2g.rollout import Rollout
@@ -78,7 +78,7 @@ def one_step(model, case) -> tuple[dict, dict]:
 
 
 if __name__ == "__main__":
-    with dist.session():
+    with torchrun.session():
         torch.set_num_threads(1)
         torch.backends.cuda.matmul.allow_tf32 = False
         _, model = policy.load(sys.argv[1], empty=dist.size() > 1)

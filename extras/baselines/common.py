@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from t2g import cli, critics, dist, policy, stages, tasks
+from t2g import cli, critics, dist, policy, stages, tasks, torchrun
 from t2g.feedback import Feedback, revision_prompt
 from t2g.metrics import token_counts
 from t2g.policy import now
@@ -54,7 +54,7 @@ def started(args, needs_critic=True):
     root = Path(args.output_dir).parent
     needed = ["sft", *(critics.stages_before(args) if needs_critic else [])]
     earlier = partial(stages.ensure, needed, args, root, args.policy)
-    with dist.session(args.cpu_offload, run_first=earlier):
+    with torchrun.session(args.cpu_offload, run_first=earlier):
         torch.manual_seed(args.seed)
         yield root, *policy.load(args.policy or root / "sft", policy.device())
 

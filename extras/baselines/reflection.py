@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from extras.baselines.common import fitting_revision
-from t2g import cli, critics, dist, policy, stages, tasks
+from t2g import cli, critics, dist, policy, stages, tasks, torchrun
 from t2g.metrics import evaluate
 from t2g.rollout import respond
 
@@ -51,7 +51,7 @@ def main():
     root, examples = Path(args.runs[0]).parent, tasks.load(task, args)[1]
     args.replicate_frozen, scores = True, {}
     earlier = partial(stages.ensure, critics.stages_before(args), args, root)
-    with dist.session(run_first=earlier):
+    with torchrun.session(run_first=earlier):
         critic = critics.load_critic(task, args, root, policy.device())
         for run in args.runs:
             tokenizer, model = policy.load(run, policy.device())

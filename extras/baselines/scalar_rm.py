@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from t2g import cli, critics, dist, policy, stages, supervised, tasks
+from t2g import cli, critics, dist, policy, stages, supervised, tasks, torchrun
 from t2g.align import resolve, span_rewards, token_offsets
 from t2g.folder import run_folder
 from t2g.notes import read_usable
@@ -144,7 +144,7 @@ def main():
     root = Path(args.output_dir).parent
     needed = [] if args.annotations else ["sft", "annotate"]
     earlier = partial(stages.ensure, needed, args, root, args.model)
-    with dist.session(args.cpu_offload, run_first=earlier):
+    with torchrun.session(args.cpu_offload, run_first=earlier):
         torch.manual_seed(args.seed)
         tokenizer, model = policy.load(args.model or root / "sft")
         scorer = Policy(model)

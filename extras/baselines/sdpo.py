@@ -67,7 +67,8 @@ def main():
         print(f"policy: {saved}")
 
 
-def train(task, args, tokenizer, model, critic, pool):
+def make_models(model, args):
+    """Returns the policy, its teacher and the frozen reference, on their devices."""
     reference = dist.frozen(copy.deepcopy(model).requires_grad_(False), args)
     teacher = model
     if args.teacher_update_rate < 1:
@@ -75,6 +76,11 @@ def train(task, args, tokenizer, model, critic, pool):
     actor = Policy(model)  # score() wants one; its values are not used
     dist.shard(model, args.bf16, args.cpu_offload, args.gradient_checkpointing)
     actor.value_head.to(dist.device())
+    return actor, teacher, reference
+
+
+def train(task, args, tokenizer, model, critic, pool):
+    actor, teacher, reference = make_models(model, args)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
     if dist.rank() == 0:
         folder = cli.fresh_folder(args.output_dir)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from extras.speed.gpu import HERE
 from extras.speed.synthetic import Learner, random_model, random_rollout, sentences, train_args
-from t2g import dist, policy
+from t2g import dist, policy, torchrun
 from t2g.checkpoint import trainable
 from t2g.rollout import sample
 
@@ -64,7 +64,7 @@ def start(folder, place, cases, environment):
 def main():
     """Takes a step for each case. Saves the weights, their change and tokens sampled after it."""
     folder, place, *cases = sys.argv[1:]
-    with dist.session("cpu_offload" in cases):
+    with torchrun.session("cpu_offload" in cases):
         for case in cases:
             flags = STEP + CASES[case]
             args = train_args(*flags.split(), "--policy", f"{folder}/model")

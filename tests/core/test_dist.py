@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 import train_ppo
-from t2g import checkpoint, critics, dist
+from t2g import checkpoint, critics, dist, torchrun
 from t2g.feedback import Feedback
 from t2g.log import read_jsonl
 from t2g.policy import Policy
@@ -129,7 +129,7 @@ def test_without_torchrun_there_is_one_process(model):
 
 def load_state(state, saved):
     """Loads a state into a sharded layer, and saves the whole of its weights."""
-    with dist.session():
+    with torchrun.session():
         layer = dist.shard(torch.nn.Linear(3, 5))
         optimizer = torch.optim.AdamW(layer.parameters())
         assert checkpoint.load([state], layer, [optimizer]) == {"step": 7}

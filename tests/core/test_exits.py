@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 import train_ppo
-from t2g import dist
+from t2g import torchrun
 from t2g.cli import fail, friendly_errors
 from t2g.log import write_text
 
@@ -88,13 +88,13 @@ def fail_first():
 
 
 def first_fails(rank):
-    with dist.session(run_first=fail_first):
+    with torchrun.session(run_first=fail_first):
         pass
 
 
 def one_is_killed(rank):
     """Rank 0, which holds the store, dies without a word while rank 1 is in no collective."""
-    with dist.session():
+    with torchrun.session():
         if rank == 0:
             os._exit(9)
         time.sleep(2 * SECONDS)
@@ -102,7 +102,7 @@ def one_is_killed(rank):
 
 def all_is_well(rank):
     threads = threading.active_count()
-    with dist.session():
+    with torchrun.session():
         time.sleep(rank)
     assert threading.active_count() == threads, "a thread in the store would abort Python's end"
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from t2g import dist, policy
+from t2g import dist, policy, torchrun
 from train_ppo import make_models
 
 CASES = {
@@ -43,14 +43,14 @@ def weights_of(folder, options):
 
 
 def save_weights(folder, options, path):
-    with dist.session():
+    with torchrun.session():
         state = weights_of(folder, options)
         if dist.rank() == 0:
             save_file(state, path)
 
 
 def save_checkpoint(folder, run):
-    with dist.session():
+    with torchrun.session():
         tokenizer, model = policy.load(folder, empty=True)
         policy.save(dist.shard(model), tokenizer, run, 1)
 
@@ -84,7 +84,7 @@ def test_two_ranks_read_the_weights_of_one(model, tokenizer, tmp_path, case, tie
 
 def measure(folder, options, path):
     """Saves the peak of the memory that loading and sharding took, in bytes."""
-    with dist.session():
+    with torchrun.session():
         before = memory("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         _, model = policy.load(folder, empty=True)
