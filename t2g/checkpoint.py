@@ -1,7 +1,8 @@
 """The state from which a run resumes: weights, optimiser moments, random generators. No pickle.
 
 A supervised run keeps its latest state in its folder; a run of train_ppo.py keeps one in each
-checkpoint. A state has one file per rank. Killed and resumed, both are bit-identical on a CPU in fp32.
+checkpoint. A state has one file per rank. Killed and resumed, both are bit-identical on a CPU in
+fp32.
 """
 
 import hashlib

@@ -143,16 +143,15 @@ def reward_model_critic(model, tokenizer, critique_length=200, bf16=False, desc=
 def openai_critic(base_url, model, critique_length=200, timeout=600.0, max_retries=5, free=False):
     """Returns a reward model behind an OpenAI-compatible server as a critic.
 
-    Unless free is True, a grammar goes along, for vLLM; a server that refuses it goes without. It
-    lets a critique have 3 characters for each of its critique_length tokens.
-    A critique that does not arrive is None; if none of a batch arrives, the program ends. The
+    Unless free is True, a grammar goes along, for vLLM; a server that refuses it goes without. A
+    critique that does not arrive is None; if none of a batch arrives, the program ends. The
     server's context must hold everything: without its tokenizer no prompt can be shortened.
     """
     from t2g import server  # importing openai takes most of a second
 
     server.client(base_url, timeout, max_retries)  # fails now if the address or the key is wrong
     options = dict(model=model, max_tokens=critique_length, temperature=0)
-    # A server's grammar cannot count tokens, so characters leave room for the quotes.
+    # A server's grammar cannot count tokens: 3 characters for each leave room for the quotes.
     head = CRITIQUE_AND_HEAD.replace("*", f"{{0,{3 * critique_length}}}")
     refused, read = free, parse_or_none if free else parse_cut
 
@@ -187,8 +186,7 @@ def openai_critic(base_url, model, critique_length=200, timeout=600.0, max_retri
         except server.Stop as error:
             fail(str(error))
         if len(errors) == len(responses):
-            remedy = server.CHECK if refused else f"{server.CHECK}, or add --free_critiques"
-            fail(f"no critique arrived: {errors[-1]}; {remedy}")
+            fail(f"no critique arrived: {errors[-1]}; {server.CHECK}, or try --free_critiques")
         return feedback
 
     return critic

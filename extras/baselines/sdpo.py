@@ -19,7 +19,7 @@ from collections import defaultdict
 from dataclasses import replace
 
 import torch
-from tqdm import tqdm
+from tqdm import trange
 
 from extras.baselines import common
 from t2g import cli, critics, dist, policy, tasks
@@ -85,11 +85,9 @@ def train(task, args, tokenizer, model, critic, pool):
     if dist.rank() == 0:
         folder = cli.fresh_folder(args.output_dir)
         log = Logger(folder, args, task.METRICS | METRICS, args.tensorboard)
-    steps = range(1, args.max_steps + 1)
-    bar = tqdm(steps, desc="SDPO", unit="step", disable=dist.rank() > 0)
+    bar = trange(1, args.max_steps + 1, desc="SDPO", unit="step", disable=dist.rank() > 0)
     for step in bar:
-        clock = [now()]
-        rate = args.learning_rate * (1 - (step - 1) / args.max_steps)
+        clock, rate = [now()], args.learning_rate * (1 - (step - 1) / args.max_steps)
         optimizer.param_groups[0]["lr"] = rate
 
         # 1. Rollout: one sampled response to each prompt, the prompts of train_ppo.py.
@@ -126,13 +124,17 @@ def train(task, args, tokenizer, model, critic, pool):
         clock.append(now())
         stats |= shift(change, delta, mask) | summary(mask, delta, quotes, old.kl, old.entropy)
         stats |= token_counts(tokenizer, rollout, feedback) | seconds_of(clock)
-        unread = {"unparsable": feedback.count(None) / len(feedback)}
-        unread["too_long"] = (~fits).sum().item() / len(feedback) - unread["unparsable"]
-        stats |= dist.means(mean_scores(task, examples, rollout.texts) | unread)
-        stats["learning_rate"] = rate
+        means = mean_scores(task, examples, rollout.texts) | unread(feedback, fits)
+        stats |= dist.means(means) | {"learning_rate": rate}
         if dist.rank() == 0:
             log(step, stats)
         bar.set_postfix_str(STATUS.format_map(defaultdict(float, stats)))
+
+
+def unread(feedback, fits) -> dict[str, float]:
+    unparsable = feedback.count(None) / len(feedback)
+    too_long = (~fits).sum().item() / len(feedback) - unparsable
+    return {"unparsable": unparsable, "too_long": too_long}
 
 
 def add_critiques(tokenizer, model, prompts, rollout, feedback):

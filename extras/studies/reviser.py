@@ -1,10 +1,10 @@
 """The toy with a starting policy that heeds critiques, for methods in which the policy revises.
 
 Reflection, ILF and SDPO show the policy a critique of its own response. A chat model can use that;
-the toy's starting policy, after 400 steps, hardly can. Here it learns for 600 steps more: half of the
-pairs are revisions, the other half noisy summaries, so that its first tries stay as they were.
+the toy's starting policy, after 400 steps, hardly can. Here it learns for 600 steps more: half of
+the pairs are revisions, the other half noisy summaries, so that its first tries stay as they were.
 
-python train_sft.py --task extras/studies/reviser.py --model runs/toy/sft     # into runs/reviser/sft
+python train_sft.py --task extras/studies/reviser.py --model runs/toy/sft   # into runs/reviser/sft
 python -m extras.baselines.sdpo --policy runs/reviser/sft
 """
 
