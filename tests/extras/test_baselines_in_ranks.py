@@ -1,0 +1,68 @@
+"""The baselines in two processes: DPO's steps are those of one, and the others run to their end."""
+
+import json
+
+import pytest
+import torch
+from forking import run, two_ranks
+from safetensors.torch import load_file
+
+from t2g.log import read_jsonl
+
+SHORT = ("--max_steps", 2, "--per_device_train_batch_size", 2, "--learning_rate", 1e-4)
+SAMPLED = ("--critic", "rule", "--response_length", 8)
+
+
+@pytest.fixture(scope="module")
+def folder(model, tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("baselines")
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    with open(folder / "pairs.jsonl", "w") as pairs:
+        for i in range(8):
+            pair = {"prompt": f"Which of {i}?", "chosen": "Blue" * (i + 1), "rejected": "red " * i}
+            pairs.write(json.dumps(pair) + "\n")
+    return folder
+
+
+def in_two(folder, name, *flags):
+    """Runs a baseline in two processes, and returns the folder of its run."""
+    errors = [folder / f"{name}.{rank}" for rank in (0, 1)]
+    flags = (*SHORT, *flags, "--policy", folder / "model", "--output_dir", folder / name)
+    ranks = two_ranks(print, flags, errors, script=f"extras.baselines.{name}")
+    for rank in ranks:
+        rank.join()
+    assert [rank.exitcode for rank in ranks] == [0, 0], errors[0].read_text()[-2000:]
+    return folder / name
+
+
+def weights(folder):
+    [saved] = folder.glob("checkpoint-*")
+    return load_file(saved / "model.safetensors")
+
+
+def test_two_processes_take_the_steps_of_one_in_dpo(folder):
+    two = in_two(folder, "dpo", "--pairs", folder / "pairs.jsonl")
+    whole = *SHORT, "--pairs", folder / "pairs.jsonl", "--gradient_accumulation_steps", 2
+    where = "--policy", folder / "model", "--output_dir", folder / "one"
+    code, printed = run("extras.baselines.dpo", [*whole, *where])
+    assert code == 0, printed
+    torch.testing.assert_close(weights(two), weights(folder / "one"), atol=3e-5, rtol=1e-5)
+    rows = [read_jsonl(made / "metrics.jsonl") for made in (two, folder / "one")]
+    for name in ("loss", "pair_margin", "grad_norm", "pairs"):
+        ours, theirs = ([row[name] for row in part] for part in rows)
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("ilf", ("--num_prompts", 5, "--samples_per_prompt", 1)),
+        ("sdpo", ("--tokens", "poor")),
+        ("sdpo", ("--teacher_update_rate", 1)),
+    ],
+)
+def test_the_baselines_that_sample_run_in_two_processes(folder, name, flags):
+    trained = in_two(folder, name, *SAMPLED, *flags)
+    assert [row["step"] for row in read_jsonl(trained / "metrics.jsonl")] == [1, 2]
+    assert weights(trained)
