@@ -82,7 +82,7 @@ def main():
     earlier = partial(stages.ensure, needed, args, root, args.policy)
     with torchrun.session(args.cpu_offload, run_first=earlier) as seconds:
         start = time.perf_counter()
-        tokenizer, model = policy.load(start_model, empty=dist.size() > 1)
+        tokenizer, model = policy.load(start_model, empty=True)
         parts = tasks.load(task, args)
         pool, heldout = (tasks.short_enough(part, tokenizer, model, args) for part in parts)
         measured = heldout[: args.eval_samples]

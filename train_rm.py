@@ -12,7 +12,7 @@ import random
 from functools import partial
 from pathlib import Path
 
-from t2g import cli, critics, dist, policy, stages, supervised, tasks, torchrun
+from t2g import cli, critics, policy, stages, supervised, tasks, torchrun
 from t2g.feedback import Feedback
 from t2g.notes import read_usable
 
@@ -44,7 +44,7 @@ def main():
     needed = [] if args.annotations else ["sft", "annotate"]
     earlier = partial(stages.ensure, needed, args, root, args.model)
     with torchrun.session(args.cpu_offload, run_first=earlier):
-        tokenizer, model = policy.load(args.model or root / "sft", empty=dist.size() > 1)
+        tokenizer, model = policy.load(args.model or root / "sft", empty=True)
         limit, pairs = supervised.longest_text(model, args), []
         path = args.annotations or root / "annotations.jsonl"
         for prompt, response, z in read_targets(path, args.no_critique):

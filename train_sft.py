@@ -4,7 +4,7 @@ python train_sft.py                                       # for the toy, from sc
 python train_sft.py --task summarize --model HUB_ID --data posts.jsonl --output_dir runs/posts/sft
 """
 
-from t2g import cli, cpu, dist, policy, supervised, tasks, torchrun
+from t2g import cli, cpu, policy, supervised, tasks, torchrun
 from t2g.rollout import respond_together
 
 
@@ -22,7 +22,7 @@ def main():
     with torchrun.session(args.cpu_offload):
         examples, heldout = tasks.load(task, args)
         if args.model:
-            tokenizer, model = policy.load(args.model, empty=dist.size() > 1)
+            tokenizer, model = policy.load(args.model, empty=True)
         elif hasattr(task, "new_model"):
             tokenizer, model = task.new_model(args.seed)
             model = cpu.use(model)

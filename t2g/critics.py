@@ -54,7 +54,7 @@ def load_critic(task, args, root, device):
     options = dict(critique_length=args.critique_length, free=args.free_critiques)
     if args.critic == "openai":
         return checked(openai_critic(args.base_url, args.reward_model, **options))
-    tokenizer, model = policy.load(args.reward_model or root / "rm", empty=dist.size() > 1)
+    tokenizer, model = policy.load(args.reward_model or root / "rm", empty=True)
     model = dist.frozen(model, args)
     return checked(reward_model_critic(model, tokenizer, bf16=args.bf16, **options))
 

@@ -1,6 +1,6 @@
 """Weights that each rank reads from the files after sharding, so that no rank holds a whole model.
 
-    tokenizer, model = policy.load(path, empty=dist.size() > 1)     # weights on the meta device
+    tokenizer, model = policy.load(path, empty=True)     # weights on the meta device
     dist.shard(model)                                               # reads this rank's rows of each
 
 Left out: weights that transformers converts as it reads them (quantised ones, .bin and .gguf files,

@@ -189,7 +189,8 @@ def load(path, device="cpu", empty=False) -> tuple:
     """A tokenizer, padding on the left, and a causal language model in fp32, in eval mode.
 
     Args: path, a run's folder (its latest checkpoint), a model's folder, a .gguf file or a hub id;
-        empty, to leave the weights to dist.shard or dist.frozen if they can be read in slices.
+        empty, to leave the weights to dist.shard or dist.frozen in several processes, if they can
+        be read in slices.
     Raises: SystemExit with one sentence if there is no such model, or no chat template or EOS.
     """
     path = str(latest_checkpoint(path) or path)
@@ -197,7 +198,7 @@ def load(path, device="cpu", empty=False) -> tuple:
     if (Path(path) / "metrics.jsonl").is_file():
         fail(f"the run {path} has no checkpoint, so it did not finish: run that stage again")
     try:
-        tokenizer, model = read(path, empty)
+        tokenizer, model = read(path, empty and dist.size() > 1)
     except (*FAILURES, *DAMAGED, StrictDataclassError) as error:
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 400)
         hint = "give a hub id, a model's folder or a .gguf file"

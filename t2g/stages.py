@@ -58,11 +58,11 @@ def ensure(names, args, root, policy=None) -> dict[str, float]:
 
 def words(flags: dict) -> list[str]:
     """The flags as they stand in a command line."""
-    words = []
+    line = []
     for name, value in flags.items():
         if value is not None and value is not False:
-            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    return words
+            line += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return line
 
 
 def run(title: str, command: list[str]) -> float:

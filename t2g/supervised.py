@@ -107,7 +107,11 @@ def split(rows, args):
 
 def by_length(rows, args) -> list[list]:
     """All rows in microbatches of similar length."""
-    size, rows = args.per_device_train_batch_size, sorted(rows, key=length)
+    return chunks(sorted(rows, key=length), args.per_device_train_batch_size)
+
+
+def chunks(rows, size) -> list[list]:
+    """The rows in order, size at a time; the last chunk may be shorter."""
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
@@ -121,7 +125,7 @@ def in_batches(rows, batch_size, seed, window=32):
         while len(queue) < batch_size:
             queue += rng.sample(rows, len(rows))
         near, queue = sorted(queue[: window * batch_size], key=length), queue[window * batch_size :]
-        ready = [near[i : i + batch_size] for i in range(0, len(near), batch_size)]
+        ready = chunks(near, batch_size)
         if len(ready[-1]) < batch_size:
             queue = ready.pop() + queue
         rng.shuffle(ready)
@@ -197,6 +201,7 @@ def train(model, tokenizer, rows, heldout, args, folder, desc, objective=NEXT_TO
         print(f"resuming after step {reached['step']} of {args.output_dir}", flush=True)
     if dist.rank() == 0:
         log = Logger(folder, args, objective.metrics or (), keep_until=reached["step"])
+    to_tensors = tokenizer.pad_token_id, dist.device()
     batches = in_batches(rows, args.batch_size, args.seed)
     batches = itertools.islice(batches, reached["step"], None)
     steps = range(reached["step"] + 1, args.max_steps + 1)
@@ -204,10 +209,8 @@ def train(model, tokenizer, rows, heldout, args, folder, desc, objective=NEXT_TO
     model.train(objective.dropout)
     for step in bar:
         start = now()
-        own, size = dist.share(next(batches)), args.per_device_train_batch_size
-        parts = [own[i : i + size] for i in range(0, len(own), size)]
-        tokens = tokenizer.pad_token_id, dist.device()
-        microbatches = [objective.collate(part, *tokens) for part in parts]
+        parts = chunks(dist.share(next(batches)), args.per_device_train_batch_size)
+        microbatches = [objective.collate(part, *to_tensors) for part in parts]
         metrics = train_step(model, microbatches, args, objective)
         metrics["learning_rate"] = args.learning_rate * schedule(step, args)
         apply_gradients(optimizers, metrics["learning_rate"])
@@ -289,6 +292,6 @@ def save(model, tokenizer, folder, step, args, value_head=None) -> Path:
     model = model.merge_and_unload() if args.lora_r else model
     saved = policy.save(model.eval(), tokenizer, folder, step, value_head)
     if dist.rank() == 0:
-        for state in [*folder.glob("state-*"), *folder.glob("best-*")]:
+        for state in [*folder.glob("state[.-]*"), *folder.glob("best[.-]*")]:
             shutil.rmtree(state)
     return saved

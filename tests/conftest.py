@@ -80,6 +80,15 @@ def model(tokenizer):
 
 
 @pytest.fixture(scope="module")
+def folder(model, tokenizer, tmp_path_factory):
+    """A folder of the module, in which folder/model is the tiny Llama as the scripts load it."""
+    folder = tmp_path_factory.mktemp("module")
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    return folder
+
+
+@pytest.fixture(scope="module")
 def posts():
     """Makes the toy's 20,000 posts of a seed once per module."""
     from t2g.tasks import toy

@@ -83,13 +83,8 @@ def split_command(line) -> tuple[int, str, list[str]]:
 
 def use_models(script, args, task, folder, models):
     """Replaces folders of earlier stages, which do not exist yet, by the models trained there."""
-    beside = {
-        "policy": "sft",
-        "model": "sft",
-        "reward_model": "rm",
-    }  # what is used if none is named
-    names = ["policy"] if script == "annotate.py" else [*beside]
-    for name in names:
+    beside = dict(policy="sft", model="sft", reward_model="rm")  # what is used if none is named
+    for name in ["policy"] if script == "annotate.py" else beside:
         if hasattr(args, name):
             source = getattr(args, name) or str(folder / beside[name])
             setattr(args, name, models.get(source, getattr(args, name)))

@@ -28,14 +28,6 @@ LEARNED_CRITIC = critics.reward_model_critic
 
 
 @pytest.fixture(scope="module")
-def folder(model, tokenizer, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two")
-    model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    return folder
-
-
-@pytest.fixture(scope="module")
 def two_processes(folder):
     """Each case's step, made by two processes of torchrun: weights and statistics by name."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]

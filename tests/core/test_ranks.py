@@ -20,10 +20,8 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "
 
 
 @pytest.fixture(scope="module")
-def folder(model, tokenizer, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
+def folder(folder):
+    """The module's folder, with sixteen annotations."""
     with open(folder / "notes.jsonl", "w") as notes:
         for i in range(16):
             text = f"It is {'so ' * (i % 5)}blue."

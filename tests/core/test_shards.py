@@ -31,7 +31,7 @@ def save_small_model(model, tokenizer, folder, tied):
 
 def weights_of(folder, options):
     """The weights and buffers of the policy and the reference, whole on rank 0."""
-    _, model = policy.load(folder, empty=dist.size() > 1)
+    _, model = policy.load(folder, empty=True)
     assert model.device.type == ("meta" if dist.size() > 1 else "cpu")
     models = make_models(model, argparse.Namespace(**PLAIN | options), "nowhere")
     state = {}

@@ -14,10 +14,8 @@ SAMPLED = ("--critic", "rule", "--response_length", 8)
 
 
 @pytest.fixture(scope="module")
-def folder(model, tokenizer, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("baselines")
-    model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
+def folder(folder):
+    """The module's folder, with eight pairs."""
     with open(folder / "pairs.jsonl", "w") as pairs:
         for i in range(8):
             pair = {"prompt": f"Which of {i}?", "chosen": "Blue" * (i + 1), "rejected": "red " * i}
