@@ -33,6 +33,7 @@ def main():
     add("--policy", None, "rm: writes the responses, or gives the tokens with --annotations")
     add("--annotations", None, "rm: records of annotate.py that are the truth instead of the rule")
     add("--response_length", 64, "maximum tokens of a response")
+    add("--temperature", 1.0, "temperature of sampled responses")
     add("--critique_length", 200, "rm: maximum tokens of a critique")
     add("--free_critiques", False, "rm: sample critiques without a grammar")
     add("--eval_samples", 256, "held-out prompts; of --annotations all records are used")
@@ -53,7 +54,7 @@ def policies(task, args) -> dict:
         tokenizer, model = policy.load(run, policy.device())
         heldout = tasks.short_enough(examples, tokenizer, model, args)
         heldout, length = heldout[: args.eval_samples], args.response_length
-        sampling = length, args.bf16, run, args.seed
+        sampling = length, args.bf16, run, args.seed, args.temperature
         scores[run] = evaluate(task, model, tokenizer, heldout, *sampling)
         table[run] = {name: f"{score:.3f}" for name, score in scores[run].items()}
     print_table(table)

@@ -89,7 +89,8 @@ def main():
         critic = critics.load_critic(task, args, root, policy.device())
         actor, reference = make_models(model, args, start_model)
         measure = partial(evaluate, task, actor.model, tokenizer, measured, args.response_length)
-        measure = partial(measure, bf16=args.bf16, seed=args.seed)
+        options = dict(bf16=args.bf16, seed=args.seed, temperature=args.temperature)
+        measure = partial(measure, **options)
         with run_folder(args) as folder:
             before = measure(desc="before")
             run = Run(args, task, tokenizer, actor, pool, heldout, folder)

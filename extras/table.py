@@ -28,8 +28,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 
 def write(root, folders, recipe, rows, jobs) -> dict:
     """Writes table.json, table.md and curves.png of the seeds in folders; returns the table."""
-    logged = recipe.get("curve", recipe["main"])
-    cells = {name: [read_cell(folder, name, logged) for folder in folders] for name in rows}
+    logged = [recipe.get("curve", recipe["main"]), *recipe.get("also_at_equal_kl", [])]
+    cells = {name: [read_cell(folder, name, *logged) for folder in folders] for name in rows}
     stages = {}
     for name in jobs:
         if name not in rows:
@@ -47,8 +47,8 @@ def read_done(folder, name) -> dict:
     return json.loads((folder / f"{name}.done.json").read_text(encoding="utf-8"))
 
 
-def read_cell(folder, name, logged) -> dict:
-    """Returns the scores, seconds, ledger and curves of one seed; logged: the curve's metric."""
+def read_cell(folder, name, *logged) -> dict:
+    """Returns the scores, seconds, ledger and curves of one seed; logged: the curves' metrics."""
     done, run = read_done(folder, name), folder / name
     measured = json.loads(done["result"])
     [scores] = measured.get("scores", measured).values()
@@ -56,9 +56,9 @@ def read_cell(folder, name, logged) -> dict:
         scores[metric] = figure["value"] if isinstance(figure, dict) else figure
     trained = (run / "metrics.jsonl").is_file()
     steps = read_jsonl(run / "metrics.jsonl") if trained else []
-    online = [row for row in steps if logged in row and "kl" in row]
-    curves = {"curve": smooth([row[logged] for row in online])}
-    curves["kl"] = smooth([row["kl"] for row in online])
+    online = [row for row in steps if logged[0] in row and "kl" in row]
+    curves = {metric: smooth([row[metric] for row in online]) for metric in ("kl", *logged)}
+    curves["curve"] = curves[logged[0]]
     costs = ledger(run, steps) if trained else {}
     return {"scores": scores, "seconds": done["seconds"], "ledger": costs, **curves}
 
@@ -140,8 +140,12 @@ def summarise(cells, recipe, rows) -> dict:
             columns["difference"] = [a - b for a, b in pairs]
         if ours[0]["curve"]:
             columns["kl"] = [cell["kl"][-1] for cell in ours]
+            columns["curve_end"] = [cell["curve"][-1] for cell in ours]
         if ours[0]["curve"] and theirs and theirs[0]["curve"]:
             columns["difference_at_equal_kl"] = list(map(gain_at_equal_kl, ours, theirs))
+            for metric in recipe.get("also_at_equal_kl", []):
+                gains = [gain_at_equal_kl(*pair, metric) for pair in zip(ours, theirs)]
+                columns[f"{metric}_at_equal_kl"] = gains
             reached = [rollouts_to_end(a["curve"], b["curve"]) for a, b in zip(ours, theirs)]
             if any(reached):
                 columns["rollouts_to_rival"] = [number for number in reached if number]
@@ -152,13 +156,13 @@ def summarise(cells, recipe, rows) -> dict:
     return table
 
 
-def gain_at_equal_kl(ours, theirs) -> float:
-    """Returns the difference of two curves at the KL that both runs reach.
+def gain_at_equal_kl(ours, theirs, metric="curve") -> float:
+    """Returns the difference of two curves of a metric at the KL that both runs reach.
 
     A run is read where it first had that KL, even if it came back later.
     """
     kl = min(max(ours["kl"]), max(theirs["kl"]))
-    a, b = (np.interp(kl, np.maximum.accumulate(r["kl"]), r["curve"]) for r in (ours, theirs))
+    a, b = (np.interp(kl, np.maximum.accumulate(r["kl"]), r[metric]) for r in (ours, theirs))
     return float(a - b)
 
 

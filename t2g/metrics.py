@@ -16,9 +16,10 @@ from t2g.rollout import respond
 
 
 def evaluate(
-    task, model, tokenizer, examples, length, bf16=False, desc=None, seed=0, respond=respond
-) -> dict[str, float]:
-    """Scores a response to each example, sampled at temperature 1, and again greedy (_greedy).
+    task, model, tokenizer, examples, length, bf16=False, desc=None, seed=0, temperature=1.0,
+    respond=respond
+) -> dict[str, float]:  # fmt: skip
+    """Scores a response to each example, sampled at a temperature, and again greedy (_greedy).
 
     Sampling has a generator of its own, so that measuring does not change the run. respond may be
     any function with the arguments of rollout.respond(). Each rank responds to a part. Collective.
@@ -28,9 +29,12 @@ def evaluate(
     generator = torch.Generator(dist.device()).manual_seed(seed + dist.rank())
     count, examples, means = len(examples), dist.share(examples), {}
     prompts = [example.prompt for example in examples]
-    for suffix, temperature in (("", 1.0), ("_greedy", 0)):
+    temperatures = {"": temperature, "_greedy": 0}
+    for suffix in temperatures:
         label = desc and f"{desc}, {'greedy' if suffix else 'sampled'}"
-        sampling = dict(temperature=temperature, bf16=bf16, generator=generator, desc=label)
+        sampling = dict(
+            temperature=temperatures[suffix], bf16=bf16, generator=generator, desc=label
+        )
         texts, finished = respond(model, tokenizer, prompts, length, **sampling)
         scores = task_scores(task, examples, texts)
         rows = [score | {"eos_rate": end} for score, end in zip(scores, finished)]

@@ -1,4 +1,4 @@
-"""Compares responses to held-out prompts with human references: ROUGE, BLEU and BERTScore.
+"""Scores responses to held-out prompts: ROUGE, BLEU and BERTScore, fluency, the task's own scores.
 
     python -m extras.benchmarks.text MODEL ... --task summarize --data posts.jsonl \\
         --bert_model roberta-large
@@ -7,19 +7,22 @@
     rouge_1, rouge_2, rouge_l    F1 of stemmed words, by rouge-score; mean over examples
     bleu          of the whole corpus, by sacrebleu, divided by 100
     bert_score    F1 without idf or rescaling, by bert-score; only with --bert_model
+    perplexity    of the responses alone under another model; only with --perplexity_model
     words         words of a response, mean
+    and of MODELs, the scores of the task, such as the share of invented names
 
 "differences" holds the mean difference of each further model to the first, example by example;
 for BLEU use `sacrebleu --paired-bs`.
 """
 
 import numpy as np
+import torch
 from transformers import AutoTokenizer
 
 from extras import benchmarks
 from t2g import cli, policy, tasks
 from t2g.data import needed
-from t2g.metrics import DRAWS, rouge
+from t2g.metrics import DRAWS, bootstrapped, resamples, rouge, task_scores
 
 ROUGE = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}
 
@@ -31,17 +34,20 @@ def main():
     add("--bert_model", None, "BERTScore's encoder, such as roberta-large or a folder")
     layer = "layer of the encoder; bert-score's choice if not given"
     add("--bert_layers", None, layer, cli.positive(int))
-    _, args = tasks.parse(parser, "benchmark")
+    add("--perplexity_model", None, "a causal model, such as the one before training")
+    task, args = tasks.parse(parser, "benchmark")
     scorer = bert_scorer(args.bert_model, args.bert_layers) if args.bert_model else None
     first, scores, differences, expected = None, {}, {}, None
     for name in args.models:
-        references, texts = read_or_respond(name, args)
+        references, texts, own_scores = read_or_respond(task, name, args)
         expected = expected or references
         if references != expected:
             cli.fail(f"{name} has not the references of {args.models[0]}; score it by itself")
-        columns = score_texts(references, texts, scorer)
+        columns = own_scores | score_texts(references, texts, scorer)
         scores[name] = {metric: benchmarks.interval(column) for metric, column in columns.items()}
         scores[name]["bleu"], signature = corpus_bleu(references, texts)
+        if args.perplexity_model:
+            scores[name]["perplexity"] = perplexity(texts, args.perplexity_model, args.bf16)
         if first:
             change = {metric: columns[metric] - first[metric] for metric in first}
             differences[name] = {metric: benchmarks.interval(x) for metric, x in change.items()}
@@ -50,13 +56,15 @@ def main():
     benchmarks.report(scores, differences=differences, examples=len(expected), **versions)
 
 
-def read_or_respond(name, args) -> tuple[list[str], list[str]]:
-    """Returns the references, and the responses of a model or a file."""
-    if not name.endswith(".jsonl"):
-        examples, texts = benchmarks.respond_to_heldout(name, args)
-        return [example.reference for example in examples], texts
-    rows = benchmarks.read_texts(name, "response", "reference")
-    return [row["reference"] for row in rows], [row["response"] for row in rows]
+def read_or_respond(task, name, args) -> tuple[list[str], list[str], dict]:
+    """Returns the references, the responses of a model or a file, and of a model its scores."""
+    if name.endswith(".jsonl"):
+        rows = benchmarks.read_texts(name, "response", "reference")
+        return [row["reference"] for row in rows], [row["response"] for row in rows], {}
+    examples, texts = benchmarks.respond_to_heldout(name, args)
+    rows = task_scores(task, examples, texts)
+    columns = {metric: np.array([row[metric] for row in rows], dtype=float) for metric in rows[0]}
+    return [example.reference for example in examples], texts, columns
 
 
 def score_texts(references, texts, scorer=None) -> dict[str, np.ndarray]:
@@ -79,6 +87,26 @@ def corpus_bleu(references, texts) -> tuple[dict, str]:
     score = metric.corpus_score(texts, [references], n_bootstrap=DRAWS)
     figure = benchmarks.normal_interval(score.score / 100, score._ci / 100)
     return figure, str(metric.get_signature())
+
+
+@torch.no_grad()
+def perplexity(texts, name, bf16) -> dict:
+    """Returns exp of the mean negative log-probability of the texts' tokens under a model.
+
+    The texts stand alone, after the model's BOS or EOS. The interval resamples texts.
+    """
+    tokenizer, model = policy.load(name, policy.device())
+    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    sums, counts = [], []
+    for text in texts:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        row = torch.tensor([[start, *ids]], device=model.device)
+        with policy.autocast(bf16):
+            logprobs = model(row).logits[0, :-1].float().log_softmax(-1)
+        sums.append(-logprobs.gather(-1, row[0, 1:, None]).sum().item())
+        counts.append(len(ids))
+    draws = resamples(len(texts), seed=0)
+    return bootstrapped(np.exp(draws @ np.array(sums) / (draws @ np.array(counts))))
 
 
 def bert_scorer(name, layers=None):

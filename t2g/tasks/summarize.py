@@ -3,9 +3,11 @@
 --data is SLF5K (JeremyAlain/SLF5K: download its train.jsonl and validation.jsonl), recognised by
 its fields, or any rows with a text and a summary under --source_field and --reference_field.
 
-The rule of this task works for any English text. It marks as poor the names, numbers and quotations
-that the source does not contain, repetitions, an unfinished end, and all words after MAX_WORDS.
-Good are content words of the human summary, at most MAX_GOOD, so that listing words does not pay.
+The rule of this task works for any English text. Poor are names, numbers and quotations that neither
+the source nor the human summary contains, repetitions, the start of a second sentence, words after MAX_WORDS,
+an unfinished end, and a whole response of less than MIN_WORDS, because it is no sentence. Good are
+at most MAX_GOOD phrases that the source supports and that speak of what the human summary speaks of.
+So silence earns nothing, a few words lose, and a list of names earns no more than a sentence.
 """
 
 import re
@@ -19,8 +21,8 @@ from t2g.metrics import rouge
 from t2g.tasks import Example
 
 INSTRUCTION = "Summarize this text in one sentence.\n\n{}"
-MAX_WORDS = 40
-MAX_GOOD = 8
+MIN_WORDS, MAX_WORDS = 6, 40
+MAX_GOOD, PHRASE_WORDS = 3, 8  # phrases marked as good, and words of one
 SLF5K = ("title", "post", "ideal_human_summary")
 
 CRITERIA = """\
@@ -35,6 +37,7 @@ METRICS = {
     "names": "names and numbers in the summary",
     "poor": "spans that the rule marks as poor",
     "good": "spans that the rule marks as good",
+    "sentence": "1 if it is one whole sentence of at least MIN_WORDS",
     "words": "words of the summary",
     "rouge_l": "F1 of ROUGE-L against the human summary",
 }
@@ -83,6 +86,11 @@ def from_slf5k(row) -> Example | None:
 # ---- the rule -----------------------------------------------------------------------------------
 
 WORD = re.compile(r"\d[\d,.:]*\d|\d|[^\W\d_]+(?:['’-][^\W\d_]+)*")
+TITLES = r"(?<!\b[A-Z])(?<!\b(?:Mr|Dr|St|Ms))(?<!\bMrs)"  # whose full stops end no sentence
+SECOND_SENTENCE = re.compile(TITLES + r"[.!?][\"”')\]]*\s+(?=[A-Z\"“])(\S+(?: \S+){,2})")
+ENDED = re.compile(r"[.!?][\"”')\]]*$")
+SENTENCE = re.compile(r"[\"“‘']?[A-Z0-9£$€].*[.!?][\"”')\]]*$", re.DOTALL)
+SAME_PHRASE = re.compile(r"[ \-'’/&%$£€]*")
 QUOTED = re.compile(r"[\"“]([^\"“”]{3,})[\"”]")
 COMMON_WORDS = """
 a an the and or but nor so yet if of in on at by to from for with as is are was were be been being
@@ -97,9 +105,9 @@ COMMON = set(COMMON_WORDS.split())
 def critique(example, response: str) -> Feedback:
     """Writes a sentence about each fault and one about what is good, and quotes both."""
     source = example.facts["source"]
-    known, reference = words_of(source), words_of(example.reference) - COMMON
+    known = words_of(source) | words_of(example.reference)
     words = list(WORD.finditer(response))
-    remarks, faults, good = [], [], []
+    remarks, faults = [], []
 
     def mark(start, end, remark):
         faults.append((start, end))
@@ -115,22 +123,50 @@ def critique(example, response: str) -> Feedback:
     for start, end in repetitions(response, words):
         mark(start, end, f"It says {response[start:end].strip()} twice.")
     stripped = response.rstrip()
-    if len(words) > MAX_WORDS:
-        start = words[MAX_WORDS].start()
-        mark(start, len(stripped), f"It runs on after {MAX_WORDS} words.")
-    elif words and not re.search(r"[.!?][\"”')\]]*$", stripped):
+    second_sentence = SECOND_SENTENCE.search(stripped)
+    if second_sentence:
+        mark(*second_sentence.span(1), "It goes on after the first sentence.")
+    elif len(words) > MAX_WORDS:
+        mark(words[MAX_WORDS].start(), len(stripped), f"It runs on after {MAX_WORDS} words.")
+    elif words and not ENDED.search(stripped):
         mark(words[-1].start(), len(stripped), f"It breaks off at {words[-1][0]}.")
+    if 0 < len(words) < MIN_WORDS:
+        mark(0, len(stripped), "It is no sentence.")
 
+    good = good_phrases(response, words, faults, known, words_of(example.reference))
+    named = ", ".join(response[start:end] for start, end in good)
+    remarks.append(f"It rightly says {named}." if good else "It has nothing of what matters.")
+    quotes = ([quote_of(response, *place) for place in places] for places in (good, faults))
+    return Feedback(" ".join(remarks), *quotes)
+
+
+def good_phrases(response, words, faults, known, wanted) -> list[tuple[int, int]]:
+    """Returns the ranges of the first MAX_GOOD phrases that deserve praise.
+
+    A phrase is a run of at most PHRASE_WORDS words between faults, punctuation marks and content
+    words that are not known. It must have a content word of the human summary that no phrase before
+    it had, and it begins and ends with a content word.
+    """
+    phrases, phrase, praised = [], [], set()
     for word in words:
-        faulty = any(start < word.end() and word.start() < end for start, end in faults)
-        new = word[0].casefold() not in map(str.casefold, good)
-        if not faulty and new and words_of(word[0]) <= reference and len(word[0]) > 3:
-            good.append(word[0])
-    good = good[:MAX_GOOD]
-    right = f"It rightly speaks of {', '.join(good)}."
-    remarks.append(right if good else "It has nothing of what matters.")
-    poor = [quote_of(response, start, end) for start, end in faults]
-    return Feedback(" ".join(remarks), good, poor)
+        key = words_of(word[0])
+        is_faulty = any(start < word.end() and word.start() < end for start, end in faults)
+        supported = not is_faulty and key <= known | COMMON
+        continues = phrase and SAME_PHRASE.fullmatch(response[phrase[-1].end() : word.start()])
+        if not supported or not continues or len(phrase) == PHRASE_WORDS:
+            phrases.append(phrase)
+            phrase = []
+        if supported and (phrase or not key <= COMMON):
+            phrase.append(word)
+    ranges = []
+    for phrase in (*phrases, phrase):
+        while phrase and words_of(phrase[-1][0]) <= COMMON:
+            phrase.pop()
+        new = {key for word in phrase for key in words_of(word[0])} & wanted - COMMON - praised
+        if new:
+            praised |= new
+            ranges.append((phrase[0].start(), phrase[-1].end()))
+    return ranges[:MAX_GOOD]
 
 
 @cache
@@ -177,12 +213,14 @@ def repetitions(text: str, words) -> list[tuple[int, int]]:
 def score(example, response: str) -> dict[str, float]:
     feedback, known = critique(example, response), words_of(example.facts["source"])
     names = [response[start:end] for start, end in names_and_numbers(response)]
+    is_whole = SENTENCE.match(response.strip()) and not SECOND_SENTENCE.search(response)
     invented = [name for name in names if not words_of(name) <= known]
     return {
         "invented": len(invented) / max(len(names), 1),
         "names": len(names),
         "poor": len(feedback.poor),
         "good": len(feedback.good),
+        "sentence": float(bool(is_whole) and len(WORD.findall(response)) >= MIN_WORDS),
         "words": len(response.split()),
         "rouge_l": rouge(example.reference, response, "rougeL")["rougeL"],
     }
