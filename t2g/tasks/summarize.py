@@ -147,19 +147,19 @@ def good_phrases(response, words, faults, known, wanted) -> list[tuple[int, int]
     words that are not known. It must have a content word of the human summary that no phrase before
     it had, and it begins and ends with a content word.
     """
-    phrases, phrase, praised = [], [], set()
+    phrases, praised = [[]], set()
     for word in words:
         key = words_of(word[0])
         is_faulty = any(start < word.end() and word.start() < end for start, end in faults)
         supported = not is_faulty and key <= known | COMMON
-        continues = phrase and SAME_PHRASE.fullmatch(response[phrase[-1].end() : word.start()])
-        if not supported or not continues or len(phrase) == PHRASE_WORDS:
-            phrases.append(phrase)
-            phrase = []
-        if supported and (phrase or not key <= COMMON):
-            phrase.append(word)
+        last = phrases[-1]
+        continues = last and SAME_PHRASE.fullmatch(response[last[-1].end() : word.start()])
+        if not supported or not continues or len(last) == PHRASE_WORDS:
+            phrases.append([])
+        if supported and (phrases[-1] or not key <= COMMON):
+            phrases[-1].append(word)
     ranges = []
-    for phrase in (*phrases, phrase):
+    for phrase in phrases:
         while phrase and words_of(phrase[-1][0]) <= COMMON:
             phrase.pop()
         new = {key for word in phrase for key in words_of(word[0])} & wanted - COMMON - praised
