@@ -6,11 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from running import save_start
 
 import train_ppo
-from extras.studies import deviations, healthy
+from extras.studies import deviations, healthy, rule_check
 from t2g.log import read_jsonl
 
 ROOT = Path(__file__).parents[2]
@@ -53,6 +54,22 @@ def test_healthy_prints_a_table_and_draws_the_curves(tmp_path, monkeypatch, caps
     assert both["kl"] == [2.0, 20.0, 24.0] and alone["kl"] == [1.0, 10.0, 12.0]
     assert "| `kl` | 2.00 → 20.00 → 24.00 | 1.00 → 10.00 → 12.00 |" in lines[5]
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_rule_check_says_whether_silence_pays_and_whether_reward_and_score_agree(
+    tmp_path, monkeypatch, capsys
+):
+    save_start(tmp_path)
+    flags = f"--critic rule --policy {tmp_path}/sft --num_prompts 2 --samples_per_prompt 2"
+    flags += f" --response_length 8 --output_dir {tmp_path}/check"
+    monkeypatch.setattr(sys, "argv", ["rule_check", *flags.split()])
+    rule_check.main()
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["rewards"]["silence"] == 0 and result["rewards"]["references"] > 4
+    scores = [{"up": x, "down": -x} for x in (1, 2, 3, 2, 1, 3)]
+    table = rule_check.agree(np.array([0.0, 5, 9, -2, -3, 1]), scores, 3)
+    assert table["up"]["correlation"]["mean"] == 1 and table["down"]["correlation"]["mean"] == -1
+    assert table["up"]["of the best"] == 3 and table["up"]["of the worst"] == 1
 
 
 @pytest.mark.parametrize("name", ["baselines.dpo", "benchmarks.text", "studies.healthy", "table"])
