@@ -1,16 +1,17 @@
 """One PPO step with token rewards, from a critique to a gradient; read it from top to bottom.
 
     python examples/tour.py       # two pages of small tables, which docs/GUIDE.md explains
-    python -i examples/tour.py    # the same, and then every tensor is at hand
+    python -i examples/tour.py    # the same, and then every tensor is at hand, as in first.rewards
 
 It shows the eight tokens of "Ana is 27, lives in Porto." and a critique of them, with the functions
 of the project. The first seven numbered parts are the steps of the loop in train_ppo.py. The model
-is small and random, so there is nothing to download.
+is small and random, so there is nothing to download. examples/tour.ipynb shows it as a notebook.
 """
 
 import copy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -58,108 +59,140 @@ def log_softmax(model):
     return response_logits(model, rollout)[0].log_softmax(-1)
 
 
-def ppo_step(new, old_logprobs, old_values, advantages, returns, mask):
-    """One step down the gradient of the clipped losses; returns the value loss."""
-    pg_loss, _ = policy_loss(new.logprobs, old_logprobs, advantages, mask, CLIPRANGE)
-    vf_loss, _ = value_loss(new.values, old_values, returns, mask, CLIPRANGE)
+def token_rewards(feedback):
+    """Returns delta, (B, T), of a list with the feedback on each response."""
+    spans = [resolve(*pair)[0] for pair in zip(rollout.texts, feedback)]
+    return torch.stack([span_rewards(*pair) for pair in zip(offsets, spans)])
+
+
+def new_policy():
+    """Returns a copy of the reference with a value head, and its optimiser.
+
+    Plain SGD, so that what moves is the gradient itself; training uses AdamW.
+    """
+    actor = Policy(copy.deepcopy(reference)).eval()
+    return actor, torch.optim.SGD(actor.parameters(), lr=0.1)
+
+
+def kl_to_reference(actor):
+    with torch.no_grad():
+        return kl_penalty(log_softmax(actor.model), log_softmax(reference), "full")
+
+
+def ppo_step(actor, optimizer, delta, lam=LAM, draws=0):
+    """Takes one step on the token rewards delta, and returns every tensor of it.
+
+    The batch has each of the four responses once, or draws of them, as likely as they now are.
+    """
+    with torch.no_grad():
+        old = actor(rollout)
+    share = old.logprobs.sum(1).softmax(0)
+    batch = torch.multinomial(share, draws, replacement=True) if draws else torch.arange(4)
+
+    # 4. KL penalty
+    kl = kl_to_reference(actor)
+    rewards = delta - KL_COEF * kl
+
+    # 5. Advantages by GAE, whitened over the batch
+    advantages, returns = gae(rewards, old.values, mask, GAMMA, lam)
+    whitened = whiten(advantages[batch], mask[batch])
+
+    # 6. PPO: one step down the gradient of the clipped losses
+    new, in_loss = actor(rollout.rows(batch)), mask[batch]
+    old_logprobs, old_values = old.logprobs[batch], old.values[batch]
+    pg_loss, _ = policy_loss(new.logprobs, old_logprobs, whitened, in_loss, CLIPRANGE)
+    vf_loss, _ = value_loss(new.values, old_values, returns[batch], in_loss, CLIPRANGE)
     optimizer.zero_grad()
     (pg_loss + VF_COEF * vf_loss).backward()
     torch.nn.utils.clip_grad_norm_(actor.parameters(), 1.0)
     optimizer.step()
-    return vf_loss
+
+    # 7. Did the criticised tokens move?
+    with torch.no_grad():
+        after = actor(rollout)
+    change = after.logprobs - old.logprobs
+    return SimpleNamespace(**locals())
 
 
 tokenizer, _ = toy.new_model(0)
 torch.manual_seed(0)
 small = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=1, num_attention_heads=4)
 reference = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **small)).eval()
-actor = Policy(copy.deepcopy(reference)).eval()
-# Plain SGD, so that what moves is the gradient itself; training uses AdamW.
-optimizer = torch.optim.SGD(actor.parameters(), lr=0.1)
 
-print("1. Rollout: four responses to one post. This is the first one.")
 # The responses are given, because a random model would not sample them. Each has nine tokens.
 ids = [tokenizer.encode(text, add_special_tokens=False) for text in FEEDBACK]
 response = torch.tensor([[*row, tokenizer.eos_token_id] for row in ids])
 mask = torch.ones_like(response, dtype=torch.bool)
 prompts = encode_prompts(tokenizer, [POST] * 4)
 rollout = Rollout(*prompts, response, mask, finished=mask.all(1), texts=list(FEEDBACK))
-tokens, text = [tokenizer.decode([i]) for i in response[0]], rollout.texts[0]
-print(" | ".join(tokens))
-
-print("\n2. Critique: z = [critique ; quotes], as a reward model writes it.")
-z = FEEDBACK[text].render()
-print(z)
-
-print("\n3. Spans -> token rewards delta in {-1, 0, +1}.")
+tokens = [tokenizer.decode([i]) for i in response[0]]
 offsets = [token_offsets(tokenizer, row) for row in response]
-spans = [resolve(text, feedback)[0] for text, feedback in FEEDBACK.items()]
-delta = torch.stack([span_rewards(*pair) for pair in zip(offsets, spans)])
-for start, end, score in resolve(text, Feedback.parse(z))[0]:
-    print(f"characters [{start}, {end}) {text[start:end]!r} score {score:+.0f}")
-table(token=tokens, characters=[f"[{start}, {end})" for start, end in offsets[0]], delta=delta[0])
-print(f"Their sum, which is all that one number for the response could say: {delta[0].sum():.0f}")
+delta = token_rewards(FEEDBACK.values())
 
-print(
-    "\n4. KL penalty: r = delta - kl_coef KL. Before the first update the policy is its reference."
-)
-with torch.no_grad():
-    old, ref_logprobs = actor(rollout), log_softmax(reference)
-    kl = kl_penalty(log_softmax(actor.model), ref_logprobs, "full")
-rewards = delta - KL_COEF * kl
-largest = (rewards - delta).abs().max()
-print(f"largest KL of a token {kl.max():.2f} nats, largest |r - delta| {largest:.2f}")
+if __name__ == "__main__":
+    print("1. Rollout: four responses to one post. This is the first one.")
+    print(" | ".join(tokens))
 
-print("\n5. Advantages by GAE; then whitened over the batch, and as if this response were alone.")
-advantages, returns = gae(rewards, old.values, mask, GAMMA, LAM)
-whitened, alone = whiten(advantages, mask), whiten(advantages[:1], mask[:1])[0]
-columns = dict(r=rewards[0], V=old.values[0], A=advantages[0], whitened=whitened[0], alone=alone)
-table(token=tokens, **columns)
-for t in (0, 2):
-    words = [tokenizer.decode([i]).strip() for i in response[:, t]]
-    at_t = [f"{word} {a:+.2f}" for word, a in zip(words, advantages[:, t])]
-    print(f"A at place {t} of the four responses: {', '.join(at_t)}")
+    print("\n2. Critique: z = [critique ; quotes], as a reward model writes it.")
+    text, feedback = next(iter(FEEDBACK.items()))
+    z = feedback.render()
+    print(z)
 
-print("\n6. PPO: one step down the gradient of the clipped losses.")
-new = actor(rollout)
-vf_loss = ppo_step(new, old.logprobs, old.values, whitened, returns, mask)
-log_rho = masked_mean((new.logprobs - old.logprobs).abs(), mask)
-print(f"before it: mean |log rho| {log_rho:.2f}, value loss {vf_loss:.2f}")
-with torch.no_grad():
-    after = actor(rollout).logprobs
-    _, stats = policy_loss(after, old.logprobs, whitened, mask, CLIPRANGE)
-change = after - old.logprobs
-rho = [f"{x:.2f}" for x in change[0].exp()]
-columns = dict(delta=delta[0], whitened=whitened[0], before=old.logprobs[0], after=after[0])
-table(token=tokens, **columns, change=change[0], rho=rho)
-print(f"after it: clipfrac {stats['clipfrac']:.2f}, approx_kl {stats['approx_kl']:.2f}")
+    print("\n3. Spans -> token rewards delta in {-1, 0, +1}.")
+    for start, end, score in resolve(text, Feedback.parse(z))[0]:
+        print(f"characters [{start}, {end}) {text[start:end]!r} score {score:+.0f}")
+    table(
+        token=tokens, characters=[f"[{start}, {end})" for start, end in offsets[0]], delta=delta[0]
+    )
+    print(
+        f"Their sum, which is all that one number for the response could say: {delta[0].sum():.0f}"
+    )
 
-question = "whether the criticised tokens moved (all four responses)"
-print(f"\n7. Steer the KL coefficient, and ask {question}.")
-with torch.no_grad():
-    next_kl = kl_penalty(log_softmax(actor.model), ref_logprobs, "full").sum(1).mean()
-controller, mean_kl = AdaptiveKL(KL_COEF, target=6.0), kl.sum(1).mean().item()
-controller.update(mean_kl, len(rollout))
-steered = f"kl_coef {KL_COEF:.6f} -> {controller.value:.6f}"
-print(f"KL of a response {mean_kl:.2f} nats, target 6: {steered}")
-print(f"what the next step will find: {next_kl:.2f} nats")
-for name, value in shift(change, delta, mask).items():
-    print(f"{name:>16} {value:+.2f}")
+    actor, optimizer = new_policy()
+    first = ppo_step(actor, optimizer, delta)
+    before, after = first.old_logprobs, first.after.logprobs
+    reference_now = "Before the first update the policy is its reference."
+    print(f"\n4. KL penalty: r = delta - kl_coef KL. {reference_now}")
+    largest = (first.rewards - delta).abs().max()
+    print(f"largest KL of a token {first.kl.max():.2f} nats, largest |r - delta| {largest:.2f}")
 
-draws = "each on 64 of these responses, drawn as the policy now says them"
-print(f"\n8. Eleven more steps, {draws}. What the last one finds:")
-for _ in range(11):
-    with torch.no_grad():
-        old, kl = actor(rollout), kl_penalty(log_softmax(actor.model), ref_logprobs, "full")
-    rewards = delta - KL_COEF * kl
-    advantages, returns = gae(rewards, old.values, mask, GAMMA, LAM)
-    share = old.logprobs.sum(1).softmax(0)  # of each of the four
-    drawn = torch.multinomial(share, 64, replacement=True)
-    whitened, new = whiten(advantages[drawn], mask[drawn]), actor(rollout.rows(drawn))
-    before = old.logprobs[drawn], old.values[drawn]
-    ppo_step(new, *before, whitened, returns[drawn], mask[drawn])
-paid = {"KL": kl[0], "kl_coef KL": KL_COEF * kl[0], "r": rewards[0]}
-paid = {name: [signed(x, 4) for x in column] for name, column in paid.items()}
-table(token=tokens, delta=delta[0], **paid, V=old.values[0], A=advantages[0])
-shares = ", ".join(f"{p:.2f}" for p in share)
-print(f"the four responses are now drawn with {shares}; KL of the second {kl[1].sum():.2f} nats")
+    print(
+        "\n5. Advantages by GAE; then whitened over the batch, and as if this response were alone."
+    )
+    advantages, whitened = first.advantages, first.whitened
+    columns = dict(r=first.rewards[0], V=first.old.values[0], A=advantages[0], whitened=whitened[0])
+    table(token=tokens, **columns, alone=whiten(advantages[:1], mask[:1])[0])
+    for t in (0, 2):
+        words = [tokenizer.decode([i]).strip() for i in response[:, t]]
+        at_t = [f"{word} {a:+.2f}" for word, a in zip(words, advantages[:, t])]
+        print(f"A at place {t} of the four responses: {', '.join(at_t)}")
+
+    print("\n6. PPO: one step down the gradient of the clipped losses.")
+    log_rho = masked_mean((first.new.logprobs - before).abs(), mask)
+    print(f"before it: mean |log rho| {log_rho:.2f}, value loss {first.vf_loss:.2f}")
+    rho = [f"{x:.2f}" for x in first.change[0].exp()]
+    columns = dict(delta=delta[0], whitened=whitened[0], before=before[0], after=after[0])
+    table(token=tokens, **columns, change=first.change[0], rho=rho)
+    _, stats = policy_loss(after, before, whitened, mask, CLIPRANGE)
+    print(f"after it: clipfrac {stats['clipfrac']:.2f}, approx_kl {stats['approx_kl']:.2f}")
+
+    question = "whether the criticised tokens moved (all four responses)"
+    print(f"\n7. Steer the KL coefficient, and ask {question}.")
+    controller, mean_kl = AdaptiveKL(KL_COEF, target=6.0), first.kl.sum(1).mean().item()
+    controller.update(mean_kl, len(rollout))
+    steered = f"kl_coef {KL_COEF:.6f} -> {controller.value:.6f}"
+    print(f"KL of a response {mean_kl:.2f} nats, target 6: {steered}")
+    print(f"what the next step will find: {kl_to_reference(actor).sum(1).mean():.2f} nats")
+    for name, value in shift(first.change, delta, mask).items():
+        print(f"{name:>16} {value:+.2f}")
+
+    draws = "each on 64 of these responses, drawn as the policy now says them"
+    print(f"\n8. Eleven more steps, {draws}. What the last one finds:")
+    for _ in range(11):
+        last = ppo_step(actor, optimizer, delta, draws=64)
+    paid = {"KL": last.kl[0], "kl_coef KL": KL_COEF * last.kl[0], "r": last.rewards[0]}
+    paid = {name: [signed(x, 4) for x in column] for name, column in paid.items()}
+    table(token=tokens, delta=delta[0], **paid, V=last.old.values[0], A=last.advantages[0])
+    shares = ", ".join(f"{p:.2f}" for p in last.share)
+    second = f"KL of the second {last.kl[1].sum():.2f} nats"
+    print(f"the four responses are now drawn with {shares}; {second}")
