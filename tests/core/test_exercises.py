@@ -1,4 +1,4 @@
-"""The exercises of docs/GUIDE.md, solved with the project's own functions. Try before you read."""
+"""The questions of exercises/README.md, answered. Try before you read."""
 
 from argparse import Namespace
 from collections import Counter

@@ -18,6 +18,7 @@ from t2g.log import METRICS, read_jsonl
 
 ROOT = Path(__file__).parents[2]
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+PAGES += ["exercises/README.md"]
 TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
 RESULTS, REFERENCE = TEXTS["docs/RESULTS.md"], TEXTS["docs/REFERENCE.md"]
 STAGES = ("train_sft", "annotate", "train_rm", "train_ppo", "eval")
