@@ -64,7 +64,7 @@ CLIPPED, PADDED = (RATIOS, ZERO, GAINS, EIGHT, 0.2), (A + 0.3 * X, A, Y, MASK, 0
 RULES = {
     "resolve": [
         ("a quote marks its characters, +1 or -1", "spans", [(TEXT, quotes(["Porto"], ["27"]))]),
-        ("white space around it is left out", "spans", [(TEXT, quotes([" Porto"], [" 27"]))]),
+        ("white space around a quote is left out", "spans", [(TEXT, quotes([" Porto"], [" 27"]))]),
         ("a good quote marks the first place and a poor one the last", "spans",
          [(PLACES, quotes(["in"])), (PLACES, quotes([], ["in"]))]),
         ("a place that cuts a word or a number in two does not count", "spans",
@@ -72,14 +72,15 @@ RULES = {
         ("a quote that is given k times marks k places", "spans",
          [(PLACES, quotes(["in"] * k, ["in"] * (5 - k))) for k in range(6)]),
         ("a quote that is not in the text marks nothing", "spans",
-         [(TEXT, quotes(["Rome"], ["41"])), *map(random_text, [rng] * 40)]),
+         [(TEXT, quotes(["Rome"], ["41"])), *(random_text(rng) for _ in range(40))]),
     ],
     "span_rewards": [
         ("a span rewards its tokens alone", "reward", [(TOKENS, [(6, 9, -1.0), (16, 25, 1.0)])]),
         ("a token is rewarded if a span shares a character with it", "reward",
          [(TOKENS, [(7, 9, -1.0), (20, 22, 1.0)])]),
         ("a token gets the lowest score of its spans", "reward",
-         [(TOKENS, [(0, 9, -1.0), (3, 9, 0.75), (3, 6, 0.25)]), *map(random_spans, [rng] * 40)]),
+         [(TOKENS, [(0, 9, -1.0), (3, 9, 0.75), (3, 6, 0.25)]),
+          *(random_spans(rng) for _ in range(40))]),
         ("a token without characters or spans gets 0", "reward",
          [(EMPTY, [(0, 6, 1.0), (6, 7, -1.0)]), (TOKENS, [])]),
     ],

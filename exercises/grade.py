@@ -80,6 +80,8 @@ def judge_case(name, function, rule, part, arguments):
             return f"argument {number} of the function is changed in place"
     right = ask(SOLUTIONS[name], part, copy.deepcopy(arguments))
     detail = problem(part, found, right, mask)
+    if detail and not any(map(torch.is_tensor, arguments)):
+        detail += f", for {', '.join(map(repr, arguments))}"
     for mistake, mistaken in MISTAKES[name] if detail else ():
         wrong = ask(mistaken, part, copy.deepcopy(arguments))
         if problem(part, wrong, right, mask) and not problem(part, found, wrong, mask):
@@ -106,7 +108,7 @@ def judge(name, function, path=""):
 def raised(error, path):
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
     where = f" in line {lines[-1]}" if lines else ""
-    return f"{type(error).__name__}{where}: {error}"
+    return f"{type(error).__name__}{where}: {' '.join(str(error).split())[:200]}"
 
 
 # ---- Processes and points ----------------------------------------------------------------------

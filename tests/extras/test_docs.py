@@ -148,6 +148,20 @@ def test_commits_that_the_pages_name_belong_to_this_repository():
     assert set(named) <= {commit[:7] for commit in git("rev-list", "--all")}
 
 
+def test_what_the_lecturers_page_shows_exists_and_is_run_by_a_test():
+    """The parsers check the commands of stages and extras; the other scripts run in a test."""
+    page, guide = TEXTS["docs/TEACHING.md"], TEXTS["docs/GUIDE.md"]
+    tests = "".join(
+        p.read_text() for p in (ROOT / "tests").rglob("test_*.py") if p.name != "test_docs.py"
+    )
+    scripts = [words[1] for words in simple_commands(page) if words[0] in ("python", "torchrun")]
+    assert len(scripts) == 8
+    for script in scripts:
+        if script != "-m" and script.removesuffix(".py") not in STAGES:
+            assert (ROOT / script).is_file() and Path(script).name in tests, script
+    assert set(re.findall(r"-?\d\.\d\d", page)) <= set(re.findall(r"-?\d\.\d\d", guide))
+
+
 def test_the_readme_example_gives_what_it_shows():
     assert doctest.testfile(str(ROOT / "README.md"), module_relative=False).failed == 0
 
