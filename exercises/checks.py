@@ -126,21 +126,9 @@ def contained(offsets, spans):
     return align.span_rewards(offsets, spans)
 
 
-def overwritten(offsets, spans):
-    rewards = delta(offsets, [])
-    for span in spans:
-        one = delta(offsets, [span])
-        rewards = torch.where(one != 0, one, rewards)
-    return rewards
-
-
 def with_value_of_padding(r, v, m, gamma, lam):
     is_last = m & ~m.roll(-1, 1)
     return ppo.gae(r + gamma * v.roll(-1, 1) * is_last, v, m, gamma, lam)
-
-
-def mean_of_means(n, o, a, m, eps):
-    return torch.stack([policy_loss(*row, eps) for row in zip(n, o, a, m)]).mean()
 
 
 delta, G, W, K, L = align.span_rewards, ppo.gae, ppo.whiten, ppo.kl_penalty, policy_loss
@@ -154,9 +142,7 @@ MISTAKES = {
     "span_rewards": [
         ("only tokens inside a span are rewarded, though one character is enough", contained),
         ("scores are added", lambda o, s: sum((delta(o, [x]) for x in s), delta(o, []))),
-        ("the highest score wins, not the lowest", lambda o, s: -delta(o, flipped(s))),
         ("praise is lost, for 0 is in the minimum", lambda o, s: delta(o, s).clamp(max=0)),
-        ("the last span wins, not the lowest score", overwritten),
     ],
     "kl_penalty": [
         ("the sign of log x is wrong",
@@ -179,7 +165,8 @@ MISTAKES = {
         ("the sign is wrong", lambda n, o, a, m, eps: -L(n, o, a, m, eps)),
         ("min and max are swapped", lambda n, o, a, m, eps: -L(n, o, -a, m, eps)),
         ("nothing is clipped", lambda n, o, a, m, eps: L(n, o, a, m, 1e9)),
-        ("it is a mean over the means of the rows", mean_of_means),
+        ("it is a mean over the means of the rows",
+         lambda *x: torch.stack([L(*row, x[-1]) for row in zip(*x[:-1])]).mean()),
         ("the padding is counted", lambda n, o, a, m, eps: L(n, o, a, m | True, eps)),
     ],
 }  # fmt: skip

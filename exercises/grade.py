@@ -23,8 +23,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from checks import MISTAKES, RULES, SOLUTIONS
 
-TOTAL = sum(map(len, RULES.values()))
-
 
 # ---- What is wrong with an answer --------------------------------------------------------------
 def problem(part, found, right, mask=None):
@@ -153,16 +151,16 @@ def main():
     parser.add_argument("files", nargs="*", default=[stubs], help="submissions (default: stubs.py)")
     parser.add_argument("--seconds", type=float, default=10, help="time for one exercise")
     args, scores = parser.parse_args(), {}
+    if missing := [path for path in args.files if not Path(path).is_file()]:
+        parser.error(f"there is no file {missing[0]}")
     for path in args.files:
-        if not Path(path).is_file():
-            parser.error(f"there is no file {path}")
         results = {name: grade(path, name, args.seconds) for name in RULES}
         scores[path] = {name: points for name, (points, _) in results.items()}
         if len(args.files) == 1:
             for name, (points, sentence) in results.items():
                 print(f"{name:14}{points}/{len(RULES[name])}  {sentence}")
         points = "  ".join(f"{name} {points}" for name, points in scores[path].items())
-        print(f"{path}  {sum(scores[path].values())}/{TOTAL}  {points}")
+        print(f"{path}  {sum(scores[path].values())}/{sum(map(len, RULES.values()))}  {points}")
     print(json.dumps(scores))
 
 

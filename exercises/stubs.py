@@ -1,8 +1,5 @@
 """Six functions on the way from a critique to a gradient, to be filled in, in this order.
 
-    python exercises/grade.py                # your points, and what is still wrong, in words
-    python -m doctest exercises/stubs.py     # the examples alone
-
 A batch has B responses, padded to T tokens. A tensor of shape (B, T) is indexed by the response
 token t, and mask, (B, T) bool, is True up to and including the end of a response. Padding may hold
 any number, and changes no result. Leave your arguments as they are.
