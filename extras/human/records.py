@@ -5,7 +5,7 @@
 Each line of FILE is a row of DeFacto (an explanation, instructions, a corrected summary), of
 FineGrainedRLHF's QA feedback (ranges of errors by kind), of ILF's feedback on programs (a critique
 and the mended program), or a record of annotate.py in which people filled in critique, good_spans
-and poor_spans. Invalid feedback is reported and left out.
+and poor_spans, as the page of extras.human.page does. Invalid feedback is reported and left out.
 
 In the published forms, poor is what people removed or named. Good is sparse, as in the paper: names
 and numbers of a summary that the corrector kept and the article has, the longest runs of an answer
@@ -212,7 +212,9 @@ def one_line(text) -> str:
 @cli.friendly_errors()
 def main():
     parser = cli.parser(__doc__)
-    parser.add_argument("file", help="rows of DeFacto, FineGrainedRLHF or ILF")
+    parser.add_argument(
+        "file", help="what people marked, or rows of DeFacto, FineGrainedRLHF or ILF"
+    )
     parser.add_argument("--out", required=True, help="the annotations to write, a .jsonl file")
     args = parser.parse_args()
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
