@@ -15,9 +15,10 @@ from t2g.notes import read_feedback
 EVIL = "<img src=x onerror=alert(1)></script>"
 POST = "My name is Ana. I am 41. I live in Porto. I work as a nurse. My friend Ben turned 27."
 SUMMARY, WHY = "Ana is 27, lives in Porto, works as a nurse.", "27 is Ben.\nThe rest is right."
+TRICKY = f"no 27, no 27 and 1.27 😀 no\nnaïve 東京 {EVIL}"
 ROWS = [
     {"id": "a", "prompt": POST, "response": SUMMARY, "topic": "Ana"},
-    {"id": "b", "prompt": EVIL, "response": f"no 27, no 27 and 1.27 😀 no\nnaïve 東京 {EVIL}"},
+    {"id": "b", "prompt": EVIL, "response": TRICKY},
     {"id": "c", "prompt": POST, "response": "Ben is 41."},
 ]
 
@@ -49,8 +50,7 @@ def visit(browser, tmp_path, tokenizer):
 
 
 def word(tab, text, nth=0):
-    exact = re.compile(f"^{re.escape(text)}$")
-    return tab.locator("#text [role=option]").filter(has_text=exact).nth(nth)
+    return tab.locator("#text").get_by_text(text, exact=True).nth(nth)
 
 
 def read_back(tab, folder):
@@ -98,8 +98,8 @@ def test_the_mouse_marks_what_the_file_then_says(visit, tmp_path, tokenizer):
     offsets = token_offsets(tokenizer, tokenizer.encode(SUMMARY, add_special_tokens=False))
     assert rewards == span_rewards(offsets, spans).tolist() and {-1, 0, 1} == {*rewards}
     tab.click("#next")
-    assert tab.inner_text("#text") == ROWS[1]["response"] and not tab.locator("img").count()
-    assert tab.inner_text("#prompt div") == EVIL
+    assert [tab.inner_text(place) for place in ("#prompt div", "#text")] == [EVIL, TRICKY]
+    assert tab.locator("img").count() == 0
     assert tab.inner_text("#progress") == "1 of 3 reviewed, saved in this browser"
     found, marks = read_back(tab, tmp_path)
     assert marks == {"a": spans}, "responses without a mark or a sentence are left out"
@@ -107,15 +107,16 @@ def test_the_mouse_marks_what_the_file_then_says(visit, tmp_path, tokenizer):
 
 
 def test_touch_marks_words_and_ranges_on_a_phone(visit, tmp_path):
-    phone = dict(viewport={"width": 390, "height": 700}, has_touch=True, is_mobile=True)
-    tab = visit(color_scheme="dark", **phone)
+    phone = dict(has_touch=True, is_mobile=True, color_scheme="dark")
+    tab = visit(viewport={"width": 390, "height": 700}, **phone)
     finger = tab.context.new_cdp_session(tab)
 
-    def touch(*places):  # the first one, and then moves to the others
-        for n, (x, y) in enumerate(places):
-            at = {"type": "touchMove" if n else "touchStart", "touchPoints": [{"x": x, "y": y}]}
-            finger.send("Input.dispatchTouchEvent", at)
-        finger.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+    def touch(*places):
+        events = [("Start", places[:1]), *(("Move", [place]) for place in places[1:]), ("End", [])]
+        for kind, at in events:
+            points = [dict(zip("xy", place)) for place in at]
+            event = {"type": f"touch{kind}", "touchPoints": points}
+            finger.send("Input.dispatchTouchEvent", event)
 
     assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(21, 24, 28)"
     assert tab.evaluate("document.documentElement.scrollWidth") == 390
@@ -174,7 +175,7 @@ def test_marks_of_words_that_occur_several_times_are_read_back_as_shown(visit, t
             tab.click(f"#{kind}")
             [(start, end, score)] = shown(tab)[0]
             assert read_back(tab, tmp_path)[1]["b"] == [(start, end, score)]
-            marked.append(ROWS[1]["response"][start:end])
+            marked.append(TRICKY[start:end])
             word(tab, *place).click()
     assert marked == ["no", "no 27,", "no", ", no", "no 27", "27", "東", "東"]
 
