@@ -13,8 +13,9 @@ the whole response. A block that is not closed goes to the end.
 
 One or two lines are poor: the line that raised an exception, the line that is not Python, or the
 loop in which time ran out; for a wrong answer, what the called function returns (its return
-statements if there are at most MAX_SPANS of them, else its first line). If the tests pass, the same
-rule makes the return statements good.
+statements if there are at most MAX_SPANS of them, else its first line). A function that runs to its
+end has a good first line, and good lines at the top of its body if some assertion held. If the
+tests pass, its return statements are good, too.
 """
 
 import ast
@@ -172,11 +173,32 @@ def judge(example, response) -> tuple[Feedback, list[str]]:
     if not program.text.strip():
         return Feedback("It holds no program.", [], []), []
     if result.passed:
-        good = quotes(response, program, answers(called(example, program)))
-        return Feedback("It passes the tests.", good, []), []
+        definition = called(example, program)
+        right = [*answers(definition), *lines_that_ran(definition, held=True)]
+        return Feedback("It passes the tests.", quotes(response, program, right), []), []
     kind, sentence = explain(result.reason)
-    poor = quotes(response, program, lines_at_fault(example, program, result, kind))
-    return Feedback(sentence, [], poor), [kind] * len(poor)
+    frames = [(file, int(line)) for file, line in FRAME.findall(result.stderr)]
+    wrong, right = lines_at_fault(example, program, frames, kind), []
+    if kind == "wrong answer" and frames:
+        failed = frames[-1][1]  # the line of the assert
+        held = unit_tests.asserts_before(failed, tests_of(example))
+        right = lines_that_ran(called(example, program, failed), held > 0)
+        sentence += f" It runs, and {held} assertions hold."
+    poor = quotes(response, program, wrong)
+    good = quotes(response, program, [lines for lines in right if lines not in wrong])
+    return Feedback(sentence, good, poor), [kind] * len(poor)
+
+
+def lines_that_ran(definition, held) -> list[tuple[int, int]]:
+    """Returns the first line of a function that ran; if asserts held, also MAX_SPANS of its body.
+
+    These are its first statements of one line that return nothing.
+    """
+    if not isinstance(definition, FUNCTIONS):
+        return []
+    body = [node for node in definition.body if not isinstance(node, ast.Return)]
+    lines = [(node.lineno, node.lineno) for node in body if node.lineno == node.end_lineno]
+    return [head(definition), *(lines[:MAX_SPANS] if held else [])]
 
 
 def explain(reason: str) -> tuple[str, str]:
@@ -192,9 +214,8 @@ def explain(reason: str) -> tuple[str, str]:
             return exception or kind, sentence.format(detail)
 
 
-def lines_at_fault(example, program, result, kind) -> list[tuple[int, int]]:
-    """Returns ranges of the program's line numbers, both ends included."""
-    frames = [(file, int(line)) for file, line in FRAME.findall(result.stderr)]
+def lines_at_fault(example, program, frames, kind) -> list[tuple[int, int]]:
+    """Returns ranges of line numbers, both ends included; frames are (file, line) of a traceback."""
     own = [line for file, line in frames if file == "solution"]
     if kind == "timeout" and own:
         return [loop(program, own[0])]  # the stack at the timeout starts with the last call
@@ -205,10 +226,7 @@ def lines_at_fault(example, program, result, kind) -> list[tuple[int, int]]:
 
 
 def called(example, program, line=0):
-    """Returns the definition that this line of the tests calls, or else any line of them.
-
-    It is the program's last definition if they call none.
-    """
+    """Returns the definition that this line of the tests calls, else any line, else the last."""
     found = {node.name: node for node in ast.walk(program.tree) if isinstance(node, DEFINITIONS)}
     tests = ast.parse(unit_tests.as_program(tests_of(example)))
     for part in [*reversed(statements(tests, line)), tests]:  # the innermost statement first

@@ -159,6 +159,12 @@ def as_program(tests: str) -> str:
     return ast.unparse(ast.fix_missing_locations(tree)) + "\n" + called
 
 
+def asserts_before(line, tests: str) -> int:
+    """Returns how many top-level asserts of as_program(tests) end before one of its lines."""
+    nodes = ast.parse(as_program(tests)).body
+    return sum(isinstance(node, ast.Assert) and node.end_lineno < line for node in nodes)
+
+
 class ShowValues(ast.NodeTransformer):
     """Gives assert f(2) == 4 the message "f(2) is 5, not 4"; drops imports of all of solution."""
 

@@ -32,16 +32,18 @@ def judge(program, example=PROBLEM, before="Here it is, with x = 1:\n\n"):
     inside = range(response.index(program), response.index(program) + len(program) + 1)
     assert all(span.start in inside and span.end in inside for span in spans)
     assert len(kinds) == len(feedback.poor) and len(set(kinds)) <= 1
-    assert not (feedback.good and feedback.poor)
     return feedback.critique, [quoted(quote)[0] for quote in marks], (kinds or [""])[0]
 
 
 CASES = [  # program, critique, quotes, kind
-    ("def f(a, b):\n    return a + b", "It passes the tests.", ["return a + b"], ""),
+    ("def f(a, b):\n    return a + b", "It passes the tests.",
+     ["return a + b", "def f(a, b):"], ""),
     ("def f(a, b):\n    if a == b:\n        return 2\n    return a * b",
-     "It gives a wrong answer: f(2, 3) is 6, not 5.", ["return 2", "return a * b"], "wrong answer"),
+     "It gives a wrong answer: f(2, 3) is 6, not 5. It runs, and 0 assertions hold.",
+     ["def f(a, b):", "return 2", "return a * b"], "wrong answer"),
     ("def f(a, b):\n    if a: return 1\n    if b: return 2\n    return 3",
-     "It gives a wrong answer: f(2, 3) is 1, not 5.", ["def f(a, b):"], "wrong answer"),
+     "It gives a wrong answer: f(2, 3) is 1, not 5. It runs, and 0 assertions hold.",
+     ["def f(a, b):"], "wrong answer"),
     ("def f(a, b):\n    c = a / 0\n    return c",
      "It fails with ZeroDivisionError: division by zero.", ["c = a / 0"], "ZeroDivisionError"),
     ("import nothing\ndef f(a, b): pass", "It fails with ModuleNotFoundError: No module named "
@@ -89,13 +91,24 @@ def test_time_that_runs_out_is_blamed_on_the_loop(monkeypatch):
 def test_of_several_functions_the_one_that_the_failing_assert_calls_is_blamed():
     tests = "from solution import *\nassert one() == 1\nstack = Stack()\nassert stack.top() == 0"
     program = "class Stack:\n    def top(self):\n        return 9\n\ndef one():\n    return 1\n\n"
-    assert judge(program + "def two():\n    return 2", problem(tests))[1] == ["return 9"]
+    quotes = judge(program + "def two():\n    return 2", problem(tests))[1]
+    assert quotes == ["def top(self):", "return 9"]
+
+
+@linux
+def test_what_ran_is_praised_and_more_of_it_if_some_assertions_hold():
+    tests = "from solution import *\nassert f(2, 2) == 4\nassert f(2, 3) == 5"
+    critique, quotes, _ = judge("def f(a, b):\n    c = a * b\n    return c", problem(tests))
+    assert (
+        critique == "It gives a wrong answer: f(2, 3) is 6, not 5. It runs, and 1 assertions hold."
+    )
+    assert quotes == ["def f(a, b):", "c = a * b", "return c"]
 
 
 @linux
 def test_a_line_that_occurs_twice_gets_a_quote_that_is_unique():
     program = "def f(a, b):\n    return a\n\ndef g(a, b):\n    return a"
-    assert judge(program, before="It says\nreturn a\n\n")[1][0].endswith("return a")
+    assert judge(program, before="It says\nreturn a\n\n")[1][1].endswith("return a")
 
 
 # ---- which tests run -----------------------------------------------------------------------------

@@ -156,8 +156,8 @@ def test_annotate_judges_records_by_unit_tests_of_their_own(serve, tmp_path, cal
     assert "--allow_code_execution" in call(*given, "--out", out)[1]
     assert call(*given, "--out", out, "--allow_code_execution")[0] == 0
     right, wrong = read_jsonl(out)
-    assert (right["good_spans"], right["poor_spans"]) == (["return x * 2"], [])
-    assert (wrong["good_spans"], wrong["poor_spans"]) == ([], ["return x * 3"])
+    assert (right["good_spans"], right["poor_spans"]) == (["return x * 2", "def f(x):"], [])
+    assert (wrong["good_spans"], wrong["poor_spans"]) == (["def f(x):"], ["return x * 3"])
     assert "f(3) is 9, not 6" in wrong["critique"]
 
     served = tmp_path / "served.jsonl"
