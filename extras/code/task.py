@@ -215,7 +215,7 @@ def explain(reason: str) -> tuple[str, str]:
 
 
 def lines_at_fault(example, program, frames, kind) -> list[tuple[int, int]]:
-    """Returns ranges of line numbers, both ends included; frames are (file, line) of a traceback."""
+    """Returns ranges of line numbers, both ends included; frames: (file, line) of a traceback."""
     own = [line for file, line in frames if file == "solution"]
     if kind == "timeout" and own:
         return [loop(program, own[0])]  # the stack at the timeout starts with the last call
