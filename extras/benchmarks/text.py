@@ -46,7 +46,7 @@ def main():
         columns = own_scores | score_texts(references, texts, scorer)
         scores[name] = {metric: benchmarks.interval(column) for metric, column in columns.items()}
         scores[name]["bleu"], signature = corpus_bleu(references, texts)
-        if args.perplexity_model:
+        if args.perplexity_model and any(texts):
             scores[name]["perplexity"] = perplexity(texts, args.perplexity_model, args.bf16)
         if first:
             change = {metric: columns[metric] - first[metric] for metric in first}

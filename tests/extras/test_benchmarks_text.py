@@ -4,11 +4,12 @@ import copy
 import importlib.util
 
 import pytest
+import torch
 from annotating import write
 
 from extras.benchmarks import text
 from t2g import policy
-from t2g.tasks.toy import new_model
+from t2g.tasks import toy
 
 # The example of rouge-score's README.
 FOX = "The quick brown fox jumps over the lazy dog"
@@ -78,13 +79,18 @@ def test_files_are_compared_example_by_example(run_main, tmp_path):
 
 @pytest.mark.usefixtures("posts")
 def test_models_answer_the_same_held_out_prompts(run_main, tmp_path):
-    tokenizer, model = new_model(0)
+    tokenizer, model = toy.new_model(0)
     folders = [policy.save(model, tokenizer, tmp_path / name, 0) for name in ("one", "two")]
-    flags = "--task toy --eval_samples 4 --response_length 6".split()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.zero_()  # every token has the same probability
+    uniform = policy.save(model, tokenizer, tmp_path / "uniform", 0)
+    flags = "--task toy --eval_samples 4 --response_length 6 --temperature 1 --perplexity_model"
+    flags = [*flags.split(), uniform]
     result, _ = run_main(text, *folders, *flags)
     one, two = result["scores"].values()
     assert one == two and result["examples"] == 4
-    assert set(one) == {"rouge_1", "rouge_2", "rouge_l", "bleu", "words"}
+    assert set(one) == {"rouge_1", "rouge_2", "rouge_l", "bleu", "perplexity", *toy.METRICS}
+    assert one["perplexity"]["value"] == pytest.approx(len(tokenizer), rel=1e-3)
     assert all(figure["value"] == 0 for figure in result["differences"][str(folders[1])].values())
 
 
