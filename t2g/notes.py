@@ -50,8 +50,12 @@ def read_annotations(path) -> list[dict]:
                 record["feedback"] = read_feedback(record)
             except FeedbackError as error:
                 fail(f"record {number} of {path} is invalid: {error}")
-        name = record.get("id")
-        records[name if isinstance(name, str) else number] = record
+        name = record["id"] if isinstance(record.get("id"), str) else number
+        before = records.get(name, record)
+        if any(before.get(key) != record.get(key) for key in ("prompt", "response")):
+            fault = f"the id {name!r} with another response than before"
+            fail(f"record {number} of {path} has {fault}; ids of joined files must differ")
+        records[name] = record
     return list(records.values())
 
 

@@ -47,11 +47,11 @@ LINK = re.compile(r"(?:\W|\b(?:an?|the|of|in|on|at|to|for|and|by|with|from)\b)*"
 
 def records(rows, name) -> list[dict]:
     """Returns the annotation records of a file's rows; fails with the number of a faulty row."""
-    result = []
+    result, stem = [], Path(name).stem  # part of the ids, so that files can be joined
     for number, row in enumerate(rows, 1):
         form = next((form for field, form in FORMS.items() if field in row), filled_in)
         try:
-            record = {"id": str(number - 1), **form(row), "status": "ok", "reason": ""}
+            record = {"id": f"{stem}-{number}", **form(row), "status": "ok", "reason": ""}
             Feedback(record["critique"], record["good_spans"], record["poor_spans"])
         except FeedbackError as error:
             print(f"row {number} of {name} is left out: {error}")

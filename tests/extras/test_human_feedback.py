@@ -8,6 +8,7 @@ from extras.human.records import joined, longest_kept, records
 from t2g.align import resolve
 from t2g.feedback import Feedback
 from t2g.log import read_jsonl
+from t2g.notes import read_usable, write_whole
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 DEFACTO = {
@@ -91,6 +92,15 @@ def test_marked_errors_become_sentences_and_quotes_and_the_rest_is_good():
         "It leaves out: It came out on 31 August 2018."
     )
     assert "Ana sings." in record["prompt"] and QA["question"] in record["prompt"]
+
+
+def test_files_can_be_joined_and_equal_ids_of_other_responses_are_refused(tmp_path, refused):
+    path, rows = tmp_path / "all.jsonl", records([DEFACTO], "a/defacto.jsonl")
+    rows += records([QA], "a/answers.jsonl")
+    write_whole(path, rows)
+    assert len(read_usable(path)) == 2
+    write_whole(path, [row | {"id": "1"} for row in rows])
+    assert "record 2 of" in refused(read_usable, path)
 
 
 def test_a_finished_record_is_taken_as_it_is():
