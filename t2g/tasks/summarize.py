@@ -4,9 +4,8 @@
 its fields, or any rows with a text and a summary under --source_field and --reference_field.
 
 The rule of this task works for any English text. Poor are names, numbers and quotations that
-neither the source nor the human summary contains, repetitions, the start of a second sentence,
-words after MAX_WORDS, an unfinished end, and a whole response of less than MIN_WORDS, because it is
-no sentence. Good are at most MAX_GOOD phrases that the source supports and that speak of what the
+the source does not contain, repetitions, the start of a second sentence, words after MAX_WORDS, an
+unfinished end, and a whole response of less than MIN_WORDS, because it is no sentence. Good are at most MAX_GOOD phrases that the source supports and that speak of what the
 human summary speaks of. So silence earns nothing, a few words lose, and a list of names earns no
 more than a sentence.
 """
@@ -106,8 +105,7 @@ COMMON = set(COMMON_WORDS.split())
 def critique(example, response: str) -> Feedback:
     """Writes a sentence about each fault and one about what is good, and quotes both."""
     source = example.facts["source"]
-    known = words_of(source) | words_of(example.reference)
-    words = list(WORD.finditer(response))
+    known, words = words_of(source), list(WORD.finditer(response))
     remarks, faults = [], []
 
     def mark(start, end, remark):

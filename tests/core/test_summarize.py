@@ -31,7 +31,7 @@ POOR = [  # response, poor quotes
     ("The council of Leeds will close two libraries in", ["in"]),
     ("Leeds closes libraries.", ["Leeds closes libraries."]),
     ("Mr. Hughes said that Leeds will close two libraries.", []),
-    ("Ann Moss said that Leeds will close two libraries.", []),  # the human summary has the name
+    ("Then Ann Moss said that Leeds will close two libraries.", ["Ann Moss"]),
     ("", []),
 ]
 
@@ -56,7 +56,6 @@ def test_good_are_supported_phrases_that_speak_of_what_the_human_summary_speaks_
 def test_silence_earns_nothing_and_a_few_words_less_than_a_whole_sentence():
     whole = reward("The council of Leeds will close two libraries in March.")
     assert reward("Leeds.") < reward("") == 0 < whole
-    assert reward(REFERENCE) > 0
     assert summarize.critique(EXAMPLE, "").critique == NONE
 
 
