@@ -50,8 +50,7 @@ def read_done(folder, name) -> dict:
 def read_cell(folder, name, *logged) -> dict:
     """Returns the scores, seconds, ledger and curves of one seed; logged: the curves' metrics."""
     done, run = read_done(folder, name), folder / name
-    measured = json.loads(done["result"])
-    [scores] = measured.get("scores", measured).values()
+    scores = scores_of(json.loads(done["result"]))
     for metric, figure in scores.items():
         scores[metric] = figure["value"] if isinstance(figure, dict) else figure
     trained = (run / "metrics.jsonl").is_file()
@@ -61,6 +60,20 @@ def read_cell(folder, name, *logged) -> dict:
     curves["curve"] = curves[logged[0]]
     costs = ledger(run, steps) if trained else {}
     return {"scores": scores, "seconds": done["seconds"], "ledger": costs, **curves}
+
+
+def scores_of(measured) -> dict:
+    """Returns the scores of the one policy that was measured, or the card of a reward model.
+
+    >>> scores_of({"poor": {"f1": 0.5}, "json_valid": 1.0, "responses": 9})
+    {'poor_f1': 0.5, 'json_valid': 1.0}
+    """
+    if "json_valid" not in measured:
+        [scores] = measured.get("scores", measured).values()
+        return scores
+    marks = [mark for mark in ("good", "poor", "any_poor") if mark in measured]
+    scores = {f"{m}_{figure}": x for m in marks for figure, x in measured[m].items()}
+    return scores | {"json_valid": measured["json_valid"]}
 
 
 def smooth(curve) -> list[float]:
