@@ -3,11 +3,11 @@
 --data is SLF5K (JeremyAlain/SLF5K: download its train.jsonl and validation.jsonl), recognised by
 its fields, or any rows with a text and a summary under --source_field and --reference_field.
 
-The rule of this task works for any English text. Poor are names, numbers and quotations that
-the source does not contain, repetitions, the start of a second sentence, words after MAX_WORDS, an
-unfinished end, and a whole response of less than MIN_WORDS, because it is no sentence. Good are at most MAX_GOOD phrases that the source supports and that speak of what the
-human summary speaks of. So silence earns nothing, a few words lose, and a list of names earns no
-more than a sentence.
+The rule of this task works for any English text. Poor are names, numbers and quotations that the
+source does not contain, repetitions, the start of a second sentence, words after MAX_WORDS, an
+unfinished end, and a whole response of less than MIN_WORDS, because it is no sentence. Good are at
+most MAX_GOOD phrases that the source supports and that speak of what the human summary speaks of.
+So silence earns nothing, a few words lose, and a list of names earns no more than a sentence.
 """
 
 import re
