@@ -37,6 +37,7 @@ def main():
     add("--perplexity_model", None, "a causal model, such as the one before training")
     task, args = tasks.parse(parser, "benchmark")
     scorer = bert_scorer(args.bert_model, args.bert_layers) if args.bert_model else None
+    judge = args.perplexity_model and policy.load(args.perplexity_model, policy.device())
     first, scores, differences, expected = None, {}, {}, None
     for name in args.models:
         references, texts, own_scores = read_or_respond(task, name, args)
@@ -46,8 +47,8 @@ def main():
         columns = own_scores | score_texts(references, texts, scorer)
         scores[name] = {metric: benchmarks.interval(column) for metric, column in columns.items()}
         scores[name]["bleu"], signature = corpus_bleu(references, texts)
-        if args.perplexity_model and any(texts):
-            scores[name]["perplexity"] = perplexity(texts, args.perplexity_model, args.bf16)
+        if judge and any(texts):
+            scores[name]["perplexity"] = perplexity(texts, *judge, args.bf16)
         if first:
             change = {metric: columns[metric] - first[metric] for metric in first}
             differences[name] = {metric: benchmarks.interval(x) for metric, x in change.items()}
@@ -90,12 +91,11 @@ def corpus_bleu(references, texts) -> tuple[dict, str]:
 
 
 @torch.no_grad()
-def perplexity(texts, name, bf16) -> dict:
+def perplexity(texts, tokenizer, model, bf16) -> dict:
     """Returns exp of the mean negative log-probability of the texts' tokens under a model.
 
     The texts stand alone, after the model's BOS or EOS. The interval resamples texts.
     """
-    tokenizer, model = policy.load(name, policy.device())
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     sums, counts = [], []
     for text in texts:

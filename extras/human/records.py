@@ -212,9 +212,8 @@ def one_line(text) -> str:
 @cli.friendly_errors()
 def main():
     parser = cli.parser(__doc__)
-    parser.add_argument(
-        "file", help="what people marked, or rows of DeFacto, FineGrainedRLHF or ILF"
-    )
+    kinds = "what people marked, or rows of DeFacto, FineGrainedRLHF or ILF"
+    parser.add_argument("file", help=kinds)
     parser.add_argument("--out", required=True, help="the annotations to write, a .jsonl file")
     args = parser.parse_args()
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)

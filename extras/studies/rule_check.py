@@ -9,7 +9,6 @@ the responses to one prompt? Nothing is trained. The last line printed is one JS
 """
 
 import json
-from collections import defaultdict
 
 import numpy as np
 
@@ -38,9 +37,8 @@ def main():
         own = [row.text for row in rows]
         few = [" ".join(text.split()[:WORDS]) for text in own]
         references = [example.reference for example in examples]
-        texts = {"responses": own, f"first {WORDS} words": few, "references": references}
-        texts["silence"] = [""] * len(own)
-        rewards = {}
+        texts = {f"first {WORDS} words": few, "references": references, "silence": [""] * len(own)}
+        rewards = {"responses": [reward(tokenizer, row.text, row.feedback) for row in rows]}
         for name, column in texts.items():
             feedback = critic(examples, column)
             rewards[name] = [reward(tokenizer, *pair) for pair in zip(column, feedback)]
@@ -68,7 +66,7 @@ def agree(rewards, scores, size) -> dict[str, dict]:
     """
     from scipy.stats import spearmanr
 
-    rewards, table = rewards.reshape(-1, size), defaultdict(dict)
+    rewards, table = rewards.reshape(-1, size), {}
     everyone = np.arange(len(rewards))
     for name in scores[0]:
         column = np.array([score[name] for score in scores], dtype=float).reshape(-1, size)
