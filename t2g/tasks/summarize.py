@@ -4,10 +4,11 @@
 its fields, or any rows with a text and a summary under --source_field and --reference_field.
 
 The rule of this task works for any English text. Poor are names, numbers and quotations that the
-source does not contain, repetitions, the start of a second sentence, words after MAX_WORDS, an
-unfinished end, and a whole response of less than MIN_WORDS, because it is no sentence. Good are at
-most MAX_GOOD phrases that the source supports and that speak of what the human summary speaks of.
-So silence earns nothing, a few words lose, and a list of names earns no more than a sentence.
+source does not contain, repetitions, the first word of a second sentence, words after MAX_WORDS,
+an unfinished end, and a whole response of less than MIN_WORDS, because it is no sentence. Good
+are at most MAX_GOOD short phrases that the source supports and that share a word with the human
+summary. So silence earns nothing, a few words lose, and a list of names earns no more than a
+sentence.
 """
 
 import re
@@ -22,7 +23,7 @@ from t2g.tasks import Example
 
 INSTRUCTION = "Summarize this text in one sentence.\n\n{}"
 MIN_WORDS, MAX_WORDS = 6, 40
-MAX_GOOD, PHRASE_WORDS = 3, 8  # phrases marked as good, and words of one
+MAX_GOOD, PHRASE_WORDS = 5, 5  # phrases marked as good, and words of one
 SLF5K = ("title", "post", "ideal_human_summary")
 
 CRITERIA = """\
@@ -87,7 +88,7 @@ def from_slf5k(row) -> Example | None:
 
 WORD = re.compile(r"\d[\d,.:]*\d|\d|[^\W\d_]+(?:['’-][^\W\d_]+)*")
 TITLES = r"(?<!\b[A-Z])(?<!\b(?:Mr|Dr|St|Ms))(?<!\bMrs)"  # whose full stops end no sentence
-SECOND_SENTENCE = re.compile(TITLES + r"[.!?][\"”')\]]*\s+(?=[A-Z\"“])(\S+(?: \S+){,2})")
+SECOND_SENTENCE = re.compile(TITLES + r"[.!?][\"”')\]]*\s+(?=[A-Z\"“])(\S+)")
 ENDED = re.compile(r"[.!?][\"”')\]]*$")
 SENTENCE = re.compile(r"[\"“‘']?[A-Z0-9£$€].*[.!?][\"”')\]]*$", re.DOTALL)
 SAME_PHRASE = re.compile(r"[ \-'’/&%$£€]*")
