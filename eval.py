@@ -15,9 +15,10 @@ from functools import partial
 from pathlib import Path
 
 from t2g import card, cli, critics, dist, page, policy, stages, tasks, torchrun
-from t2g.metrics import evaluate, interval
+from t2g.metrics import evaluate
 from t2g.notes import read_usable
 from t2g.rollout import respond_together
+from t2g.statistics import interval
 
 EXAMPLES_SHOWN = 3
 

@@ -48,8 +48,7 @@ def parse_args():
     add("--replicate_frozen", False, "reference and reward model unsharded: faster, more memory")
     task, args = tasks.parse(parser, "train_ppo")
     args.output_dir = args.output_dir or f"runs/{task.NAME}/ppo"
-    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    args.batch_size = rows * args.num_mini_batches * dist.processes()
+    args.batch_size = dist.batch_size(args) * args.num_mini_batches
     args.save_steps = args.save_steps or max(1, min(20, args.max_steps // 10))
     return task, args
 

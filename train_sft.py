@@ -5,7 +5,6 @@ python train_sft.py --task summarize --model HUB_ID --data posts.jsonl --output_
 """
 
 from t2g import cli, cpu, policy, supervised, tasks, torchrun
-from t2g.rollout import respond_together
 
 
 @cli.friendly_errors()
@@ -20,7 +19,7 @@ def main():
     args.output_dir = args.output_dir or f"runs/{task.NAME}/sft"
 
     with torchrun.session(args.cpu_offload):
-        examples, heldout = tasks.load(task, args)
+        examples, _ = tasks.load(task, args)
         if args.model:
             tokenizer, model = policy.load(args.model, empty=True)
         elif hasattr(task, "new_model"):
@@ -35,20 +34,6 @@ def main():
         pairs = [(example.prompt, example.reference) for example in examples]
         saved = supervised.finetune(model, tokenizer, pairs, args, desc="starting policy")
         print(f"starting policy: {saved}")
-        if hasattr(task, "facts_right"):
-            print_facts(task, tokenizer, model, heldout[:128])
-
-
-def print_facts(task, tokenizer, model, examples):
-    """Prints how often greedy responses state each fact rightly.
-
-    PPO cannot reinforce what the policy never says.
-    """
-    prompts = [example.prompt for example in examples]
-    texts, _ = respond_together(model, tokenizer, prompts, 64, temperature=0)
-    right = [task.facts_right(*pair) for pair in zip(examples, texts)]
-    shares = {fact: sum(one[fact] for one in right) / len(right) for fact in right[0]}
-    print("greedy and right: " + ", ".join(f"{fact} {x:.2f}" for fact, x in shares.items()))
 
 
 if __name__ == "__main__":

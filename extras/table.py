@@ -16,8 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from t2g import adapters
 from t2g.data import needed
 from t2g.log import read_jsonl, write_json
-from t2g.metrics import interval
 from t2g.policy import latest_checkpoint, pretrained
+from t2g.statistics import interval
 
 SMOOTH = 5  # steps over which a learning curve is averaged
 UNITS = {"seconds": ("s", 1), "tokens": ("M tokens", 1e6), "flops": ("TFLOP", 1e12)}

@@ -15,8 +15,8 @@ import numpy as np
 from t2g.align import MATCH_KINDS, resolve, response_text, span_rewards, token_offsets
 from t2g.cli import fail
 from t2g.feedback import Feedback
-from t2g.metrics import bootstrapped, resamples
 from t2g.notes import read_annotations
+from t2g.statistics import bootstrapped, resamples
 
 SIGNS = {"good": 1, "poor": -1}
 WORD = re.compile(r"\w+|[^\w\s]")

@@ -5,6 +5,7 @@ unreadable. It exchanges only text with the policy, so a reward model may have a
 own. The scalar critic in extras/baselines returns numbers instead of Feedback.
 """
 
+import importlib
 import math
 from collections.abc import Sized
 
@@ -13,7 +14,7 @@ from t2g.align import locate, token_offsets
 from t2g.chat import encode_chats
 from t2g.cli import fail, load_file
 from t2g.feedback import Feedback, FeedbackError, reward_prompt
-from t2g.grammar import CRITIQUE_AND_HEAD, FeedbackGrammar, feedback_grammar, parse_cut
+from t2g.grammar import FeedbackGrammar, parse_cut
 from t2g.log import print_once, valid_text
 from t2g.rollout import respond
 
@@ -36,7 +37,7 @@ def stages_before(args) -> list[str]:
     """
     if args.critic == "openai" and not (args.base_url and args.reward_model):
         fail("--critic openai needs --base_url and --reward_model, the model's name on that server")
-    if args.critic not in BUILT_IN:
+    if args.critic not in ("rm", "rule"):
         load_critic_file(args.critic)  # a wrong name fails before the stages
     return ["annotate", "rm"] if args.critic == "rm" and not args.reward_model else []
 
@@ -49,18 +50,18 @@ def load_critic(task, args, root, device):
     """
     if args.critic == "rule":
         return rule_critic(task)
-    if args.critic not in BUILT_IN:
+    if args.critic != "rm":
         return checked(load_critic_file(args.critic).critic(task, args))
-    options = dict(critique_length=args.critique_length, free=args.free_critiques)
-    if args.critic == "openai":
-        return checked(openai_critic(args.base_url, args.reward_model, **options))
     tokenizer, model = policy.load(args.reward_model or root / "rm", empty=True)
+    options = dict(bf16=args.bf16, free=args.free_critiques)
     model = dist.frozen(model, args)
-    return checked(reward_model_critic(model, tokenizer, bf16=args.bf16, **options))
+    return checked(reward_model_critic(model, tokenizer, args.critique_length, **options))
 
 
-def load_critic_file(path):
-    return load_file(path, "--critic", BUILT_IN, ("critic(task, args)",), ("add_flags(add)",))
+def load_critic_file(name):
+    if name == "openai":
+        return importlib.import_module("t2g.openai_critic")  # importing openai takes a second
+    return load_file(name, "--critic", BUILT_IN, ("critic(task, args)",), ("add_flags(add)",))
 
 
 def checked(critic):
@@ -136,58 +137,6 @@ def reward_model_critic(model, tokenizer, critique_length=200, bf16=False, desc=
         answers = iter(respond(model, tokenizer, fitting, critique_length, **options)[0])
         read = parse_or_none if free else parse_cut
         return [None if text is None else read(next(answers)) for text in texts]
-
-    return critic
-
-
-def openai_critic(base_url, model, critique_length=200, timeout=600.0, max_retries=5, free=False):
-    """Returns a reward model behind an OpenAI-compatible server as a critic.
-
-    Unless free is True, a grammar goes along, for vLLM; a server that refuses it goes without. A
-    critique that does not arrive is None; if none of a batch arrives, the program ends. The
-    server's context must hold everything: without its tokenizer no prompt can be shortened.
-    """
-    from t2g import server  # importing openai takes most of a second
-
-    server.client(base_url, timeout, max_retries)  # fails now if the address or the key is wrong
-    options = dict(model=model, max_tokens=critique_length, temperature=0)
-    # A server's grammar cannot count tokens: 3 characters for each leave room for the quotes.
-    head = CRITIQUE_AND_HEAD.replace("*", f"{{0,{3 * critique_length}}}")
-    refused, read = free, parse_or_none if free else parse_cut
-
-    async def ask(client, request, response):
-        nonlocal refused
-        if refused:
-            return await server.ask(client, **request)
-        grammar = {"structured_outputs": {"grammar": feedback_grammar(response, head)}}
-        try:
-            return await server.ask(client, **request, extra_body=grammar)
-        except server.Refused:
-            answer = await server.ask(client, **request)  # fails if more than that is wrong
-        print_once("the server takes no grammar, so its critiques are free")
-        refused = True
-        return answer
-
-    def critic(examples, responses):
-        feedback, errors = [None] * len(responses), []
-        client = server.client(base_url, timeout, max_retries)
-
-        async def ask_one(i):
-            content = reward_prompt(examples[i].prompt, responses[i])
-            request = dict(messages=[{"role": "user", "content": content}], **options)
-            try:
-                answer = await ask(client, request, responses[i])
-                feedback[i] = read(answer.text)
-            except server.NoAnswer as error:
-                errors.append(error)
-
-        try:
-            server.ask_all(client, range(len(responses)), ask_one, concurrency=16)
-        except server.Stop as error:
-            fail(str(error))
-        if len(errors) == len(responses):
-            fail(f"no critique arrived: {errors[-1]}; {server.CHECK}, or try --free_critiques")
-        return feedback
 
     return critic
 

@@ -31,6 +31,11 @@ def rank() -> int:
     return int(os.environ.get("RANK", 0)) if "WORLD_SIZE" in os.environ else 0
 
 
+def batch_size(args) -> int:
+    """The number of rows of an optimiser step; known before session()."""
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * processes()
+
+
 def first_only():
     """Ends this process unless it is the first, which does alone what follows."""
     if rank():

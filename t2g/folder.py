@@ -5,14 +5,16 @@ A finished run, or one of other flags, is moved aside to FOLDER.1, FOLDER.2, ...
 
 import itertools
 import json
+import math
 import os
 import shutil
+import sys
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from t2g import checkpoint, dist
-from t2g.cli import fail, first_unused, fresh_folder, try_lock
-from t2g.log import read_json
+from t2g.cli import fail, first_unused, fresh_folder, needed, try_lock
+from t2g.log import METRICS, read_json, truncate, write_json
 from t2g.policy import checkpoints, latest_checkpoint, step_of
 
 RESUME_IGNORES = {  # flags that may differ between a run and its continuation
@@ -101,3 +103,34 @@ def lock(folder) -> int:
     if not try_lock(handle):
         fail(f"another process trains in {folder}; wait for it or choose another --output_dir")
     return handle
+
+
+def open_log(folder, args, more_metrics=(), tensorboard=False, keep_until=0):
+    """Returns log(step, metrics), with which rank 0 appends a line to metrics.jsonl.
+
+    more_metrics extends the glossary METRICS. A resumed run keeps the lines up to keep_until, the
+    step that it resumes from.
+    """
+    if dist.rank() > 0:
+        return lambda step, metrics: None
+    truncate(folder / "metrics.jsonl", keep_until)  # first, because it marks the folder as a run
+    write_json(folder / "config.json", {"argv": sys.argv, **vars(args)})
+    file, known = open(folder / "metrics.jsonl", "a", encoding="utf-8"), {*METRICS, *more_metrics}
+    board = None
+    if tensorboard:
+        needed("tensorboard", "--tensorboard")
+        from torch.utils.tensorboard import SummaryWriter
+
+        board = SummaryWriter(str(folder), purge_step=keep_until + 1)
+
+    def log(step, metrics):
+        if unknown := set(metrics) - known:
+            raise KeyError(f"metrics that are not in the glossary: {sorted(unknown)}")
+        if infinite := [name for name, value in metrics.items() if not math.isfinite(value)]:
+            fail(f"no finite {', '.join(infinite)} in step {step}; lower --learning_rate")
+        file.write(json.dumps({"step": step, **metrics}) + "\n")
+        file.flush()
+        for name, value in metrics.items() if board else ():
+            board.add_scalar(name, value, step)
+
+    return log

@@ -1,23 +1,21 @@
 """Writes and reads the files of a run: config.json, metrics.jsonl and TensorBoard files.
 
-METRICS is the glossary: the logger refuses a metric that is not in it. Metrics of delta, KL,
+METRICS is the glossary: open_log() in folder.py refuses a metric that is not in it. Metrics of delta, KL,
 entropy, V and the losses are over responses with a readable critique, the others over all.
 """
 
 import functools
 import gzip
 import json
-import math
 import os
 import resource
-import sys
 import zlib
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from t2g.cli import fail, needed, warn_unsupported
+from t2g.cli import fail, warn_unsupported
 
 METRICS = {
     # PPO
@@ -67,36 +65,6 @@ METRICS = {
     "validation_loss": "the same over held-out pairs; the model with the lowest one is saved",
     "tokens": "completion tokens of the batch",
 }
-
-
-class Logger:
-    """logger(step, metrics) appends a line to metrics.jsonl; more_metrics extends the glossary.
-
-    A resumed run keeps the lines up to keep_until, the step that it resumes from.
-    """
-
-    def __init__(self, folder, args, more_metrics=(), tensorboard=False, keep_until=0):
-        self.folder, self.known = Path(folder), set(METRICS) | set(more_metrics)
-        # metrics.jsonl comes first, because it marks the folder as a run.
-        truncate(self.folder / "metrics.jsonl", keep_until)
-        write_json(self.folder / "config.json", {"argv": sys.argv, **vars(args)})
-        self.file = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")
-        self.board = None
-        if tensorboard:
-            needed("tensorboard", "--tensorboard")
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(str(self.folder), purge_step=keep_until + 1)
-
-    def __call__(self, step, metrics):
-        if unknown := set(metrics) - self.known:
-            raise KeyError(f"metrics that are not in the glossary: {sorted(unknown)}")
-        if infinite := [name for name, value in metrics.items() if not math.isfinite(value)]:
-            fail(f"no finite {', '.join(infinite)} in step {step}; lower --learning_rate")
-        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self.file.flush()
-        for name, value in metrics.items() if self.board else ():
-            self.board.add_scalar(name, value, step)
 
 
 def write_json(path, value):

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from t2g import checkpoint, dist
 from t2g.cli import fail
-from t2g.log import Logger
+from t2g.folder import open_log
 from t2g.page import Samples
 from t2g.policy import now
 from t2g.rollout import step_rng
@@ -55,10 +55,9 @@ class Run:
         self.optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=0.0, fused=True)
         self.meta = checkpoint.resume(actor, self.optimizer, args, pool)
         self.first, self.kl_coef = self.meta["step"] + 1, self.meta["kl_coef"]
-        if dist.rank() == 0:
-            options = (args.tensorboard, self.meta["step"])
-            self.logger = Logger(folder, args, task.METRICS, *options)
-        self.samples = Samples(folder, args.max_steps, keep_until=self.meta["step"])
+        kept = self.meta["step"]
+        self.write = open_log(folder, args, task.METRICS, args.tensorboard, kept)
+        self.samples = Samples(folder, args.max_steps, kept)
 
     def steps(self):
         """Yields each step that is left, with its learning rate set, and draws the progress bar."""
@@ -86,8 +85,7 @@ class Run:
     def log(self, step, metrics):
         """Writes the step's metrics, and ends the run if its gradients stay not finite."""
         metrics |= seconds_of(self.clock) | {"learning_rate": self.learning_rate}
-        if dist.rank() == 0:
-            self.logger(step, metrics)
+        self.write(step, metrics)
         self.bar.set_postfix_str(STATUS.format_map(defaultdict(float, metrics)))
         updates = self.args.num_ppo_epochs * self.args.num_mini_batches
         is_bad = metrics.get("skipped_updates") == updates

@@ -23,8 +23,7 @@ from tqdm import tqdm
 from t2g import adapters, checkpoint, dist, policy
 from t2g.chat import encode_pairs
 from t2g.cli import between, fail, positive
-from t2g.folder import run_folder
-from t2g.log import Logger
+from t2g.folder import open_log, run_folder
 from t2g.policy import autocast, check_numbers, context_length, now, response_logits
 from t2g.rollout import Rollout
 
@@ -96,8 +95,7 @@ def drop_long(rows, limit, size=length):
 
 def split(rows, args):
     """The first --validation_share of the rows, for validation, and the others; sets batch_size."""
-    args.batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    args.batch_size *= dist.processes()
+    args.batch_size = dist.batch_size(args)
     count = round(args.validation_share * len(rows))
     heldout, rows = rows[:count], rows[count:]
     print(f"{len(rows)} pairs for training, {len(heldout)} for validation", flush=True)
@@ -199,8 +197,7 @@ def train(model, tokenizer, rows, heldout, args, folder, desc, objective=NEXT_TO
     if saved := checkpoint.latest(folder, "state"):
         reached = checkpoint.load(saved, model, optimizers)
         print(f"resuming after step {reached['step']} of {args.output_dir}", flush=True)
-    if dist.rank() == 0:
-        log = Logger(folder, args, objective.metrics or (), keep_until=reached["step"])
+    log = open_log(folder, args, objective.metrics or (), keep_until=reached["step"])
     to_tensors = tokenizer.pad_token_id, dist.device()
     batches = in_batches(rows, args.batch_size, args.seed)
     batches = itertools.islice(batches, reached["step"], None)
@@ -223,8 +220,7 @@ def train(model, tokenizer, rows, heldout, args, folder, desc, objective=NEXT_TO
             if loss < reached["best_loss"]:
                 reached |= {"best_step": step, "best_loss": loss}
                 checkpoint.replace(folder, "best", model, step=step)
-        if dist.rank() == 0:
-            log(step, metrics)
+        log(step, metrics)
         bar.set_postfix_str(f"loss {metrics['loss']:.3f}", refresh=False)
         patience = args.early_stopping_patience * args.eval_steps
         if heldout and step - reached["best_step"] >= patience:

@@ -23,7 +23,7 @@ from tqdm import trange
 
 from extras.baselines import common
 from t2g import cli, critics, dist, policy, tasks
-from t2g.log import Logger
+from t2g.folder import open_log
 from t2g.metrics import mean_scores, shift, summary, token_counts
 from t2g.policy import Policy, Scores, autocast, check_numbers, context_length, now, response_logits
 from t2g.ppo import kl_penalty
@@ -57,8 +57,7 @@ def add_flags(add):
 @cli.friendly_errors()
 def main():
     task, args = common.parse(__doc__, "sdpo", add_flags, TOY)
-    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    args.batch_size = rows * args.num_mini_batches * dist.processes()
+    args.batch_size = dist.batch_size(args) * args.num_mini_batches
     with common.started(args) as (root, tokenizer, model):
         critic = critics.load_critic(task, args, root, policy.device())
         pool = tasks.short_enough(tasks.load(task, args)[0], tokenizer, model, args)
@@ -82,9 +81,8 @@ def make_models(model, args):
 def train(task, args, tokenizer, model, critic, pool):
     actor, teacher, reference = make_models(model, args)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
-    if dist.rank() == 0:
-        folder = cli.fresh_folder(args.output_dir)
-        log = Logger(folder, args, task.METRICS | METRICS, args.tensorboard)
+    folder = cli.fresh_folder(args.output_dir) if dist.rank() == 0 else None
+    log = open_log(folder, args, task.METRICS | METRICS, args.tensorboard)
     bar = trange(1, args.max_steps + 1, desc="SDPO", unit="step", disable=dist.rank() > 0)
     for step in bar:
         clock, rate = [now()], args.learning_rate * (1 - (step - 1) / args.max_steps)
@@ -126,8 +124,7 @@ def train(task, args, tokenizer, model, critic, pool):
         stats |= token_counts(tokenizer, rollout, feedback) | seconds_of(clock)
         means = mean_scores(task, examples, rollout.texts) | unread(feedback, fits)
         stats |= dist.means(means) | {"learning_rate": rate}
-        if dist.rank() == 0:
-            log(step, stats)
+        log(step, stats)
         bar.set_postfix_str(STATUS.format_map(defaultdict(float, stats)))
 
 

@@ -14,7 +14,7 @@ import json
 import numpy as np
 import torch
 
-from t2g import cli, data, metrics, policy, tasks
+from t2g import cli, data, policy, statistics, tasks
 from t2g.rollout import respond
 
 
@@ -77,7 +77,7 @@ def interval(values, seed=0) -> dict:
     {'value': 1.0, 'low': 1.0, 'high': 1.0}
     """
     values = np.asarray(values, dtype=float)
-    return metrics.bootstrapped(metrics.resamples(len(values), seed) @ values / len(values))
+    return statistics.bootstrapped(statistics.resamples(len(values), seed) @ values / len(values))
 
 
 def normal_interval(value, half_width) -> dict:

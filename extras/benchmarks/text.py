@@ -22,7 +22,8 @@ from transformers import AutoTokenizer
 from extras import benchmarks
 from t2g import cli, policy, tasks
 from t2g.data import needed
-from t2g.metrics import DRAWS, bootstrapped, resamples, rouge, task_scores
+from t2g.metrics import task_scores
+from t2g.statistics import DRAWS, bootstrapped, resamples, rouge
 
 ROUGE = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}
 

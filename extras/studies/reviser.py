@@ -11,9 +11,9 @@ python -m extras.baselines.sdpo --policy runs/reviser/sft
 import random
 
 from t2g.tasks import toy
-from t2g.tasks.toy import METRICS, facts_right, load, score
+from t2g.tasks.toy import METRICS, load, score
 
-__all__ = ["METRICS", "facts_right", "load", "score", "sft_pairs"]
+__all__ = ["METRICS", "load", "score", "sft_pairs"]
 
 DEFAULTS = {"train_sft": toy.DEFAULTS["train_sft"] | dict(max_steps=600)}
 REVISIONS = 0.5  # share of the pairs that ask for a revision

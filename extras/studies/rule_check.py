@@ -15,7 +15,8 @@ import numpy as np
 from extras.baselines import common
 from t2g import cli, critics, dist, policy
 from t2g.align import resolve, span_rewards, token_offsets
-from t2g.metrics import interval, task_scores
+from t2g.metrics import task_scores
+from t2g.statistics import interval
 
 WORDS = 3  # of a response that says next to nothing
 

@@ -18,7 +18,6 @@ and, where the task needs them,
     add_flags(add)                             flags of its own, with the add() of cli.flags
     check(args, script)                        fails with a sentence if flags do not fit the task
     sft_pairs(args, examples)                  (prompt, response) pairs in training order
-    facts_right(example, response) -> dict     {fact: right or not}, which train_sft.py prints
     new_model(seed)                            a tokenizer and a model to train from scratch
 """
 
@@ -39,7 +38,7 @@ BUILT_IN = ("qa", "summarize", "toy")
 REQUIRED = ("load(args)", "score(example, response)", "METRICS")
 OPTIONAL = ("critique(example, response)", "kinds(example, response)", "new_model(seed)")
 OPTIONAL += ("test_log(example, response)", "example_of_record(record)", "add_flags(add)")
-OPTIONAL += ("check(args, script)", "sft_pairs(args, examples)", "facts_right(example, response)")
+OPTIONAL += ("check(args, script)", "sft_pairs(args, examples)")
 
 
 class Example(NamedTuple):

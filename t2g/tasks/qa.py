@@ -13,7 +13,7 @@ import re
 
 from t2g import data
 from t2g.cli import fail
-from t2g.metrics import rouge
+from t2g.statistics import rouge
 from t2g.tasks import Example
 
 CRITERIA = """\

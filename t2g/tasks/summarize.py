@@ -18,7 +18,7 @@ from t2g import data
 from t2g.cli import fail
 from t2g.critics import quote_of
 from t2g.feedback import Feedback
-from t2g.metrics import rouge
+from t2g.statistics import rouge
 from t2g.tasks import Example
 
 INSTRUCTION = "Summarize this text in one sentence.\n\n{}"

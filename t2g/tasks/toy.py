@@ -239,13 +239,6 @@ def judge_fact(fact, me, response, start, end) -> Remark:
     return Remark(start, end, kind, text, response[start:end].replace(value, truth))
 
 
-def facts_right(example, response: str) -> dict[str, bool]:
-    """Returns, for each fact, whether the response states it rightly."""
-    right = critique(example, response).good
-    me = example.facts["me"]
-    return {fact: any(quote.endswith(me[fact]) for quote in right) for fact in FACTS}
-
-
 def score(example, response: str) -> dict[str, float]:
     feedback = critique(example, response)
     coverage, poor = len(feedback.good) / len(FACTS), len(feedback.poor)

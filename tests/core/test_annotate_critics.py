@@ -8,6 +8,7 @@ from annotating import flags, requests, texts, write
 from t2g import annotator, critics, policy
 from t2g.feedback import Feedback
 from t2g.log import read_jsonl
+from t2g.openai_critic import openai_critic
 from t2g.tasks import Example, toy
 
 
@@ -95,7 +96,7 @@ WELL = Feedback("Well.", ["r"], [])
 
 def test_a_reward_model_behind_a_server_is_a_critic_and_a_lost_critique_is_none(serve):
     url, log = serve(answer=WELL.render(), poison="r2")
-    critic = critics.openai_critic(url, "rm", critique_length=33, max_retries=1)
+    critic = openai_critic(url, "rm", critique_length=33, max_retries=1)
     assert critic(EXAMPLES, RESPONSES) == [WELL, WELL, None, WELL]
     asked = [line["asked"] for line in requests(log())]
     sent = {"model": "rm", "max_tokens": 33, "temperature": 0}
@@ -108,7 +109,7 @@ def test_a_reward_model_behind_a_server_is_a_critic_and_a_lost_critique_is_none(
     "settings", [{"status": 500}, {"status": 404}, {"rate": 1, "faults": ["broken body"]}]
 )
 def test_a_server_without_any_critique_ends_the_program(serve, refused, settings):
-    critic = critics.openai_critic(serve(**settings)[0], "rm", max_retries=1)
+    critic = openai_critic(serve(**settings)[0], "rm", max_retries=1)
     assert "check the address" in refused(critic, EXAMPLES, RESPONSES)
 
 

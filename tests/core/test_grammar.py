@@ -12,6 +12,7 @@ from t2g import critics
 from t2g.align import resolve, response_text
 from t2g.feedback import Feedback, quoted
 from t2g.grammar import HEAD, FeedbackGrammar, parse_cut
+from t2g.openai_critic import openai_critic
 from t2g.quotes import find, pieces
 from t2g.rollout import sample
 from t2g.tasks import Example
@@ -137,7 +138,7 @@ def test_a_tokenizer_without_bytes_is_refused(tokenizers, refused):
 def test_a_server_gets_the_grammar_unless_it_refuses_it(serve, capsys, refuses):
     cut = 'Well.\n{"good": ["r0"], "poor": ["r'
     url, log = serve(answer=cut, refuses=refuses)
-    critic = critics.openai_critic(url, "rm", max_retries=1)
+    critic = openai_critic(url, "rm", max_retries=1)
     for _ in range(2):
         assert critic([Example("p", "", {})], ["r0"]) == [Feedback("Well.", ["r0"], [])]
     sent = ["structured_outputs" in line["asked"] for line in log() if line["what"] == "request"]

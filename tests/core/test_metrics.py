@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import spearmanr, ttest_1samp
 
-from t2g.metrics import bootstrapped, interval, mean_scores, resamples, shift
+from t2g.metrics import mean_scores, shift
+from t2g.statistics import bootstrapped, interval, resamples
 
 WRONG = [None, 1.0, "good", ["good"], {"good": float("nan")}, {"godo": 1}, {"good": "1"}]
 

@@ -23,6 +23,7 @@ from t2g import critics, policy
 from t2g.align import locate
 from t2g.feedback import reward_prompt
 from t2g.log import read_jsonl
+from t2g.openai_critic import openai_critic
 from t2g.rollout import respond
 from t2g.tasks import Example, toy
 
@@ -124,7 +125,7 @@ def test_a_grammar_makes_any_chat_model_a_readable_critic(serve, smollm2):
         pytest.skip("this server takes no grammar")
     responses = ["It is a mirror\nof the sea.", 'Light is "scattered" — by the air.', " "]
     examples = [Example("Why is the sky blue?", "", {})] * 3
-    feedback = critics.openai_critic(serve(smollm2), str(smollm2), 60)(examples, responses)
+    feedback = openai_critic(serve(smollm2), str(smollm2), 60)(examples, responses)
     for one, response in zip(feedback, responses):
         assert one.critique
         assert all(locate(response, quote) for quote in one.plain().good + one.plain().poor)
@@ -133,7 +134,7 @@ def test_a_grammar_makes_any_chat_model_a_readable_critic(serve, smollm2):
 def test_a_reward_model_writes_the_same_behind_a_server(serve, toy_model, monkeypatch):
     monkeypatch.setattr(critics, "parse_or_none", lambda z: z)
     examples = toy.load(type("Args", (), {"seed": 0}))[1][:4]
-    critic = critics.openai_critic(serve(toy_model), str(toy_model), 12, free=True)
+    critic = openai_critic(serve(toy_model), str(toy_model), 12, free=True)
     served = critic(examples, ["Ana is 27."] * 4)
     tokenizer, model = policy.load(toy_model)
     prompts = [reward_prompt(example.prompt, "Ana is 27.") for example in examples]

@@ -1,0 +1,66 @@
+"""A critic behind an OpenAI-compatible server: --critic openai --base_url URL --reward_model NAME.
+
+Unless --free_critiques is given, a grammar goes along, for vLLM; a server that refuses it goes
+without. The server's context must hold everything: without its tokenizer no prompt can be
+shortened.
+"""
+
+from t2g import server
+from t2g.cli import fail
+from t2g.critics import parse_or_none
+from t2g.feedback import reward_prompt
+from t2g.grammar import CRITIQUE_AND_HEAD, feedback_grammar, parse_cut
+from t2g.log import print_once
+
+
+def critic(task, args):
+    options = dict(critique_length=args.critique_length, free=args.free_critiques)
+    return openai_critic(args.base_url, args.reward_model, **options)
+
+
+def openai_critic(base_url, model, critique_length=200, timeout=600.0, max_retries=5, free=False):
+    """Returns a reward model behind a server as a critic.
+
+    A critique that does not arrive is None; if none of a batch arrives, the program ends.
+    """
+    server.client(base_url, timeout, max_retries)  # fails now if the address or the key is wrong
+    options = dict(model=model, max_tokens=critique_length, temperature=0)
+    # A server's grammar cannot count tokens: 3 characters for each leave room for the quotes.
+    head = CRITIQUE_AND_HEAD.replace("*", f"{{0,{3 * critique_length}}}")
+    refused, read = free, parse_or_none if free else parse_cut
+
+    async def ask(client, request, response):
+        nonlocal refused
+        if refused:
+            return await server.ask(client, **request)
+        grammar = {"structured_outputs": {"grammar": feedback_grammar(response, head)}}
+        try:
+            return await server.ask(client, **request, extra_body=grammar)
+        except server.Refused:
+            answer = await server.ask(client, **request)  # fails if more than that is wrong
+        print_once("the server takes no grammar, so its critiques are free")
+        refused = True
+        return answer
+
+    def critic(examples, responses):
+        feedback, errors = [None] * len(responses), []
+        client = server.client(base_url, timeout, max_retries)
+
+        async def ask_one(i):
+            content = reward_prompt(examples[i].prompt, responses[i])
+            request = dict(messages=[{"role": "user", "content": content}], **options)
+            try:
+                answer = await ask(client, request, responses[i])
+                feedback[i] = read(answer.text)
+            except server.NoAnswer as error:
+                errors.append(error)
+
+        try:
+            server.ask_all(client, range(len(responses)), ask_one, concurrency=16)
+        except server.Stop as error:
+            fail(str(error))
+        if len(errors) == len(responses):
+            fail(f"no critique arrived: {errors[-1]}; {server.CHECK}, or try --free_critiques")
+        return feedback
+
+    return critic
