@@ -83,7 +83,7 @@ def main():
 
 # ---- responses ---------------------------------------------------------------------------------
 def sample_responses(task, args, out) -> tuple[list[tasks.Example], list[dict]]:
-    """Samples the policy; returns examples of the task and a record with a response for each."""
+    """Returns examples of the task, and a record with a response of the policy to each."""
     earlier = partial(stages.ensure, ["sft"], args, out.parent, args.policy)
     with torchrun.session(run_first=earlier):
         tokenizer, model = policy.load(args.policy or out.parent / "sft", policy.device())

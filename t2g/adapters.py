@@ -11,14 +11,8 @@ from t2g import cpu
 from t2g.cli import fail, positive
 from t2g.loading import allocate
 
-
-def peft():
-    """The package, imported when needed because that takes a second."""
-    # peft asks transformers for a deprecated name.
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
-    import peft
-
-    return peft
+# peft, which takes a second to import, asks transformers for a deprecated name.
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
 
 
 def add_flags(add):
@@ -33,6 +27,8 @@ def added(model, args):
     """
     if not args.lora_r:
         return model
+    import peft
+
     allocate(model, "cpu")  # peft puts the adapters on the device of the weights
     experts, excluded, others = unusual_matrices(model)
     targets = dict(target_modules="all-linear", target_parameters=experts or None)
@@ -40,7 +36,7 @@ def added(model, args):
     if others := sorted({re.sub(r"\.\d+\.", ".*.", name) for name in others + excluded}):
         print(f"LoRA does not adapt {', '.join(others)}", flush=True)
     try:
-        return peft().get_peft_model(model, peft().LoraConfig(r=args.lora_r, **config))
+        return peft.get_peft_model(model, peft.LoraConfig(r=args.lora_r, **config))
     except ValueError as error:
         fail(f"LoRA cannot adapt this model ({error}); leave out --lora_r")
 
@@ -71,8 +67,10 @@ def is_adapter(path) -> bool:
 
 def base_of(path) -> str:
     """The model of an adapter; a relative path may count from its own folder or any parent."""
+    from peft import PeftConfig
+
     own = Path(path).resolve()
-    base = str(peft().PeftConfig.from_pretrained(path).base_model_name_or_path or own)
+    base = str(PeftConfig.from_pretrained(path).base_model_name_or_path or own)
     if Path(base).resolve() == own:
         fail(f"{path} is an adapter without a base: set base_model_name_or_path in its config")
     folders = [folder / base for folder in (Path(), own, *own.parents)]
@@ -82,16 +80,18 @@ def base_of(path) -> str:
 
 def merge(model, path):
     """The model with an adapter merged into its weights, and resized to embeddings of its own."""
+    import peft
+
     if not list(Path(path).glob("adapter_model.*")):
         fail(f"the adapter {path} has no file adapter_model.safetensors")
-    weights = peft().load_peft_weights(path, device="cpu")
+    weights = peft.load_peft_weights(path, device="cpu")
     embedding = model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is embedding)
     sizes = [len(w) for key, w in weights.items() if f".{name}." in key and key.endswith("weight")]
     if sizes:
         model.resize_token_embeddings(sizes[0], mean_resizing=False)
-    model = peft().PeftModel.from_pretrained(model, path)
-    own = peft().get_peft_model_state_dict(model, save_embedding_layers=False)
+    model = peft.PeftModel.from_pretrained(model, path)
+    own = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
     if left := sorted(key for key in own.keys() ^ weights.keys() if ".lora_" in key):
         fail(f"the adapter {path} does not fit its base: {', '.join(left[:3])}")
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()

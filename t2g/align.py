@@ -33,10 +33,10 @@ _SEEN = weakref.WeakKeyDictionary()  # tokenizer -> (anchor, pieces): each token
 
 # ---- 1. feedback -> spans --------------------------------------------------------------------
 def resolve(text: str, feedback: Feedback, severities=False) -> tuple[list[Span], Counter]:
-    """Finds the spans that feedback marks in a text, and counts how its quotes were found.
+    """Finds the spans that feedback marks in a text, and counts its quotes by kind of match.
 
-    Good quotes score +1 and poor ones -1, times their severity if severities is True. A quote
-    counts under its kind of match, and also as "ambiguous" if it occurs more often than given.
+    Good quotes score +1 and poor ones -1, times their severity if severities is True. A quote that
+    occurs more often than given counts as "ambiguous" too.
     """
     spans, counts = [], Counter()
     for sign, quotes in ((1.0, feedback.good), (-1.0, feedback.poor)):
@@ -71,9 +71,8 @@ def _decode(tokenizer, ids, **options):
 def token_offsets(tokenizer, ids) -> list[tuple[int, int]]:
     """Returns the half-open character range of each token in response_text(tokenizer, ids).
 
-    The ranges tile the text. Tokens that share a character (one of several bytes, for example) all
-    contain it. Special tokens such as EOS have an empty range. Any object with a decode() method
-    will do as tokenizer; its own offset_mapping would describe the re-encoded text.
+    The ranges tile the text. Tokens that share a character all contain it. Special tokens such as
+    EOS have an empty range. A tokenizer's offset_mapping would describe the re-encoded text.
 
     Args: ids, T token ids as sampled. Returns: T pairs (start, end), in characters.
     Cost: one decode; one or two short ones per new token; n^2 for a run of n byte fragments.

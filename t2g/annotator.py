@@ -1,8 +1,7 @@
 """Dual-feedback annotation by a model behind a server: it reasons, criticises, and then quotes.
 
 Every span is one that the critique supports (Text2Grad, sec. 3.1), and every quote occurs in the
-response. An invalid answer is sent back with its fault, and a record without a valid answer fails
-with a reason. annotate.py is the command line; server.py sends the requests.
+response. An invalid answer is sent back with its fault.
 """
 
 import asyncio
@@ -68,16 +67,12 @@ class OverBudget(NoAnswer):
 # ---- the question and its answer ---------------------------------------------------------------
 def question(record, criteria, max_spans) -> str:
     """Returns what an annotator is asked about a record, its "test_log" included if it has one."""
-    texts = {"prompt": record["prompt"], "response": record["response"]}
-    asked = QUESTION.format(criteria=criteria, max_spans=max_spans, **texts)
+    asked = QUESTION.format_map(record | {"criteria": criteria, "max_spans": max_spans})
     return asked + (TEST_LOG.format(record["test_log"]) if record.get("test_log") else "")
 
 
 def read_annotation(text: str, response: str, max_spans: int) -> dict:
-    """Returns the fields of an annotator's answer.
-
-    Raises: FeedbackError for an invalid answer; it names the fault for the annotator to repair.
-    """
+    """Returns the fields of an annotator's answer. Raises: FeedbackError that names its fault."""
     rest = text.partition("</think>")[2]  # some servers put the model's own thoughts in front
     text = rest if "{" in rest else text
     try:
@@ -114,10 +109,7 @@ def checked(fields: dict, response: str) -> dict:
 
 # ---- asking ------------------------------------------------------------------------------------
 class Annotator:
-    """Asks about records until the answers are valid; remembers which options the server refuses.
-
-    Args: args has the flags of annotate.py; spent are the tokens of earlier runs.
-    """
+    """Asks about records until the answers are valid. args are the flags of annotate.py."""
 
     def __init__(self, args, criteria, spent: Tokens):
         self.args, self.criteria = args, criteria
@@ -157,10 +149,7 @@ class Annotator:
             save(record)
 
     async def annotate(self, record) -> dict:
-        """Returns the finished record, "ok" or "failed".
-
-        Raises: Stop; NoAnswer if the server has not answered this record at all.
-        """
+        """Returns the finished record. Raises: Stop; NoAnswer if the server answers nothing."""
         asked = question(record, self.criteria, self.args.max_spans)
         opening = messages = [{"role": "user", "content": asked}]
         used, reason = Tokens(), ""
@@ -199,10 +188,7 @@ class Annotator:
         raise refusal
 
     async def ask_within_budget(self, messages, options) -> server.Answer:
-        """Asks as soon as the worst case fits the budget; an answer without usage costs as much.
-
-        Raises: OverBudget if no open request can make room; and what server.ask() raises.
-        """
+        """Asks as soon as the worst case fits the budget; an answer without usage costs as much."""
         request = {"model": self.args.model, "messages": messages, **options}
         worst = Tokens(len(json.dumps(request)), self.args.max_tokens)  # a token is a byte or more
         while price(sum([*self.pending, worst], self.spent), self.args) > self.args.budget:
@@ -221,7 +207,6 @@ class Annotator:
 
 
 def price(tokens: Tokens, args) -> float:
-    """Returns the price of tokens; --input_price and --output_price are for a million."""
     return (args.input_price * tokens[0] + args.output_price * tokens[1]) / 1e6
 
 
@@ -232,5 +217,4 @@ def finished(record, fields, used: Tokens, reason="") -> dict:
 
 
 def tokens_of(record) -> Tokens:
-    """Returns what a record has cost so far."""
     return Tokens(**record.get("usage") or {})

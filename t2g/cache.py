@@ -1,7 +1,4 @@
-"""Forward passes for sampling: padded batches and a key-value cache that is allocated once.
-
-Linear layers keep states of their own in that cache, and rows leave it when their response ends.
-"""
+"""Forward passes for sampling: padded batches and a key-value cache that is allocated once."""
 
 import inspect
 
@@ -60,10 +57,7 @@ def check_batching(model):
 
 
 def is_plain(model) -> bool:
-    """Whether a model is a causal transformer with a key-value cache and positions as arguments.
-
-    Padding changes nothing for such a model, so check_batching need not try.
-    """
+    """Whether padding surely changes nothing: a causal transformer that takes positions."""
     layers = DynamicCache(config=model.config).layers
     arguments = inspect.signature(model.forward).parameters.keys()
     causal = getattr(model.config, "is_decoder", True) and not model._is_stateful
@@ -74,10 +68,9 @@ def is_plain(model) -> bool:
 def preallocated(config, length) -> DynamicCache:
     """The model's own cache, its plain layers with room for `length` tokens."""
     cache = DynamicCache(config=config)
-    cache.layers = [
-        PreallocatedLayer(length) if type(layer) is DynamicLayer else layer
-        for layer in cache.layers
-    ]
+    for i, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:
+            cache.layers[i] = PreallocatedLayer(length)
     return cache
 
 
@@ -101,10 +94,8 @@ class PreallocatedLayer(DynamicLayer):
         self.keys, self.values = (room[..., :end, :] for room in self.room)
         return self.keys, self.values
 
-    def reorder_cache(self, indices):
-        """Keeps these rows alone."""
-        if not self.is_initialized:
-            return
-        end = self.get_seq_length()
-        self.room = [room[indices] for room in self.room]
-        self.keys, self.values = (room[..., :end, :] for room in self.room)
+    def reorder_cache(self, indices):  # keeps these rows alone
+        if self.is_initialized:
+            end = self.get_seq_length()
+            self.room = [room[indices] for room in self.room]
+            self.keys, self.values = (room[..., :end, :] for room in self.room)

@@ -3,8 +3,6 @@
 Every figure is a ratio of sums over responses, and its interval comes from a bootstrap over the
 responses. An unreadable critique marks nothing: it lowers recall and json_valid. A ratio whose
 denominator is 0 counts as 0 and has no interval (None).
-
-Leaves out where the responses and critiques come from: `python eval.py rm` makes the cards.
 """
 
 import re
@@ -58,7 +56,7 @@ def card(records, feedback, tokenizer=None, seed=0) -> dict:
 
     def interval(values):
         figure = bootstrapped(values)
-        return None if figure["low"] is None else [figure["low"], figure["high"]]
+        return [figure["low"], figure["high"]] if figure["low"] is not None else None
 
     result = map_nested(draws, lambda values: float(np.nan_to_num(values[0])))
     for kind, figure in result["kinds"].items():

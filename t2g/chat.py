@@ -3,6 +3,7 @@
 A control token that is spelt in a text, such as <|im_end|> in a user's message, stays text.
 """
 
+import re
 from functools import lru_cache
 
 from jinja2 import TemplateError
@@ -10,7 +11,7 @@ from jinja2 import TemplateError
 from t2g.cli import FAILURES, fail
 from t2g.log import parse_json
 
-QUESTION, ANSWER = "What is 1 + 1?", "It is two."  # to see what a template makes of them
+QUESTION, ANSWER = "What is 1 + 1?", "It is two."
 EXAMPLE_KWARGS = '{"enable_thinking": false}'
 TEMPLATE_ERRORS = (TemplateError, *FAILURES)  # a template may call any method of a value
 template_kwargs = {}  # --chat_template_kwargs of this process
@@ -88,32 +89,23 @@ def encode_pairs(tokenizer, pairs) -> list[tuple[list[int], list[int]]]:
     return rows
 
 
+@lru_cache(maxsize=8)  # some tokenizers have thousands, which take longer to list than to encode
 def control_tokens(tokenizer) -> list[str]:
-    """The spelling of the special tokens, longest first."""
-    return special_tokens(tokenizer, len(tokenizer))
+    return [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
 
 
 @lru_cache(maxsize=8)
-def special_tokens(tokenizer, size) -> list[str]:
-    """What control_tokens() returns, read once for each size that a tokenizer has.
-
-    Some tokenizers have thousands of them, which take longer to list than a prompt to encode.
-    """
-    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return sorted(special, key=len, reverse=True)
+def first_of_control(tokenizer) -> re.Pattern:
+    """Matches the first character of each control token that a text spells."""
+    tokens = [re.escape(token) for token in control_tokens(tokenizer) if len(token) > 1]
+    return re.compile(f"(?=(?:{'|'.join(tokens) or '(?!)'})).", re.DOTALL)
 
 
 def marked(tokenizer, texts) -> tuple[str, list[str]]:
     """A character that no text has, and the texts with it inside each spelt control token."""
     mark = next(c for c in map(chr, range(0xE000, 0xF900)) if not any(c in text for text in texts))
-    control = [token for token in control_tokens(tokenizer) if len(token) > 1]
-    initials, result = {token[0] for token in control}, []
-    for text in texts:
-        for token in control if any(initial in text for initial in initials) else ():
-            if token in text:
-                text = text.replace(token, token[0] + mark + token[1:])
-        result.append(text)
-    return mark, result
+    first = first_of_control(tokenizer)
+    return mark, [first.sub(rf"\g<0>{mark}", text) for text in texts]
 
 
 def encode(tokenizer, texts, mark) -> list[list[int]]:

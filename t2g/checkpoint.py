@@ -1,18 +1,15 @@
 """The state from which a run resumes: weights, optimiser moments, random generators. No pickle.
 
 A supervised run keeps its latest state in its folder; a run of train_ppo.py keeps one in each
-checkpoint. A state has one file per rank. Killed and resumed, both are bit-identical on a CPU in
-fp32.
+checkpoint. A state has one file per rank.
 """
 
 import hashlib
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -26,20 +23,15 @@ from t2g.log import put_in_place, read_json, write_json
 
 
 def save(path, model, optimizers=(), **reached):
-    """Writes a state whole or not at all; `reached` is anything that JSON can hold."""
-    unfinished = Path(path).with_suffix(".unfinished")
+    """Writes a state; `reached` is anything that JSON can hold."""
     tensors = state_of(model, optimizers) | {"random.cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["random.cuda"] = torch.cuda.get_rng_state()
-    save_file(tensors, unfinished, metadata={"reached": json.dumps(reached)})
-    os.replace(unfinished, path)
+    save_file(tensors, path, metadata={"reached": json.dumps(reached)})
 
 
 def replace(folder, name, model, optimizers=(), **reached):
-    """Writes the state folder/NAME-STEP whole or not at all, and deletes earlier ones. Collective.
-
-    reached holds the step.
-    """
+    """Writes the state folder/NAME-STEP whole or not at all, and deletes earlier ones. Collective."""
     unfinished = folder / f"{name}.unfinished"
     if dist.rank() == 0:
         shutil.rmtree(unfinished, ignore_errors=True)  # left by a run that was killed
@@ -55,8 +47,7 @@ def replace(folder, name, model, optimizers=(), **reached):
     dist.barrier()
 
 
-def states(folder, name) -> list[Path]:
-    """The states that replace() wrote under a name: one, or two if it was killed."""
+def states(folder, name) -> list[Path]:  # two if replace() was killed
     return sorted(folder.glob(f"{name}-*"), key=policy.step_of)
 
 
@@ -162,15 +153,15 @@ def save_checkpoint(actor, tokenizer, optimizer, args, meta):
 
 
 def resume(actor, optimizer, args, examples) -> dict:
-    """Restores the latest checkpoint of --output_dir; returns its meta.json, or that of step 0.
+    """Restores the latest checkpoint of --output_dir, by any number of ranks. Collective.
 
-    Collective. Any number of ranks may resume what any other number has written.
+    Returns: its meta.json, or that of step 0.
     """
     start = {"step": 0, "data_hash": hash_of(examples), "start": size_of(actor)}
     start["kl_coef"] = args.kl_coef
-    steps = [policy.step_of(path) for path in policy.checkpoints(args.output_dir)]
-    latest = max(steps, default=0) if dist.rank() == 0 else 0
-    step = int(dist.totals({"step": latest})["step"])  # all ranks resume what rank 0 sees
+    latest = dist.rank() == 0 and policy.latest_checkpoint(args.output_dir)
+    step = policy.step_of(latest) if latest else 0
+    step = int(dist.totals({"step": step})["step"])  # all ranks resume what rank 0 sees
     if not step:
         return start
     folder = Path(args.output_dir) / f"checkpoint-{step}"
@@ -197,13 +188,11 @@ def size_of(module) -> float:
 
 
 def hash_of(examples) -> str:
-    """A hash of everything in the training examples."""
     text = json.dumps([list(example) for example in examples], default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def state_files(folder, processes) -> list[Path]:
-    """The files of a state, one per rank."""
     return [folder / f"{rank}-of-{processes}.safetensors" for rank in range(processes)]
 
 
@@ -214,14 +203,3 @@ def commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
     except FileNotFoundError:  # there is no git
         return None
-
-
-@contextmanager
-def sigterm():
-    """A list that gets an element on SIGTERM, which schedulers send a while before they kill."""
-    received = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
-    try:
-        yield received
-    finally:
-        signal.signal(signal.SIGTERM, before)

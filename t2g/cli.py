@@ -1,4 +1,4 @@
-"""Command-line helpers of the scripts: one-line flags, one-sentence errors, output folders."""
+"""Command-line helpers: one-line flags, one-sentence errors, and folders and files of one's own."""
 
 import argparse
 import errno

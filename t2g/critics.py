@@ -14,7 +14,7 @@ from t2g.align import locate, token_offsets
 from t2g.chat import encode_chats
 from t2g.cli import fail, load_file
 from t2g.feedback import Feedback, FeedbackError, reward_prompt
-from t2g.grammar import FeedbackGrammar, parse_cut
+from t2g.grammar import parse_cut, read_vocabulary
 from t2g.log import print_once, valid_text
 from t2g.rollout import respond
 
@@ -22,7 +22,6 @@ BUILT_IN = ("rm", "rule", "openai")
 
 
 def add_flags(add):
-    """Adds the flags that choose a critic, with the add() of cli.flags."""
     add("--critic", "rm", "rm: reward model; rule: the task's program; openai: a server; or a .py")
     add("--reward_model", None, "a run, folder, hub id, .gguf file, or name on the server")
     add("--base_url", None, "openai: server, such as http://localhost:8000/v1")
@@ -31,10 +30,7 @@ def add_flags(add):
 
 
 def stages_before(args) -> list[str]:
-    """Returns the stages that train the reward model: none if the user names one, or no "rm".
-
-    Fails with one sentence if the flags of the critic do not fit together.
-    """
+    """Returns the stages that train the reward model, if --critic needs them."""
     if args.critic == "openai" and not (args.base_url and args.reward_model):
         fail("--critic openai needs --base_url and --reward_model, the model's name on that server")
     if args.critic not in ("rm", "rule"):
@@ -43,11 +39,7 @@ def stages_before(args) -> list[str]:
 
 
 def load_critic(task, args, root, device):
-    """Returns the critic that --critic names.
-
-    A .py file defines critic(task, args), which returns a critic, and may define add_flags(add).
-    The learned reward model lies in root/rm unless --reward_model names another one.
-    """
+    """Returns the critic that --critic names; the learned one lies in root/rm by default."""
     if args.critic == "rule":
         return rule_critic(task)
     if args.critic != "rm":
@@ -111,16 +103,15 @@ def rule_critic(task):
 def reward_model_critic(model, tokenizer, critique_length=200, bf16=False, desc=None, free=False):
     """Returns a reward model as a critic: it writes z = [critique ; span map] greedily.
 
-    A grammar makes z readable and its quotes verbatim, unless free is True; see grammar.py.
-    Long prompts are shortened, see fitting_prompt(). Where that is not enough the feedback is None.
-    desc labels a progress bar.
+    Unless free is True, a grammar makes z readable and its quotes verbatim. If a response is too
+    long even with a shortened prompt, its feedback is None. desc labels a progress bar.
     """
     context = policy.context_length(model)
     room = context - critique_length
     if room <= 0:
         fail(f"--critique_length {critique_length} exceeds the critic's context of {context}")
     if not free:
-        FeedbackGrammar(tokenizer, model, [], critique_length)  # fails now if it cannot be used
+        read_vocabulary(tokenizer, model)  # fails now if no grammar can be used
 
     def critic(examples, responses):
         texts = []
@@ -144,8 +135,7 @@ def reward_model_critic(model, tokenizer, critique_length=200, bf16=False, desc=
 def fitting_prompt(tokenizer, prompt, response, max_tokens: int, question=reward_prompt) -> str:
     """Returns question(prompt, response), with a prompt short enough for max_tokens tokens.
 
-    Tokens are removed from the middle of the prompt, because the instruction is at its beginning
-    or its end and the source text between. The response is never shortened.
+    Its middle is left out, because an instruction is at its beginning or its end.
     """
     text = question(prompt, response)
     excess = token_count(tokenizer, text) - max_tokens
@@ -165,12 +155,10 @@ def fitting_prompt(tokenizer, prompt, response, max_tokens: int, question=reward
 
 
 def token_count(tokenizer, text: str) -> int:
-    """Returns the number of tokens of a question in the chat format of the model."""
     return len(encode_chats(tokenizer, [text])[0])
 
 
 def parse_or_none(z: str) -> Feedback | None:
-    """Parses feedback; returns None if it is unreadable."""
     try:
         return Feedback.parse(z)
     except FeedbackError:
@@ -178,9 +166,7 @@ def parse_or_none(z: str) -> Feedback | None:
 
 
 def quote_of(text: str, start: int, end: int) -> str:
-    """Returns a quote that locate() finds at text[start:end] and nowhere else, if there is one.
-
-    The quote grows to the left, word by word, until it is unique.
+    """Returns text[start:end], grown to the left word by word until locate() finds it only there.
 
     >>> quote_of("is 27, is 27", 9, 12)
     ' is 27'

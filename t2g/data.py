@@ -46,7 +46,7 @@ def read_hub(data: str, split: str) -> list[dict]:
 def load(args, reader):
     """Returns the examples for training and the held-out ones, each prompt once.
 
-    The held-out ones are --heldout_data, or a fifth of --data after a shuffle that ignores --seed.
+    Held out are --heldout_data, or a fifth of --data after a shuffle that ignores --seed.
 
     Args: reader(rows, name) returns a function from a row to an Example, to None if the row lacks a
         text, or to a string that says what else is wrong with it.

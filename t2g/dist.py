@@ -1,10 +1,7 @@
 """Many processes as one: torchrun starts them, FSDP2 shards the models, all see the global batch.
 
-    torchrun --nproc_per_node 8 train_ppo.py ...
-
-Only this file, torchrun.py and loading.py know torch.distributed. One process takes the same path
-as many, with an unsharded model. Collective functions must be called the same number of times on
-every rank.
+One process takes the same path as many, with an unsharded model. Collective functions must be
+called the same number of times on every rank.
 """
 
 import os
@@ -27,7 +24,6 @@ def processes() -> int:
 
 
 def rank() -> int:
-    """The number of this process; known before and after session()."""
     return int(os.environ.get("RANK", 0)) if "WORLD_SIZE" in os.environ else 0
 
 
@@ -51,7 +47,6 @@ def device() -> str:
 
 
 def barrier():
-    """Waits for all ranks. Collective."""
     if size() > 1:
         distributed.barrier()
 
@@ -117,10 +112,8 @@ def add_flags(add):
 def shard(model, bf16=False, cpu_offload=False, recompute=False):
     """The model on this rank's device, its weights, gradients and optimiser state sharded by FSDP2.
 
-    Each transformer block is one group of weights and the rest another. Gradients are *sums* over
-    ranks, so a loss must be divided by the global token count. With recompute a block keeps only
-    its input and runs forward again when its gradient is needed. Collective, as is every forward
-    and backward pass of the sharded model.
+    Gradients are *sums* over ranks, so a loss must be divided by the global token count. With
+    recompute a block keeps only its input. Collective, as is every pass of the sharded model.
     """
     if recompute:
         recompute_blocks(model)
@@ -136,8 +129,7 @@ def shard(model, bf16=False, cpu_offload=False, recompute=False):
         part.set_reshard_after_forward(reshard_after_forward(part, model), recurse=False)
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)
-        if hasattr(part, "set_reduce_scatter_unused_params"):  # older versions of torch lack it
-            part.set_reduce_scatter_unused_params(True)  # an expert that got no token of this rank
+        part.set_reduce_scatter_unused_params(True)  # an expert that got no token of this rank
     return fill(model, "cpu" if cpu_offload else device())
 
 
@@ -165,8 +157,7 @@ def blocks(model) -> list:
     return [module for module in model.modules() if type(module).__name__ in names]
 
 
-def parts(model) -> list:
-    """The modules that hold a group of sharded weights."""
+def parts(model) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
@@ -188,10 +179,8 @@ def whole(model):
         for part in parts(model):
             part.set_reshard_after_forward(reshard_after_forward(part, model), recurse=False)
             part.reshard()
-        # Without this, FSDP keeps a note of every forward pass. Older versions of torch lack it.
-        root = parts(model) and model._get_fsdp_state()._is_root
-        if root and hasattr(model, "reset_iter_state"):
-            model.reset_iter_state()
+        if parts(model) and model._get_fsdp_state()._is_root:
+            model.reset_iter_state()  # or else FSDP keeps a note of every forward pass
 
 
 def reshard_after_forward(part, model) -> bool:

@@ -64,14 +64,12 @@ def parse_cut(z: str) -> Feedback | None:
 class FeedbackGrammar:
     """Keeps greedy samples in the grammar: row i becomes feedback on responses[i].
 
-    A row that has not begun its quotes must do so from token `last_start` on. There is then room
-    for " " + HEAD, because a token is at least one byte; parse_cut() reads what is cut off behind.
-    Feedback of at least len(HEAD) + 1 = 12 tokens is thus readable.
+    A row that has not begun its quotes must do so from token `last_start` on: there is then room
+    for " " + HEAD, because a token is at least one byte, and parse_cut() reads a cut rest.
     """
 
     def __init__(self, tokenizer, model, responses, length):
-        size = max(len(tokenizer), model.config.get_text_config().vocab_size)
-        self.vocabulary = read_vocabulary(tokenizer, size, tuple(eos_ids(tokenizer, model)))
+        self.vocabulary = read_vocabulary(tokenizer, model)
         self.last_start = max(0, min(3 * length // 4, length - len(HEAD) - 1))
         self.responses, self.matchers = responses, [self.matcher(text) for text in responses]
 
@@ -97,11 +95,12 @@ class FeedbackGrammar:
 
 
 @lru_cache(maxsize=2)
-def read_vocabulary(tokenizer, size, eos):
+def read_vocabulary(tokenizer, model):
     """Returns the bytes of a tokenizer's tokens, as llguidance wants them."""
     from llguidance import hf
 
+    size = max(len(tokenizer), model.config.get_text_config().vocab_size)
     try:
-        return hf.from_tokenizer(tokenizer, n_vocab=size, eos_token=list(eos))
+        return hf.from_tokenizer(tokenizer, n_vocab=size, eos_token=eos_ids(tokenizer, model))
     except ValueError as error:
         fail(f"no grammar can be used with the critic's tokenizer ({error}); add --free_critiques")

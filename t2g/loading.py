@@ -1,8 +1,5 @@
 """Weights that each rank reads from the files after sharding, so that no rank holds a whole model.
 
-    tokenizer, model = policy.load(path, empty=True)     # weights on the meta device
-    dist.shard(model)                                               # reads this rank's rows of each
-
 Left out: weights that transformers converts as it reads them (quantised ones, .bin and .gguf files,
 experts that become one tensor). policy.load reads those whole on each rank.
 """
@@ -22,10 +19,7 @@ from t2g.log import read_json, write_json
 
 
 def empty_model(path):
-    """A model whose weights fill() will read, or None if they cannot be read as they are.
-
-    None also if check_batching must try how the model treats padding, which takes weights.
-    """
+    """A model whose weights fill() will read, or None if they must be read at once."""
     if hasattr(AutoConfig.from_pretrained(path), "quantization_config"):
         return None
     options = dict(dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True)

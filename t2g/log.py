@@ -1,7 +1,7 @@
-"""Writes and reads the files of a run: config.json, metrics.jsonl and TensorBoard files.
+"""Files that appear whole or not at all, and METRICS, the glossary of metrics.jsonl.
 
-METRICS is the glossary: open_log() in folder.py refuses a metric that is not in it. Metrics of delta, KL,
-entropy, V and the losses are over responses with a readable critique, the others over all.
+Metrics of delta, KL, entropy, V and the losses are over responses with a readable critique, the
+others over all.
 """
 
 import functools
@@ -72,7 +72,7 @@ def write_json(path, value):
 
 
 def write_text(path, text):
-    """Writes a file, or the file that a symbolic link names, completely or not at all."""
+    """Writes a file, or the one that a symbolic link names, completely or not at all."""
     if path.exists() and not path.is_file():  # a device or a pipe, such as /dev/stdout
         path.write_text(text, encoding="utf-8")
         return

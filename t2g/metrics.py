@@ -16,23 +16,19 @@ def evaluate(
     task, model, tokenizer, examples, length, bf16=False, desc=None, seed=0, temperature=1.0,
     respond=respond
 ) -> dict[str, float]:  # fmt: skip
-    """Scores a response to each example, sampled at a temperature, and again greedy (_greedy).
+    """The task's scores and eos_rate, means over examples, sampled and again greedy. Collective.
 
-    Sampling has a generator of its own, so that measuring does not change the run. respond may be
-    any function with the arguments of rollout.respond(). Each rank responds to a part. Collective.
-
-    Returns: the task's scores and eos_rate, means over examples.
+    A generator of its own keeps measuring from changing the run. respond may be any function with
+    the arguments of rollout.respond().
     """
     generator = torch.Generator(dist.device()).manual_seed(seed + dist.rank())
     count, examples, means = len(examples), dist.share(examples), {}
     prompts = [example.prompt for example in examples]
-    temperatures = {"": temperature, "_greedy": 0}
-    for suffix in temperatures:
-        label = desc and f"{desc}, {'greedy' if suffix else 'sampled'}"
-        sampling = dict(
-            temperature=temperatures[suffix], bf16=bf16, generator=generator, desc=label
-        )
-        texts, finished = respond(model, tokenizer, prompts, length, **sampling)
+    options = dict(bf16=bf16, generator=generator)
+    for suffix, value in (("", temperature), ("_greedy", 0)):
+        options["desc"] = desc and f"{desc}, {'greedy' if suffix else 'sampled'}"
+        options["temperature"] = value
+        texts, finished = respond(model, tokenizer, prompts, length, **options)
         scores = task_scores(task, examples, texts)
         rows = [score | {"eos_rate": end} for score, end in zip(scores, finished)]
         rows = dist.collect(rows, count)
@@ -61,10 +57,7 @@ def task_scores(task, examples, texts) -> list[dict[str, float]]:
 
 
 def token_counts(tokenizer, rollout, feedback) -> dict[str, float]:
-    """Counts the policy's tokens in prompts, responses and readable critiques; adds eos_rate.
-
-    Returns: means over the responses, and the readable critiques, of all ranks. Collective.
-    """
+    """Counts tokens of prompts, responses and readable critiques: means of all ranks. Collective."""
     critiques = [one.render() for one in feedback if isinstance(one, Feedback)]
     tokens = tokenizer(critiques, add_special_tokens=False)["input_ids"] if critiques else []
     sums = {
@@ -81,8 +74,7 @@ def token_counts(tokenizer, rollout, feedback) -> dict[str, float]:
 def summary(mask, delta, quotes, kl, entropy) -> dict[str, float]:
     """Returns statistics of a rollout; t2g/log.py has the formulas. Collective.
 
-    Args: mask, delta, kl and entropy, (B, T) of all ranks; quotes, this rank's number of quotes by
-        how they were found.
+    Args: mask, delta, kl, entropy, (B, T) of all ranks; quotes, this rank's numbers of quotes.
     """
     quotes = dist.totals(quotes)
     quote_count = max(sum(quotes[kind] for kind in MATCH_KINDS), 1)

@@ -1,8 +1,4 @@
-"""Reads and writes files of annotations: .jsonl files with one record per line.
-
-Notes adds record after record to such a file and loses none of them when the program is killed.
-annotate.py describes the fields of a record.
-"""
+"""Reads and writes files of annotations: .jsonl files of the records that annotate.py describes."""
 
 import json
 import os
@@ -18,10 +14,7 @@ WRITTEN += ("status", "reason", "usage", "annotator")
 
 
 def read_responses(path) -> list[dict]:
-    """Returns records to annotate: each an id, a prompt, a response and perhaps other fields.
-
-    The fields that an earlier annotator wrote are left out.
-    """
+    """Returns records to annotate, without the fields that an earlier annotator wrote."""
     records, ids = read_jsonl(path), set()
     for number, record in enumerate(records, 1):
         if type(record.get("id")) is int:
@@ -89,7 +82,7 @@ def write_whole(path: Path, records):
 class Notes:
     """The records of a .jsonl file by their ids, to which a single process adds more.
 
-    A record is added behind an earlier one with the same id, and counts in its place.
+    Of several records with one id the last counts.
     """
 
     def __init__(self, path: Path):

@@ -1,10 +1,7 @@
 """The page of runs of train_ppo.py: one HTML file, made from their folders, without network.
 
-It shows the tokens of sampled responses coloured by delta or another of their numbers, with the
-critique and its quotes; whether the criticised tokens moved; the scores on held-out prompts before
-and after training; and the curves. Texts of models are shown as text, never as markup.
-
-Every run writes its own page.html; `python eval.py page RUN ...` puts several runs on one page.
+Texts of models are shown as text, never as markup. Every run writes its own page.html;
+`python eval.py page RUN ...` puts several runs on one page.
 """
 
 import json
@@ -29,14 +26,12 @@ NO_SETTING = RESUME_IGNORES | {"seed", "batch_size"}  # the latter follows from 
 
 
 class Samples:
-    """Keeps a few responses of a dozen steps, spread evenly, with the numbers of their tokens.
+    """Rank 0 keeps a few responses of a dozen steps, with the numbers of their tokens.
 
-    Some are responses to the step's prompts, the others to the same held-out prompts each time.
-    Only rank 0 writes.
+    A resumed run keeps the samples up to keep_until, the step that it resumes from.
     """
 
     def __init__(self, folder, max_steps, keep_until=0):
-        """A resumed run keeps the samples up to keep_until, the step that it resumes from."""
         self.folder, self.steps = Path(folder), [0, *spread(STEPS_SHOWN, max_steps)]
         if dist.rank() == 0:
             truncate(self.folder / "samples.jsonl", keep_until)
@@ -68,10 +63,7 @@ class Samples:
             file.write(lines)
 
     def finish(self, args, before, after, seconds):
-        """Writes result.json and the page, and prints the results.
-
-        Args: before and after, scores of metrics.evaluate(); seconds, of each stage.
-        """
+        """Writes result.json and the page, and prints the results."""
         seconds = {stage: round(number, 1) for stage, number in seconds.items()}
         page = str(Path(args.output_dir) / "page.html")
         result = {"before": before, "after": after, "seconds": seconds, "page": page}
@@ -99,8 +91,8 @@ def quotes_with_tokens(text, offsets, kind, quotes) -> list[dict]:
 def write_page(path, folders) -> str:
     """Writes the page of finished runs of train_ppo.py on one task, and returns its path.
 
-    Runs that differ only in seed and folders form a group. The page shows the mean of a group and
-    each seed, and the texts of its first run.
+    Runs that differ only in seed and folders form a group, of which it shows the mean, each seed,
+    and the texts of the first run.
     """
     runs = [read_run(folder) for folder in folders]
     task_names = sorted({run["config"]["task"] for run in runs})
@@ -127,7 +119,7 @@ def write_page(path, folders) -> str:
 
 
 def read_run(folder) -> dict:
-    """Reads the files of a finished run; returns their content by the stem of their names."""
+    """Returns the content of the FILES of a finished run, by the stem of their names."""
     run = {}
     for path in (Path(folder) / name for name in FILES):
         if not path.is_file():
@@ -163,12 +155,11 @@ def group_data(runs, names) -> dict:
 
     A metric's curve has the steps at which all runs have it; a number is [mean, each seed's value].
     """
-    curves, means, result, first = {}, {}, {}, runs[0]
-    for name in names:
-        rows_of_steps = zip(*(run["metrics"] for run in runs))
-        shared = [rows for rows in rows_of_steps if all(name in row for row in rows)]
-        points = [mean_and_seeds([row[name] for row in rows]) for rows in shared]
-        curves[name] = [[rows[0]["step"], *point] for rows, point in zip(shared, points)]
+    curves, means, result, first = {name: [] for name in names}, {}, {}, runs[0]
+    for name, curve in curves.items():
+        for rows in zip(*(run["metrics"] for run in runs)):
+            if all(name in row for row in rows):
+                curve.append([rows[0]["step"], *mean_and_seeds([row[name] for row in rows])])
     for name in MEANS:
         logged = [[row[name] for row in run["metrics"] if name in row] for run in runs]
         if all(logged):

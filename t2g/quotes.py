@@ -34,7 +34,7 @@ BESIDE = re.compile(rf"(?<={UNSPACED.pattern})\s+|\s+(?={UNSPACED.pattern})")  #
 
 
 def locate(text: str, quote: str) -> list[tuple[int, int]]:
-    """Returns the ranges of a text where a quote occurs, in order; [] if it does not occur.
+    """Returns the ranges of a text where a quote occurs, in order.
 
     >>> locate("He is 27, not 27 and a half. In 1927?", "27")
     [(6, 8), (14, 16)]
@@ -140,7 +140,7 @@ def _closest(text, quote):
     if not match or match.dest_start == match.dest_end:
         return None
     # The match may cut words: compare the windows that start and end one word before or after it.
-    words = _words(text)
+    words = [(start, end) for start, end in pieces(text) if _in_words(text[start])]
     first = sum(end <= match.dest_start for _, end in words)
     behind = sum(start < match.dest_end for start, _ in words)
     starts, ends = words[max(first - 1, 0) : first + 2], words[max(behind - 2, 0) : behind + 1]
@@ -153,11 +153,6 @@ def _closest(text, quote):
     return max(windows, key=lambda window: fuzz.ratio(quote, text[slice(*window)]), default=None)
 
 
-def _words(text) -> list[tuple[int, int]]:
-    """The ranges of the words of a text, in order."""
-    return [(start, end) for start, end in pieces(text) if _in_words(text[start])]
-
-
 @lru_cache(maxsize=32)
 def pieces(text) -> list[tuple[int, int]]:
     """The ranges of the words of a text and of the characters between them, in order."""
@@ -166,6 +161,5 @@ def pieces(text) -> list[tuple[int, int]]:
 
 
 def without_space(text, start, end) -> tuple[int, int]:
-    """Returns the range without the white space at its ends."""
     place = text[start:end]
     return end - len(place.lstrip()), start + len(place.rstrip())

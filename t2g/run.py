@@ -63,13 +63,17 @@ class Run:
         """Yields each step that is left, with its learning rate set, and draws the progress bar."""
         steps = range(self.first, self.args.max_steps + 1)
         self.bar = tqdm(steps, desc="PPO", unit="step", disable=dist.rank() > 0)
-        with checkpoint.sigterm() as self.signals:
+        self.signals = []  # schedulers send SIGTERM a while before they kill
+        before = signal.signal(signal.SIGTERM, lambda *received: self.signals.append(received))
+        try:
             for step in self.bar:
                 done = (step - 1) / self.args.max_steps
                 self.learning_rate = self.args.learning_rate * (1 - done)
                 self.optimizer.param_groups[0]["lr"] = self.learning_rate
                 self.clock = [now()]
                 yield step
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
     def draw(self, step) -> list:
         """This rank's examples of a step, short prompts first. Seeds torch for the step."""
@@ -78,7 +82,6 @@ class Run:
         return sorted(examples, key=lambda example: len(example.prompt))
 
     def end_phase(self, phase):
-        """Ends a phase of the step; phases end in the order of PHASES."""
         assert phase == PHASES[len(self.clock) - 1]
         self.clock.append(now())
 

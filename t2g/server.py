@@ -1,21 +1,20 @@
 """Asks servers with OpenAI's /v1/chat/completions: vLLM, llama.cpp, transformers serve, OpenAI.
 
 The openai package repeats a request after 429, 5xx, a timeout or a broken connection. Error
-messages name a status or a kind of failure and never quote an answer, which may contain the key.
-
-Left out: streaming, tools and all other endpoints. annotator.py repeats invalid answers.
+messages never quote an answer, which may contain the key.
 """
 
 import asyncio
 import os
+import re
 from typing import NamedTuple
 
-import httpx2  # the HTTP library of openai
 import openai
 
 from t2g.cli import fail
 from t2g.log import parse_json
 
+ADDRESS = re.compile(r"https?://([\w.-]+|\[[\da-fA-F:]+\])(:\d{1,5})?(/\S*)?$")
 CHECK = "check the address, the name of the model, OPENAI_API_KEY and your account"
 
 
@@ -32,12 +31,6 @@ class Refused(NoAnswer):
 
 
 class Tokens(NamedTuple):
-    """Numbers of tokens, as in the "usage" of an answer.
-
-    >>> Tokens(100, 50) + Tokens(10, 5)
-    Tokens(prompt_tokens=110, completion_tokens=55)
-    """
-
     prompt_tokens: int = 0
     completion_tokens: int = 0
 
@@ -55,7 +48,7 @@ def client(base_url, timeout, max_retries) -> openai.AsyncOpenAI:
     """Returns a client for one event loop. Fails if the address or the key cannot be right."""
     base_url = base_url or os.environ.get("OPENAI_BASE_URL")
     key = os.environ.get("OPENAI_API_KEY", "").strip()
-    if base_url and not is_address(base_url):
+    if base_url and not ADDRESS.match(base_url):
         fail("--base_url is not an address such as http://localhost:8000/v1")
     if not base_url and not key:
         fail("OpenAI needs a key: set OPENAI_API_KEY, or name another server with --base_url")
@@ -65,16 +58,8 @@ def client(base_url, timeout, max_retries) -> openai.AsyncOpenAI:
     return openai.AsyncOpenAI(api_key=key or "none", base_url=base_url, **options)
 
 
-def is_address(url) -> bool:
-    try:
-        parts = httpx2.URL(url)
-    except httpx2.InvalidURL:
-        return False
-    return parts.scheme in ("http", "https") and bool(parts.host)
-
-
 async def ask(client, **request) -> Answer:
-    """Sends a request, and repeats it if its answer is damaged. Raises: Stop, NoAnswer, Refused."""
+    """Sends a request, and again if its answer is damaged. Raises: Stop, NoAnswer, Refused."""
     for _ in range(client.max_retries + 1):
         try:
             raw = await client.chat.completions.with_raw_response.create(**request)
@@ -113,10 +98,7 @@ def read(body: bytes) -> Answer | None:
 
 
 def ask_all(client, records, ask_one, concurrency):
-    """Calls `await ask_one(record)` for all records, `concurrency` at a time.
-
-    Raises: the first exception of ask_one, after the other calls have been cancelled.
-    """
+    """Awaits ask_one(record) for all records, some at a time. Raises: its first exception."""
     todo = iter(records)
 
     async def worker():

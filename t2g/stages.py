@@ -33,7 +33,7 @@ HANDED_ON = {  # flags that a stage takes from the script that starts it, beside
 def ensure(names, args, root, policy=None) -> dict[str, float]:
     """Runs the named stages whose output is missing under root, and returns the seconds of each.
 
-    If the user named a policy, there is no stage "sft", and the other stages start from it.
+    With a policy there is no stage "sft", and the others start from it.
     """
     seconds, flags = {}, tasks.data_flags(args)
     for name, (title, output, script, flag) in STAGES.items():
@@ -57,7 +57,6 @@ def ensure(names, args, root, policy=None) -> dict[str, float]:
 
 
 def words(flags: dict) -> list[str]:
-    """The flags as they stand in a command line."""
     line = []
     for name, value in flags.items():
         if value is not None and value is not False:
@@ -74,7 +73,7 @@ def run(title: str, command: list[str]) -> float:
     env = {k: v for k, v in os.environ.items() if not re.fullmatch(set_by_torchrun, k)}
     script = Path(__file__).resolve().parent.parent / command[0]
     start = time.perf_counter()
-    with subprocess.Popen([sys.executable, str(script), *command[1:]], env=env) as stage:
+    with subprocess.Popen([sys.executable, script, *command[1:]], env=env) as stage:
         previous = signal.signal(signal.SIGTERM, lambda *_: stage.terminate())
         try:
             code = stage.wait()

@@ -1,10 +1,4 @@
-"""The start and the common end of the processes that torchrun starts.
-
-    with torchrun.session(run_first=earlier_stages):
-        ...
-
-An error on one rank ends all of them at once. What the ranks then do together is in t2g/dist.py.
-"""
+"""The start and the common end of the processes that torchrun starts."""
 
 import os
 import sys
@@ -23,11 +17,10 @@ from t2g.dist import barrier
 
 @contextmanager
 def session(cpu_offload=False, run_first=None):
-    """Joins the processes that torchrun started, if it did, and ends them together.
+    """Joins the processes that torchrun started, if it did.
 
-    Rank 0 calls run_first() while the others wait, for up to four weeks; its result is yielded
-    there, None elsewhere. An error on one rank, SystemExit included, ends all ranks at once, for
-    the others would wait for it in a collective for an hour.
+    Rank 0 calls run_first() while the others wait, and its result is yielded there. An error on
+    one rank, SystemExit included, ends all of them: they would wait for it in a collective.
     """
     if cpu_offload and not ("WORLD_SIZE" in os.environ and torch.cuda.is_available()):
         fail("--cpu_offload moves weights off a GPU and needs torchrun; leave it out")
@@ -72,8 +65,7 @@ def join(store, number, count, run_first):
 def end_all(store, error):
     """Ends this process as the error would, and tells the others to end with the same exit code.
 
-    If another rank has failed before, the error here is a consequence and is not shown. os._exit,
-    because destroying a process group waits for ranks that will never come.
+    If another rank has failed before, the error here is a consequence and is not shown.
     """
     code = 1
     with suppress(distributed.DistError):  # the process that held the store may be gone
@@ -102,7 +94,7 @@ def end_with_others(store, finished):
             end(1)
 
 
-def end(code):
+def end(code):  # destroying a process group would wait for ranks that never come
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -48,10 +48,7 @@ class Example(NamedTuple):
 
 
 def load_task(name: str):
-    """Imports a task by its built-in name or its path, and sets task.NAME for the folder runs/NAME.
-
-    NAME is the file's name without .py; for a file task.py, the name of its folder.
-    """
+    """Imports a task by its built-in name or its path, and sets task.NAME for the folder runs/NAME."""
     if name in BUILT_IN:
         module = importlib.import_module(f"t2g.tasks.{name}")
     else:
@@ -84,7 +81,6 @@ def valid_example(example) -> Example:
 
 
 def add_flags(add):
-    """Adds the flags that choose a task and its examples."""
     add("--task", "toy", f"{', '.join(BUILT_IN)}, or a .py file")
     add("--data", None, "examples: a .jsonl, .json or .parquet file, or a hub id NAME[:SPLIT]")
     add("--heldout_data", None, "held-out examples; a fifth of --data if not given")
@@ -96,10 +92,9 @@ def add_flags(add):
 
 def data_flags(args) -> dict:
     """Returns the flags that make an earlier stage use the same data in the same way."""
-    names = ["task", "seed", "max_prompt_length", "data", "heldout_data", "bf16"]
-    names += ["chat_template_kwargs"]
-    own_flags = getattr(load_task(args.task), "add_flags", lambda add: None)
-    own_flags(lambda name, *_, **__: names.append(name.removeprefix("--").replace("-", "_")))
+    names = []
+    for add_names in (add_flags, getattr(load_task(args.task), "add_flags", lambda add: None)):
+        add_names(lambda name, *_, **__: names.append(name.removeprefix("--").replace("-", "_")))
     return {name: getattr(args, name) for name in names}
 
 
@@ -129,18 +124,15 @@ def short_enough(examples, tokenizer, model, args) -> list[Example]:
 def parse(parser, script: str, **defaults):
     """Parses the command line of a script, and returns its task and its arguments.
 
-    The task and the critic are imported first, because they may add flags and change defaults.
     defaults, TASK={flag: default}, are for a script that DEFAULTS of the task does not name.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--task", default=parser.get_default("task"))
     first.add_argument("--critic", default=parser.get_default("critic"))
-    named = first.parse_known_args()[0]
+    named = first.parse_known_args()[0]  # first, because both may add flags, and a task defaults
     task = load_task(named.task)
-    files = [task]
-    if named.critic and named.critic.endswith(".py"):
-        files.append(critics.load_critic_file(named.critic))
-    for file in files:
+    is_file = named.critic and named.critic.endswith(".py")
+    for file in [task, critics.load_critic_file(named.critic)] if is_file else [task]:
         try:
             getattr(file, "add_flags", lambda add: None)(cli.flags(parser))
         except argparse.ArgumentError as error:

@@ -327,7 +327,11 @@ def test_earlier_stages_get_the_same_flags_and_those_of_the_task(monkeypatch, tm
     stages.ensure(["sft", "annotate", "rm"], args, tmp_path)
     assert len(commands) == 3
     for command in commands:
-        assert "--heldout_data b.jsonl" in command and "--bf16 --mine 7" in command
+        assert (
+            "--heldout_data b.jsonl --" in command
+            and "--bf16 --" in command
+            and "--mine 7" in command
+        )
     stages.ensure(["sft", "annotate", "rm"], args, tmp_path, policy="p")
     assert "--policy p" in commands[3] and "--model p" in commands[4] and len(commands) == 5
 
@@ -338,7 +342,7 @@ def test_a_stage_that_was_made_with_other_flags_is_named(tmp_path, capsys):
     other = vars(args) | {"chat_template_kwargs": None, "seed": 1}
     (tmp_path / "sft" / "config.json").write_text(json.dumps(other))
     stages.ensure(["sft"], args, tmp_path)
-    assert "made with another seed, chat_template_kwargs;" in capsys.readouterr().out
+    assert "made with another chat_template_kwargs, seed;" in capsys.readouterr().out
 
 
 def test_a_revision_fixes_the_faults_that_the_critique_names_and_nothing_else():
