@@ -14,7 +14,7 @@ from t2g.align import locate, token_offsets
 from t2g.chat import encode_chats
 from t2g.cli import fail, load_file
 from t2g.feedback import Feedback, FeedbackError, reward_prompt
-from t2g.grammar import parse_cut, read_vocabulary
+from t2g.grammar import FeedbackGrammar, parse_cut
 from t2g.log import print_once, valid_text
 from t2g.rollout import respond
 
@@ -111,7 +111,7 @@ def reward_model_critic(model, tokenizer, critique_length=200, bf16=False, desc=
     if room <= 0:
         fail(f"--critique_length {critique_length} exceeds the critic's context of {context}")
     if not free:
-        read_vocabulary(tokenizer, model)  # fails now if no grammar can be used
+        FeedbackGrammar(tokenizer, model, [], critique_length)  # fails now if it cannot be used
 
     def critic(examples, responses):
         texts = []

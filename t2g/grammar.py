@@ -69,7 +69,8 @@ class FeedbackGrammar:
     """
 
     def __init__(self, tokenizer, model, responses, length):
-        self.vocabulary = read_vocabulary(tokenizer, model)
+        size = max(len(tokenizer), model.config.get_text_config().vocab_size)
+        self.vocabulary = read_vocabulary(tokenizer, size, tuple(eos_ids(tokenizer, model)))
         self.last_start = max(0, min(3 * length // 4, length - len(HEAD) - 1))
         self.responses, self.matchers = responses, [self.matcher(text) for text in responses]
 
@@ -95,12 +96,11 @@ class FeedbackGrammar:
 
 
 @lru_cache(maxsize=2)
-def read_vocabulary(tokenizer, model):
+def read_vocabulary(tokenizer, size, eos):
     """Returns the bytes of a tokenizer's tokens, as llguidance wants them."""
     from llguidance import hf
 
-    size = max(len(tokenizer), model.config.get_text_config().vocab_size)
     try:
-        return hf.from_tokenizer(tokenizer, n_vocab=size, eos_token=eos_ids(tokenizer, model))
+        return hf.from_tokenizer(tokenizer, n_vocab=size, eos_token=list(eos))
     except ValueError as error:
         fail(f"no grammar can be used with the critic's tokenizer ({error}); add --free_critiques")
