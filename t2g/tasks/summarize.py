@@ -23,7 +23,7 @@ from t2g.tasks import Example
 
 INSTRUCTION = "Summarize this text in one sentence.\n\n{}"
 MIN_WORDS, MAX_WORDS = 6, 40
-MAX_GOOD, PHRASE_WORDS = 5, 5  # phrases marked as good, and words of one
+MAX_GOOD, PHRASE_WORDS = 5, 6  # phrases marked as good, and words of one
 SLF5K = ("title", "post", "ideal_human_summary")
 
 CRITERIA = """\
@@ -113,10 +113,11 @@ def critique(example, response: str) -> Feedback:
         faults.append((start, end))
         remarks.append(remark)
 
-    for start, end in names_and_numbers(response):
-        if not words_of(response[start:end]) <= known:
-            kind = "number" if response[start].isdigit() else "name"
-            mark(start, end, f"The {kind} {response[start:end]} is not in the source.")
+    for place in names_and_numbers(response):
+        for word in WORD.finditer(response, *place):
+            if not words_of(word[0]) <= known:
+                kind = "number" if word[0][0].isdigit() else "name"
+                mark(*word.span(), f"The {kind} {word[0]} is not in the source.")
     for quotation in QUOTED.finditer(response):
         if quotation[1].casefold() not in source.casefold():
             mark(*quotation.span(1), f'Nobody says "{quotation[1]}" in the source.')

@@ -31,7 +31,7 @@ POOR = [  # response, poor quotes
     ("The council of Leeds will close two libraries in", ["in"]),
     ("Leeds closes libraries.", ["Leeds closes libraries."]),
     ("Mr. Hughes said that Leeds will close two libraries.", []),
-    ("Then Ann Moss said that Leeds will close two libraries.", ["Ann Moss"]),
+    ("Then Ann Moss said that Leeds will close two libraries.", ["Ann", "Moss"]),
     ("", []),
 ]
 
@@ -46,8 +46,8 @@ def test_each_fault_is_quoted(response, poor):
 def test_good_are_supported_phrases_that_speak_of_what_the_human_summary_speaks_of():
     response = "The council of Leeds will close two libraries, and residents of the city are angry."
     feedback = summarize.critique(EXAMPLE, response)
-    assert feedback.good == ["council of Leeds will close", "two libraries"]
-    assert feedback.critique == "It rightly says council of Leeds will close, two libraries."
+    assert feedback.good == ["council of Leeds will close two", "libraries"]
+    assert feedback.critique == "It rightly says council of Leeds will close two, libraries."
     assert summarize.critique(EXAMPLE, "Residents of the city protested on Monday.").good == []
     listed = "Leeds, council, close, libraries, Leeds, council and two are named here."
     assert len(summarize.critique(EXAMPLE, listed).good) == summarize.MAX_GOOD
