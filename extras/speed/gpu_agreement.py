@@ -16,14 +16,8 @@ from unittest import mock
 import torch
 from safetensors.torch import load_file, save_file
 
-from extras.speed.synthetic import (
-    HERE,
-    Learner,
-    random_model,
-    random_rollout,
-    sentences,
-    train_args,
-)
+from extras.speed.gpu import HERE
+from extras.speed.synthetic import Learner, random_model, random_rollout, sentences, train_args
 from t2g import dist, policy, torchrun
 from t2g.checkpoint import trainable
 from t2g.rollout import sample
@@ -58,7 +52,8 @@ def agreement(args, report):
         paths = [folder / f"gpu-{case}.safetensors", folder / f"cpu-{on_cpu}.safetensors"]
         if all(path.is_file() for path in paths):
             compare_steps(case, *map(load_file, paths), report)
-    report("exit codes of the processes that took the steps", codes, "0", not any(codes))
+    if any(codes):
+        sys.exit("a process that took the steps failed; its error is above")
 
 
 def start(folder, place, cases, environment):

@@ -1,13 +1,14 @@
-"""The second part of the GPU check: steps in bf16, with random weights.
+"""The speed parts of the GPU check: steps and sampling in bf16, with random weights.
 
 Beside them stand the memory that extras.scale.plan expects, figures that other projects published,
-and transformers' own `generate`.
+and transformers' own `generate` and `generate_batch`, both with weights in bf16.
 """
 
 from pathlib import Path
 
 import torch
 from torch.profiler import profile
+from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from extras.scale import plan
 from extras.speed.synthetic import Learner, generate, random_model, sentences, timed, train_args
@@ -59,22 +60,19 @@ def one_step(name, learner, tokenizer, prompts, report):
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     rollout, seconds = learner.step(tokenizer, prompts)
-    peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
     model, epochs = learner.actor.model, learner.args.num_ppo_epochs
     head = model.get_output_embeddings().weight.numel()
     body = sum(weights.numel() for weights in model.parameters()) - head
     sampled = int(rollout.mask.sum())
     read = epochs * (sampled + int(rollout.prompt_mask.sum()))
     mfu = 6 * (body * read + head * epochs * sampled) / seconds["update"] / PEAK
-    theirs = timed(generate, model, tokenizer, prompts, rollout.mask.shape[1], bf16=True)[1]
-    beside = f"transformers' generate: {rollout.mask.numel() / theirs:.4g}"
-    report(f"{name}: rollout, tokens/s", sampled / seconds["rollout"], beside)
+    report(f"{name}: rollout, tokens/s", sampled / seconds["rollout"])
     beside = f"MFU {mfu:.3f} of 989 TFLOP/s, prompts included; {UPDATE_ANCHOR}"
     report(f"{name}: update, tokens/s", read / seconds["update"], beside)
     for phase, spent in seconds.items():
         report(f"{name}: {phase}, s", spent)
     report(f"{name}: a step of {epochs} epochs, s", sum(seconds.values()), STEP_ANCHOR)
-    return peak
+    return torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
 
 
 def profile_step(shape, learner, tokenizer, prompts, report):
@@ -91,3 +89,28 @@ def profile_step(shape, learner, tokenizer, prompts, report):
     for phase, profiler in (("sampling", sampling), ("scores and an epoch", learning)):
         print(f"{shape}, {phase}")
         print(profiler.key_averages().table(sort_by=order, row_limit=10, max_name_column_width=70))
+
+
+def peers(args, report):
+    """Tokens a second of transformers' generate and of its continuous batching."""
+    shapes, batches, new, _ = sizes(args)
+    cache = dict(num_blocks=64, max_batch_tokens=64) if args.rehearse else {}
+    for shape in shapes:
+        tokenizer, model = random_model(shape)
+        model.to(torch.bfloat16)
+        settings = dict(do_sample=True, max_new_tokens=new, eos_token_id=-1)
+        settings = GenerationConfig(**settings, pad_token_id=tokenizer.pad_token_id)
+        for rows in batches:
+            generate(model, tokenizer, sentences(rows), 4)  # warms up
+            _, seconds = timed(generate, model, tokenizer, sentences(rows), new)
+            report(f"{shape}, batch {rows}: generate, tokens/s", rows * new / seconds)
+        for rows in batches:  # afterwards, because it changes the model's attention
+            ids, how = tokenizer(sentences(rows))["input_ids"], ContinuousBatchingConfig(**cache)
+            for _ in range(2):  # the first warms up
+                work = dict(continuous_batching_config=how, persistent_manager=True)
+                outputs, seconds = timed(model.generate_batch, ids, settings, **work)
+            tokens = sum(len(output.generated_tokens) for output in outputs.values())
+            beside, ok = f"{tokens} of {rows * new} tokens came", tokens == rows * new
+            name = f"{shape}, batch {rows}: generate_batch, tokens/s"
+            report(name, tokens / seconds, beside, ok)
+            model.destroy_cached_continuous_batching_manager()

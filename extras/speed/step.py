@@ -20,7 +20,8 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-from extras.speed.synthetic import generate, run, sentences, timed
+from extras.speed.gpu import run
+from extras.speed.synthetic import generate, sentences, timed
 from t2g import cli, policy
 from t2g.chat import chat_text
 from t2g.log import read_jsonl, write_json, write_text

@@ -4,9 +4,7 @@ It calls the functions of train_ppo.py that the loop calls. Left out: critics, a
 """
 
 import random
-import subprocess
 import sys
-from pathlib import Path
 from unittest import mock
 
 import torch
@@ -21,7 +19,6 @@ from t2g.rollout import Rollout, encode_prompts, sample
 from t2g.score import response_logprobs, score
 from t2g.tasks import toy
 
-HERE = Path(__file__).resolve().parents[2]
 SHAPES = {
     "SmolLM2-135M": dict(vocab_size=49152, hidden_size=576, intermediate_size=1536,
                          num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3),
@@ -99,15 +96,6 @@ class Learner:
         _, seconds["update"] = timed(train_ppo.update, *work)
         _, seconds["shift"] = timed(response_logprobs, self.actor, rollout, args)
         return seconds
-
-
-def run(script, *flags, python=sys.executable) -> str:
-    """Runs a script of the project. Returns what it printed; its errors pass through."""
-    command = [python, *script.split(), *map(str, flags)]
-    done = subprocess.run(command, cwd=HERE, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)} failed with {done.returncode}; its error is above")
-    return done.stdout
 
 
 def timed(work, *args, **options):

