@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from t2g.align import find, locate, resolve, response_text, span_rewards, token_offsets
-from t2g.feedback import Feedback, Span
+from t2g.feedback import Feedback
 
 NFD = partial(unicodedata.normalize, "NFD")
 words = st.text("abcdefghijklmnopqrstuvwxyz", min_size=1, max_size=8)
@@ -61,31 +61,22 @@ def test_whole_words_are_preferred():
 
 
 def test_where_words_have_no_spaces_each_character_is_a_word():
-    assert [start for start, _ in locate("他说价格很高。价格！我问了，他说价格不变。", "价格")] == [
-        2,
-        7,
-        16,
-    ]
+    places = locate("他说价格很高。价格！我问了，他说价格不变。", "价格")
+    assert places == [(2, 4), (7, 9), (16, 18)]
     assert locate("第127章，第27章", "27") == [(7, 9)]
     assert locate("用Python写Pythonic的", "Python") == [(1, 7)]
     assert find("建议使用CT检查肺部", "使用 CT 检查") == ("normalised", [(2, 8)])
     assert locate(NFD("cafés, cafe"), "cafe") == [(8, 12)]
 
 
-@pytest.mark.parametrize(
-    ("text", "quote"),
-    [
-        (
-            "患者被给予二百五十毫克静脉注射头孢每日三次持续一周之后体温恢复正常。",
-            "静脉注射头孢每日二次持续一周",
-        ),
-        ("ผู้ป่วยได้รับยาสามครั้งต่อวันเป็นเวลาหนึ่งสัปดาห์แล้วกลับบ้าน", "ได้รับยาสองครั้งต่อวันเป็นเวลาหนึ่งสัปดาห์"),
-        (
-            "see https://example.org/a/very_long_path_without_any_break_in_it",
-            "very_lang_path_without",
-        ),
-    ],
-)
+FUZZY = [
+    ("患者被给予二百五十毫克静脉注射头孢每日三次持续一周之后体温恢复正常。", "静脉注射头孢每日二次持续一周"),
+    ("ผู้ป่วยได้รับยาสามครั้งต่อวันเป็นเวลาหนึ่งสัปดาห์แล้วกลับบ้าน", "ได้รับยาสองครั้งต่อวันเป็นเวลาหนึ่งสัปดาห์"),
+    ("see https://example.org/a/very_long_path_without_any_break_in_it", "very_lang_path_without"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "quote"), FUZZY)
 def test_a_fuzzy_match_marks_about_its_own_length_in_any_script(text, quote):
     kind, [(start, end)] = find(text, quote)
     assert kind == "fuzzy" and abs(end - start - len(quote)) <= 3
@@ -112,13 +103,10 @@ def test_white_space_and_case_do_not_hide_a_quote(data, parts):
         ("It‘s a ‚test‘ - fine", "IT'S A 'TEST'", "It‘s a ‚test‘"),
         ("«Oui», dit-elle", '"Oui"', "«Oui»"),
         ("pages 10–20 only", "pages 10-20", "pages 10–20"),
-        ("a plain 'quote' here", "‘quote’", "'quote'"),
         ("one\r\n\r\ntwo three", "one two", "one\r\n\r\ntwo"),
         ("das ist die Straße hier", "STRASSE", "Straße"),
         ("Straße und Haus", "und haus", "und Haus"),
-        ("ßßß then this Word", "WORD", "Word"),
         ("in İstanbul, in Ankara", "in i̇stanbul, in ankara", "in İstanbul, in Ankara"),
-        ("İİİ and Then", "then", "Then"),
         ("a ﬁne ﬂower", "FINE FLOWER", "ﬁne ﬂower"),
         ("😀 the  Dog 🎉", "the dog 🎉", "the  Dog 🎉"),
         ("ΟΔΟΣ and more", "οδοσ AND", "ΟΔΟΣ and"),
@@ -197,15 +185,10 @@ def test_a_small_typo_in_a_long_quote_is_forgiven(data):
     ],
 )
 def test_a_fuzzy_place_covers_the_words_in_brackets(text, quote):
-    place = text.index("["), text.index("]") - 1
-    assert find(text.replace("[", "").replace("]", ""), quote) == ("fuzzy", [place])
-
-
-def test_a_fuzzy_quote_is_found_wherever_its_words_occur():
-    text = "the experienced veterinarian came. Later the experienced veterinarian left."
-    kind, places = find(text, "the experienced vetrinarian")
-    assert kind == "fuzzy"
-    assert [text[slice(*place)] for place in places] == ["the experienced veterinarian"] * 2
+    place, text = (text.index("["), text.index("]") - 1), re.sub(r"[][]", "", text)
+    assert find(text, quote) == ("fuzzy", [place])
+    again = tuple(len(text) + 2 + i for i in place)
+    assert find(f"{text}; {text}", quote) == ("fuzzy", [place, again]), "wherever it occurs"
 
 
 @given(st.text("abcdef ", max_size=40), st.text("uvwxyz ", max_size=40))
@@ -235,15 +218,6 @@ def test_a_quote_of_a_megabyte_is_lost_quickly(unit):
 # ---- feedback to spans -------------------------------------------------------------------------
 
 TWICE = "He is 27 today. Yes, 27 it is."
-
-
-def test_good_quotes_give_plus_one_and_poor_ones_minus_one():
-    text = "Ana is 27, lives in Porto."
-    spans, counts = resolve(text, Feedback("", good=["Porto"], poor=["27"]))
-    assert [(text[s.start : s.end], s.score) for s in spans] == [("Porto", 1.0), ("27", -1.0)]
-    assert all(isinstance(span, Span) for span in spans)
-    assert counts["exact"] == 2 and counts["ambiguous"] == 0
-    assert resolve(text, Feedback("All of it is neutral.")) == ([], {})
 
 
 @pytest.mark.parametrize(
@@ -292,7 +266,7 @@ def test_every_quote_is_counted_once_under_its_kind(quotes, cut):
         assert counts[kind] == kinds.count(kind)
     assert counts["ambiguous"] == sum(part.count("27") == 1 for part in (good, poor))
     located = [{quote for quote in part if find(TWICE, quote)[1]} for part in (good, poor)]
-    assert len(spans) >= sum(map(len, located))
+    assert len(spans) >= sum(map(len, located)) and bool(spans) == any(located)
 
 
 def test_a_quote_becomes_the_reward_of_its_own_tokens(tok):

@@ -54,9 +54,8 @@ def test_three_kills_and_a_failing_server_lose_nothing_and_repeat_nothing(serve,
     process = forked("annotate", arguments)
     process.join()
     written = read_jsonl(out)
-    assert process.exitcode == 0 and sorted(record["id"] for record in written) == sorted(
-        ids.values()
-    )
+    assert process.exitcode == 0
+    assert sorted(record["id"] for record in written) == sorted(ids.values())
     for kept, before in kills:
         assert not kept & {ids[line["response"]] for line in requests(log()[before:])}
     assert {line["fault"] for line in requests(log())} == {None, *FAULTS}
@@ -106,27 +105,23 @@ def test_a_server_that_never_answers_ends_the_run_and_no_record_fails(serve, ann
 
 
 USUAL = {"max_tokens", "temperature"}
+REFUSED = [  # options that the server refuses, and what the requests then have
+    (["json_schema"], {"type": "json_object"}, USUAL),
+    (["response_format"], None, USUAL),
+    (["max_tokens"], annotator.JSON_SCHEMA, {"max_completion_tokens"}),
+    (["temperature", "response_format"], None, {"max_completion_tokens"}),
+]
 
 
-@pytest.mark.parametrize(
-    ("refuses", "answer_format", "options"),
-    [
-        (["json_schema"], {"type": "json_object"}, USUAL),
-        (["response_format"], None, USUAL),
-        (["max_tokens"], annotator.JSON_SCHEMA, {"max_completion_tokens"}),
-        (["temperature", "response_format"], None, {"max_completion_tokens"}),
-    ],
-)
-def test_refused_options_are_dropped_for_all_records(
-    serve, annotate, refuses, answer_format, options
-):
+@pytest.mark.parametrize(("refuses", "form", "options"), REFUSED)
+def test_refused_options_are_dropped_for_all_records(serve, annotate, refuses, form, options):
     url, log = serve(refuses=refuses)
     _, printed, _ = annotate(url, texts(6), "--concurrency", 1)
     assert printed.count("refuses some options") == 1 and "0 failed" in printed
     asked = [line["asked"] for line in requests(log())]
     assert len(asked) <= 6 + 5 and asked[0]["response_format"] == annotator.JSON_SCHEMA
     for request in asked[-6:]:
-        assert request.get("response_format") == answer_format
+        assert request.get("response_format") == form
         assert set(request) - {"model", "messages", "response_format"} == options
 
 
@@ -228,26 +223,27 @@ def test_ctrl_c_stops_and_the_same_command_continues(serve, annotate, monkeypatc
 
 def test_invalid_responses_are_refused(tmp_path, refused):
     record = {"id": "1", "prompt": "p", "response": "r"}
-    for records, fault in (
-        ([], "no records"),
-        ([record | {"id": 1.5}], "no id"),
-        ([record | {"id": i} for i in (1, "1")], "the id of an earlier one"),
-        ([{"id": "1", "response": "r"}], "no prompt"),
-    ):
+    faults = {
+        "no records": [],
+        "no id": [record | {"id": 1.5}],
+        "the id of an earlier one": [record | {"id": i} for i in (1, "1")],
+        "no prompt": [{"id": "1", "response": "r"}],
+    }
+    for fault, records in faults.items():
         assert fault in refused(read_responses, write(tmp_path / "in.jsonl", records))
 
 
-@pytest.mark.parametrize(
-    ("more", "named"),
-    [
-        (["--severity"], "--severity"),
-        (["--policy", "p"], "--policy"),
-        (["--budget", 1], "--input_price"),
-        (["--base_url", "localhost:8000"], "--base_url"),
-        (["--out", "in.jsonl"], "--out"),
-        (["--responses", "nowhere"], "nowhere"),
-    ],
-)
+UNFIT = [
+    (["--severity"], "--severity"),
+    (["--policy", "p"], "--policy"),
+    (["--budget", 1], "--input_price"),
+    (["--base_url", "localhost:8000"], "--base_url"),
+    (["--out", "in.jsonl"], "--out"),
+    (["--responses", "nowhere"], "nowhere"),
+]
+
+
+@pytest.mark.parametrize(("more", "named"), UNFIT)
 def test_flags_that_do_not_fit_are_refused(tmp_path, annotate, monkeypatch, more, named):
     monkeypatch.chdir(tmp_path)
     code, printed, written = annotate(NOWHERE, texts(1), *more)
@@ -294,20 +290,15 @@ def test_text_around_the_json_is_ignored():
         assert read(thoughts + json.dumps(tag))["critique"] == tag["critique"]
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        dict(good_spans=["Ana is 28"]),
-        dict(good_spans=[" "]),
-        dict(poor_spans=["27"] * 3),
-        dict(poor_spans=[{"text": "27", "severity": 1}]),
-        dict(good_spans=None),
-        dict(critique="  "),
-        dict(critique=["a"]),
-        dict(reasoning=None),
-        *[dict(text=text) for text in ("{", "[]", "}{", "{" * 9999 + "}", "null", "no {json}")],
-    ],
-)
+INVALID = [
+    *[dict(good_spans=quotes) for quotes in (["Ana is 28"], [" "], None)],
+    *[dict(poor_spans=quotes) for quotes in (["27"] * 3, [{"text": "27", "severity": 1}])],
+    *[dict(critique="  "), dict(critique=["a"]), dict(reasoning=None)],
+    *[dict(text=text) for text in ("{", "[]", "}{", "{" * 9999 + "}", "null", "no {json}")],
+]
+
+
+@pytest.mark.parametrize("fields", INVALID)
 def test_invalid_answers_are_refused_without_words_of_the_response(fields):
     with pytest.raises(FeedbackError) as fault:
         read(**fields)

@@ -27,17 +27,15 @@ def test_a_template_of_parts_gets_parts(tokenizer):
     assert chat_text(with_template(tokenizer, PARTS), "Hi.") == "<|user|>Hi.<|assistant|>"
 
 
-@pytest.mark.parametrize(
-    "template",
-    ["No message.", "{% for m in messages %}", "{{ raise_exception('No.') }}", "{{ 1 // 0 }}"],
-)
-def test_a_template_that_leaves_out_the_prompt_or_fails_is_refused(tokenizer, template, capsys):
-    with pytest.raises(SystemExit):
-        chat_text(with_template(tokenizer, template), "Hi.")
-    assert "chat template" in capsys.readouterr().err
+FAULTY = ["No message.", "{% for m in messages %}", "{{ raise_exception('No.') }}", "{{ 1 // 0 }}"]
 
 
-def test_templates_get_the_arguments_of_the_command_line(tokenizer, capsys):
+@pytest.mark.parametrize("template", FAULTY)
+def test_a_template_that_leaves_out_the_prompt_or_fails_is_refused(tokenizer, template, refused):
+    assert "chat template" in refused(chat_text, with_template(tokenizer, template), "Hi.")
+
+
+def test_templates_get_the_arguments_of_the_command_line(tokenizer, refused):
     use_kwargs('{"enable_thinking": false}')
     assert chat_text(with_template(tokenizer, THINKING), "Hi.") == "Hi.<|assistant|>"
     use_kwargs('{"add_generation_prompt": false}')
@@ -45,14 +43,11 @@ def test_templates_get_the_arguments_of_the_command_line(tokenizer, capsys):
     use_kwargs(None)
     assert chat_text(with_template(tokenizer, THINKING), "Hi.") != "Hi.<|assistant|>"
     for wrong in ("enable_thinking=false", "[1]"):
-        with pytest.raises(SystemExit):
-            use_kwargs(wrong)
-        assert "JSON object" in capsys.readouterr().err
+        assert "JSON object" in refused(use_kwargs, wrong)
     use_kwargs('{"a": "\\ud83d"}')
     assert template_kwargs == {"a": "?"}
     use_kwargs('{"continue_final_message": true}')
-    with pytest.raises(SystemExit):
-        chat_text(tokenizer, "Hi.")
+    refused(chat_text, tokenizer, "Hi.")
     use_kwargs(None)
 
 
@@ -77,11 +72,8 @@ def test_a_completion_ends_with_the_token_that_ends_the_template_s_turns(tokeniz
 
 def test_a_completion_is_encoded_as_the_model_s_own_turn(tok):
     """SentencePiece puts a space before a text, and so before a completion encoded alone."""
-    plain = with_template(
-        tok,
-        "User: {{ messages[0].content }}\nBot:{% if messages[1] %}{{ messages[1].content }}{% endif %}",
-    )
+    answer = "{% if messages[1] %}{{ messages[1].content }}{% endif %}"
+    plain = with_template(tok, f"User: {{{{ messages[0].content }}}}\nBot:{answer}")
     prompt, completion = encode_pairs(plain, [("the dog", "the quick fox")])[0]
-    assert plain.decode(prompt + completion[:-1]) == plain.decode(
-        plain(chat_text(plain, "the dog") + "the quick fox")["input_ids"]
-    )
+    together = plain(chat_text(plain, "the dog") + "the quick fox")["input_ids"]
+    assert plain.decode(prompt + completion[:-1]) == plain.decode(together)

@@ -36,13 +36,11 @@ MASK = torch.tensor([[t < len(tokens) for t in range(LENGTH)] for tokens in RESP
 
 def table_of(value) -> torch.Tensor:
     """(responses, LENGTH): value(tokens, t) at each token of each response, 0 off the mask."""
-    rows = [
-        [value(tokens, t) if t < len(tokens) else 0.0 for t in range(LENGTH)]
-        for tokens in RESPONSES
-    ]
-    return torch.stack(
-        [torch.stack([torch.as_tensor(x, dtype=torch.float64) for x in row]) for row in rows]
-    )
+    rows = []
+    for tokens in RESPONSES:
+        row = [value(tokens, t) if t < len(tokens) else 0.0 for t in range(LENGTH)]
+        rows.append(torch.stack([torch.as_tensor(x, dtype=torch.float64) for x in row]))
+    return torch.stack(rows)
 
 
 class Example:

@@ -112,13 +112,6 @@ def test_two_processes_with_a_learned_critic_make_the_run_of_one(folder, monkeyp
         torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-5)
 
 
-def test_without_torchrun_there_is_one_process(model):
-    assert (dist.rank(), dist.size()) == (0, 1)
-    x = torch.arange(6).reshape(2, 3)
-    assert dist.gather(x) is x and dist.own(x).equal(x) and dist.total(x) is x
-    assert dist.shard(model) is model and not dist.parts(model)
-
-
 def load_state(state, saved):
     """Loads a state into a sharded layer, and saves the whole of its weights."""
     with torchrun.session():

@@ -32,19 +32,7 @@ def hosts(tmp_path):
     try:
         for node in NODES:
             ip("netns", "add", node)
-        ip(
-            "link",
-            "add",
-            "cable",
-            "netns",
-            "node-a",
-            "type",
-            "veth",
-            "peer",
-            "cable",
-            "netns",
-            "node-b",
-        )
+        ip(*"link add cable netns node-a type veth peer cable netns node-b".split())
         for node, address in NODES.items():
             ip("-n", node, "address", "add", f"{address}/24", "dev", "cable")
             for device in ("cable", "lo"):
@@ -60,9 +48,8 @@ def hosts(tmp_path):
 
 
 def test_the_examples_for_clusters_have_arguments_of_the_script(monkeypatch):
-    slurm = (
-        Path("docs/SCALE.md").read_text().split("    train_ppo.py ")[1].split("\n```")[0].split()
-    )
+    page = Path("docs/SCALE.md").read_text()
+    slurm = page.split("    train_ppo.py ")[1].split("\n```")[0].split()
     kubernetes = Path("examples/kubernetes.yaml").read_text().split("- train_ppo.py\n")[1]
     flags = re.findall(r"^ +- (--\S+)=(\S+)$|^ +- (--bf16)$", kubernetes, re.M)
     pairs = [[word for word in flag if word] for flag in flags]
@@ -70,9 +57,8 @@ def test_the_examples_for_clusters_have_arguments_of_the_script(monkeypatch):
     for words in (slurm, [word for pair in pairs for word in pair]):
         monkeypatch.setattr(sys, "argv", ["train_ppo.py", *words])
         _, args = train_ppo.parse_args()
-        outputs.append(
-            vars(args) | {"output_dir": Path(args.output_dir).name, "data": "train.jsonl"}
-        )
+        own = {"output_dir": Path(args.output_dir).name, "data": "train.jsonl"}
+        outputs.append(vars(args) | own)
     assert outputs[0] == outputs[1]
 
 

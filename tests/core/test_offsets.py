@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from conftest import CORPUS
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import ByT5Tokenizer
@@ -98,13 +98,6 @@ def test_in_ascii_text_each_token_covers_its_own_letters(tok, text):
     assert seen == decoded
 
 
-@pytest.mark.parametrize("name", ["byte_level", "unigram", "byte_fallback"])
-def test_the_token_of_a_word_contains_the_space_before_it(tokenizers, name):
-    offsets = token_offsets(tokenizers[name], encode(tokenizers[name], "see the fox"))
-    pieces = ["see the fox"[start:end] for start, end in offsets]
-    assert " the" in pieces and "the" not in pieces
-
-
 def bytes_of_tokens(name, tok):
     """The bytes of each token, from the definition of its family."""
     # GPT-2's table: visible bytes stand for themselves, hidden ones for the characters from 256 on.
@@ -149,14 +142,6 @@ def test_every_tokenisation_of_a_text_gives_each_token_the_characters_of_its_byt
 
     assert response_text(tok, ids) == text
     assert [set(range(start, end)) for start, end in token_offsets(tok, ids)] == expected
-
-
-@given(text=any_texts)
-def test_the_offsets_of_canonical_ids_are_the_tokenizer_s_own(tokenizers, text):
-    tok = tokenizers["byte_level"]
-    encoding = tok.backend_tokenizer.encode(text, add_special_tokens=False)
-    assume(not set(encoding.ids) & set(tok.all_special_ids))
-    assert token_offsets(tok, encoding.ids) == encoding.offsets
 
 
 # ---- other tokenizers --------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from t2g.policy import (
     token_stats,
 )
 from t2g.ppo import gae, kl_penalty, policy_loss
-from t2g.rollout import Rollout, draw, encode_prompts, respond, sample
+from t2g.rollout import draw, encode_prompts, respond, sample
 
 PROMPTS = [
     "Hi.",
@@ -55,28 +55,17 @@ def rollout(model, tokenizer):
 
 
 def alone(rollout, b):
-    """Row b as a rollout of its own, without any padding."""
-    prompt = rollout.prompt[b, rollout.prompt_mask[b]][None]
-    response = rollout.response[b, rollout.mask[b]][None]
-    masks = [torch.ones_like(ids, dtype=torch.bool) for ids in (prompt, response)]
-    row = slice(b, b + 1)
-    texts, finished = rollout.texts[row], rollout.finished[row]
-    return Rollout(prompt, masks[0], response, masks[1], finished, texts)
-
-
-@torch.no_grad()
-def naive_logits(model, prompt, response):
-    """Logits (n, V) that predict the n response tokens, by one plain forward over one row."""
-    ids = torch.cat([prompt, response])
-    return model(input_ids=ids[None]).logits[0, len(prompt) - 1 : len(ids) - 1]
+    """The tokens of row b without padding, and those of its response."""
+    response = rollout.response[b, rollout.mask[b]]
+    return torch.cat([rollout.prompt[b, rollout.prompt_mask[b]], response]), response
 
 
 def naive_rows(model, rollout):
-    """Each row's number, its length, its response and its naive logits."""
+    """Each row's number, length, response, and logits by one plain forward over this row."""
     for b in range(len(rollout)):
-        one = alone(rollout, b)
-        response = one.response[0]
-        yield b, len(response), response, naive_logits(model, one.prompt[0], response)
+        ids, response = alone(rollout, b)
+        logits = model(input_ids=ids[None]).logits[0, -len(response) - 1 : -1]
+        yield b, len(response), response, logits
 
 
 # ---- log-probabilities, entropies, values ----------------------------------------------------
@@ -107,31 +96,23 @@ def test_impossible_tokens_add_nothing_to_entropy_and_kl(policy, rollout):
 
 
 @torch.no_grad()
-def test_what_stands_in_padding_changes_nothing(policy, rollout):
+def test_what_stands_in_padding_changes_nothing_and_off_the_mask_all_is_zero(policy, rollout):
     changed = copy.copy(rollout)
     changed.prompt = rollout.prompt.masked_fill(~rollout.prompt_mask, 77)
     changed.response = rollout.response.masked_fill(~rollout.mask, 99)
     for plain, other in zip(policy(rollout)[:3], policy(changed)[:3]):
-        assert torch.equal(plain, other)
-
-
-@torch.no_grad()
-def test_off_the_mask_all_is_zero(policy, rollout):
-    for x in policy(rollout)[:3]:
-        assert x.shape == rollout.response.shape and x.dtype == torch.float32
-        assert not x[~rollout.mask].any() and (x[rollout.mask] != 0).all()
+        assert torch.equal(plain, other) and plain.dtype == torch.float32
+        assert torch.equal(plain != 0, rollout.mask)
 
 
 @torch.no_grad()
 def test_values_are_the_head_s_reading_of_the_last_state_before_each_token(policy, rollout):
     values = policy(rollout).values
     for b in range(len(rollout)):
-        one = alone(rollout, b)
-        ids = torch.cat([one.prompt[0], one.response[0]])
+        ids, response = alone(rollout, b)
         states = policy.model.model(input_ids=ids[None]).last_hidden_state[0]
-        P, n = one.prompt.shape[1], one.response.shape[1]
-        expected = policy.value_head(states[P - 1 : P + n - 1])[:, 0]
-        assert_close(values[b, :n], expected, atol=1e-5, rtol=0)
+        expected = policy.value_head(states[-len(response) - 1 : -1])[:, 0]
+        assert_close(values[b, : len(response)], expected, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
@@ -220,10 +201,8 @@ def test_respond_answers_in_the_order_of_the_prompts(model, tokenizer):
         assert [text] == one.texts and [ended] == one.finished.tolist()
 
 
-def test_a_prompt_beyond_the_context_ends_with_one_sentence(model, tokenizer, capsys):
-    with pytest.raises(SystemExit):
-        sample(model, tokenizer, ["I work as a baker. " * 100], T)
-    assert "context" in capsys.readouterr().err
+def test_a_prompt_beyond_the_context_ends_with_one_sentence(model, tokenizer, refused):
+    assert "context" in refused(sample, model, tokenizer, ["I work as a baker. " * 100], T)
 
 
 def test_rows_take_the_same_rows_of_everything_and_leave_out_columns_of_padding(rollout):
@@ -246,14 +225,6 @@ def gradients(policy, loss):
     return torch.autograd.grad(loss, list(policy.parameters()), allow_unused=True)
 
 
-def assert_same_gradients(ones, others):
-    assert any(g is not None and g.abs().max() > 1e-4 for g in ones)
-    for one, other in zip(ones, others):
-        assert (one is None) == (other is None)
-        if one is not None:
-            assert_close(one, other, atol=1e-5, rtol=1e-4)
-
-
 def test_without_critic_clip_and_kl_the_step_is_the_natural_language_gradient(
     policy, tokenizer, rollout
 ):
@@ -271,21 +242,16 @@ def test_without_critic_clip_and_kl_the_step_is_the_natural_language_gradient(
     loss, _ = policy_loss(stats.logprobs, stats.logprobs.detach(), advantages, rollout.mask, 0.2)
     by_ppo = gradients(policy, loss)
 
-    by_hand = [None if g is None else torch.zeros_like(g) for g in by_ppo]
-    for b in range(len(rollout)):
-        one = alone(rollout, b)
-        logits = policy.model(input_ids=torch.cat([one.prompt, one.response], 1)).logits[0]
-        for t, token in enumerate(one.response[0]):
-            log_pi = logits[one.prompt.shape[1] + t - 1].log_softmax(-1)[token]
-            if delta[b, t]:
-                step = torch.autograd.grad(
-                    log_pi, list(policy.parameters()), allow_unused=True, retain_graph=True
-                )
-                by_hand = [
-                    h if s is None else h - delta[b, t] * s / rollout.mask.sum()
-                    for h, s in zip(by_hand, step)
-                ]
-    assert_same_gradients(by_ppo, by_hand)
+    objective = 0.0
+    for b, n, response, logits in naive_rows(policy.model, rollout):
+        logprobs = logits.log_softmax(-1).gather(1, response[:, None])[:, 0]
+        objective = objective + (delta[b, :n] * logprobs).sum()
+    by_hand = gradients(policy, -objective / rollout.mask.sum())
+    assert any(g is not None and g.abs().max() > 1e-4 for g in by_ppo)
+    for one, other in zip(by_ppo, by_hand):
+        assert (one is None) == (other is None)
+        if one is not None:
+            assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
 # ---- checkpoints -----------------------------------------------------------------------------

@@ -5,13 +5,11 @@ import importlib
 import io
 import json
 import random
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_rm
@@ -22,7 +20,6 @@ from t2g.tasks import toy
 
 pytestmark = pytest.mark.usefixtures("posts")
 ROOT = Path(__file__).parents[2]
-SCRIPTS = ("train_sft", "annotate", "train_rm", "train_ppo", "eval")
 
 
 def run(command, **paths):
@@ -97,23 +94,10 @@ def test_a_run_writes_its_config_and_a_line_of_known_metrics_per_step(rule_run):
     assert lines[0]["kl"] == 0 and lines[0]["first_ratio_error"] < 1e-4
 
 
-def test_checkpoints_load_as_plain_models(toy_run):
-    for stage in ("sft", "rm", "ppo"):
-        folder = latest_checkpoint(toy_run / stage)
-        model = AutoModelForCausalLM.from_pretrained(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        message = [{"role": "user", "content": "Hi."}]
-        batch = tokenizer.apply_chat_template(message, return_tensors="pt", return_dict=True)
-        assert torch.isfinite(model(batch["input_ids"]).logits).all()
-
-
 NOTE = {
-    "prompt": "p",
-    "response": "Ana is 27, lives in Porto, misses a son",
-    "critique": "The age is 41.",
-    "good_spans": [" Porto"],
-    "poor_spans": [{"text": "27", "severity": 0.5}],
-}
+    "prompt": "p", "response": "Ana is 27, lives in Porto.", "critique": "The age is 41.",
+    "good_spans": [" Porto"], "poor_spans": [{"text": "27", "severity": 0.5}],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("no_critique", [False, True])
@@ -229,14 +213,14 @@ def test_unusable_data_folders_and_policies(refuse, toy_run, tmp_path):
     assert "no EOS token" in refuse(command, policy=tmp_path / "model", output_dir=ppo)
 
 
-@pytest.mark.parametrize(
-    ("record", "problem"),
-    [
-        ([1], "line 1 of"),
-        (NOTE | {"good_spans": "d"}, "good_spans"),
-        ({"status": "failed"}, "no record whose status is ok"),
-    ],
-)
+USELESS = [
+    ([1], "line 1 of"),
+    (NOTE | {"good_spans": "d"}, "good_spans"),
+    ({"status": "failed"}, "no record whose status is ok"),
+]
+
+
+@pytest.mark.parametrize(("record", "problem"), USELESS)
 def test_useless_annotations(refuse, toy_run, tmp_path, record, problem):
     notes = tmp_path / "notes.jsonl"
     notes.write_text(json.dumps(record))
@@ -244,13 +228,3 @@ def test_useless_annotations(refuse, toy_run, tmp_path, record, problem):
     assert problem in refuse("train_rm", **paths)
     assert "notes.jsonl" in refuse("annotate", out=notes)
     assert notes.read_text() == json.dumps(record)
-
-
-def test_every_flag_of_the_core_is_read():
-    files = [ROOT / f"{name}.py" for name in SCRIPTS] + list((ROOT / "t2g").rglob("*.py"))
-    source = "".join(path.read_text() for path in files)
-    flags = set(re.findall(r'add\(\s*"--(\w+)"', source))
-    assert len(flags) > 60
-    data_flags = {"source_field", "reference_field"}  # read by getattr in summarize.py
-    unread = {flag for flag in flags - data_flags if not re.search(rf"args\.{flag}\b", source)}
-    assert not unread, "flags that nothing reads"

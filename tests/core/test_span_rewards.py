@@ -111,12 +111,6 @@ def test_a_bad_span_is_refused_and_named(span):
         span_rewards([(0, 3), (3, 6)], [(0, 3, 1.0), span])
 
 
-@pytest.mark.parametrize("weights", SPAN_WEIGHTS)
-def test_tokens_that_a_span_only_borders_get_nothing(weights):
-    assert span_rewards([(0, 2), (2, 4), (4, 6)], [(2, 4, 1.0)], weights).tolist() == [0, 1, 0]
-    assert span_rewards([(0, 2), (4, 6)], [(2, 4, 1.0)], weights).tolist() == [0, 0]
-
-
 def test_without_spans_or_tokens_there_are_no_rewards():
     assert span_rewards([(0, 3), (3, 3)], []).tolist() == [0, 0]
     nothing = span_rewards([], [])

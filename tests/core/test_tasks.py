@@ -196,9 +196,8 @@ def test_qa_has_scores_and_no_rule(tmp_path, refused):
     assert qa.score(example, "")["words"] == 0
     assert set(qa.METRICS) == set(qa.score(example, "x")) and not hasattr(qa, "critique")
     path = write(tmp_path / "a.jsonl", [{"text": "a"}])
-    assert "chosen, completion, messages, conversations; it has text" in refused(
-        qa.load, flags("qa", path)
-    )
+    sentence = refused(qa.load, flags("qa", path))
+    assert "chosen, completion, messages, conversations; it has text" in sentence
 
 
 # ---- a task of one's own -----------------------------------------------------------------------
@@ -262,38 +261,36 @@ def test_an_error_inside_a_task_keeps_its_traceback(tmp_path):
 # ---- lengths -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("max_prompt_length", "response_length", "kept", "reason"),
-    [
-        (None, 0, [1, 20, 200], ""),
-        (None, 200, [1, 20], "2 of 3"),
-        (12, 200, [1], "1 of 3"),
-        (2, 200, [], "--max_prompt_length"),
-        (12, 256, [], "context"),
-    ],
-)
+LENGTHS = [  # max_prompt_length, response_length, what is kept, and why the rest is not
+    (None, 0, [1, 20, 200], ""),
+    (None, 200, [1, 20], "2 of 3"),
+    (12, 200, [1], "1 of 3"),
+]
+
+
+@pytest.mark.parametrize(("longest", "response_length", "kept", "reason"), LENGTHS)
 def test_prompts_that_leave_no_room_for_a_response_are_dropped(
-    model, tokenizer, capsys, max_prompt_length, response_length, kept, reason
+    model, tokenizer, capsys, refused, longest, response_length, kept, reason
 ):
     """The context is 256 tokens."""
     examples = [tasks.Example("a" * count, "", {}) for count in (1, 20, 200)]
-    args = types.SimpleNamespace(max_prompt_length=max_prompt_length)
-    args.response_length = response_length
-    try:
-        examples = tasks.short_enough(examples, tokenizer, model, args)
-    except SystemExit:
-        examples = []
-    assert [len(example.prompt) for example in examples] == kept
-    printed = "".join(capsys.readouterr())
+    args = types.SimpleNamespace(max_prompt_length=longest, response_length=response_length)
+    left = tasks.short_enough(examples, tokenizer, model, args)
+    assert [len(example.prompt) for example in left] == kept
+    printed = capsys.readouterr().out
     assert reason in printed and bool(reason) == bool(printed)
+    for longest, response_length, flag in ((2, 200, "--max_prompt_length"), (12, 256, "context")):
+        args = types.SimpleNamespace(max_prompt_length=longest, response_length=response_length)
+        assert flag in refused(tasks.short_enough, examples, tokenizer, model, args)
 
 
 # ---- stages ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("number", "ends_with"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)]
-)
+ENDS = [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)]
+
+
+@pytest.mark.parametrize(("number", "ends_with"), ENDS)
 def test_a_signal_ends_the_running_stage_too(tmp_path, number, ends_with):
     script, started = tmp_path / "stage.py", tmp_path / "pid"
     write_pid = "open(sys.argv[1], 'w').write(str(os.getpid()))"
@@ -304,9 +301,7 @@ def test_a_signal_ends_the_running_stage_too(tmp_path, number, ends_with):
             time.sleep(0.01)
         os.kill(os.getpid(), number)
 
-    def handler(*_):
-        """Without a handler the process that runs the tests might end."""
-
+    handler = print  # without one, the process that runs the tests might end
     before = signal.signal(signal.SIGTERM, handler)
     threading.Thread(target=stop).start()
     with pytest.raises(ends_with) as stopped:
@@ -326,12 +321,8 @@ def test_earlier_stages_get_the_same_flags_and_those_of_the_task(monkeypatch, tm
     args.mine = 7
     stages.ensure(["sft", "annotate", "rm"], args, tmp_path)
     assert len(commands) == 3
-    for command in commands:
-        assert (
-            "--heldout_data b.jsonl --" in command
-            and "--bf16 --" in command
-            and "--mine 7" in command
-        )
+    given = ("--heldout_data b.jsonl --", "--bf16 --", "--mine 7")
+    assert all(flag in command for command in commands for flag in given)
     stages.ensure(["sft", "annotate", "rm"], args, tmp_path, policy="p")
     assert "--policy p" in commands[3] and "--model p" in commands[4] and len(commands) == 5
 
