@@ -45,7 +45,6 @@ def parse_args():
     add_algorithm_flags(add)
     for module in (adapters, dist, checkpoint):
         module.add_flags(add)
-    add("--replicate_frozen", False, "reference and reward model unsharded: faster, more memory")
     task, args = tasks.parse(parser, "train_ppo")
     args.output_dir = args.output_dir or f"runs/{task.NAME}/ppo"
     args.batch_size = dist.batch_size(args) * args.num_mini_batches

@@ -27,6 +27,7 @@ def add_flags(add):
     add("--base_url", None, "openai: server, such as http://localhost:8000/v1")
     add("--critique_length", 200, "maximum tokens of a critique")
     add("--free_critiques", False, "rm and openai: sample critiques without a grammar")
+    add("--replicate_frozen", False, "reference and reward model unsharded: faster, more memory")
 
 
 def stages_before(args) -> list[str]:

@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from t2g import cli, critics, dist, policy, stages, tasks, torchrun
+from t2g.align import resolve, span_rewards, token_offsets
 from t2g.feedback import Feedback, revision_prompt
 from t2g.metrics import token_counts
 from t2g.policy import now
@@ -41,7 +42,6 @@ def parse(doc, name, add_own_flags, toy):
     task, args = tasks.parse(parser, name, toy=toy)
     args.output_dir = args.output_dir or f"runs/{task.NAME}/{name}"
     args.span_weights, args.kl_estimator = "uniform", "full"  # flags of train_ppo.py alone
-    args.replicate_frozen = False
     return task, args
 
 
@@ -119,6 +119,18 @@ def total_rewards(tokenizer, rollout, feedback, args) -> list[float | None]:
     penalty = args.missing_eos_penalty * (~rollout.finished).double()
     totals = (delta.double().sum(1) - penalty).tolist()
     return [None if one is None else total for one, total in zip(feedback, totals)]
+
+
+def text_reward(tokenizer, text, feedback) -> float:
+    """Returns the sum of delta over the tokens of a text, which need not be a sampled one.
+
+    Of an unreadable critique it is 0, of a critic that gives numbers its number.
+    """
+    if not isinstance(feedback, Feedback):
+        return feedback or 0.0
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    spans, _ = resolve(text, feedback)
+    return span_rewards(token_offsets(tokenizer, ids), spans).sum().item()
 
 
 def fitting_revision(model, tokenizer, prompt, response, feedback, length) -> str:

@@ -21,9 +21,10 @@ import torch
 from torch.nn import functional as F
 
 from extras.baselines import common
+from extras.benchmarks import read_texts
 from t2g import cli, critics, dist, policy, supervised
 from t2g.folder import run_folder
-from t2g.log import read_jsonl, write_json
+from t2g.log import write_json
 from t2g.notes import write_whole
 from t2g.policy import autocast, response_logits
 
@@ -101,17 +102,6 @@ def sample_pairs(task, args, tokenizer, model, root) -> tuple[list[dict], dict]:
     return pairs, stats | dropped
 
 
-def read_pairs(path) -> list[dict]:
-    pairs = read_jsonl(path)
-    for number, pair in enumerate(pairs, 1):
-        for name in ("prompt", "chosen", "rejected"):
-            if not isinstance(pair.get(name), str):
-                cli.fail(f"record {number} of {path} has no text {name!r}")
-    if not pairs:
-        cli.fail(f"{path} holds no pair")
-    return pairs
-
-
 def encode(tokenizer, pairs) -> list[list]:
     """Returns rows [prompt, chosen, rejected] of token ids, with EOS after finished responses."""
     sides = []
@@ -177,7 +167,9 @@ def main():
     task, args = common.parse(__doc__, "dpo", add_flags, TOY)
     if args.samples_per_prompt < 2:
         cli.fail("--samples_per_prompt must be at least 2: a pair needs two responses to a prompt")
-    pairs, stats = read_pairs(args.pairs) if args.pairs else [], {}  # bad ones fail first
+    pairs, stats = [], {}
+    if args.pairs:
+        pairs = read_texts(args.pairs, "prompt", "chosen", "rejected")  # fails before the start
     with common.started(args, needs_critic=not pairs) as (root, tokenizer, model):
         # 1. Pairs of responses of the starting policy.
         if not pairs:

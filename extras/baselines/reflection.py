@@ -49,7 +49,7 @@ def main():
     add("--eval_samples", 256, "number of held-out prompts")
     task, args = tasks.parse(parser, "eval")
     root, examples = Path(args.runs[0]).parent, tasks.load(task, args)[1]
-    args.replicate_frozen, scores = True, {}
+    args.replicate_frozen, scores = True, {}  # ranks ask the critic as often as they need to
     earlier = partial(stages.ensure, critics.stages_before(args), args, root)
     with torchrun.session(run_first=earlier):
         critic = critics.load_critic(task, args, root, policy.device())

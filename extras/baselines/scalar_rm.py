@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from extras.baselines import common
 from t2g import cli, critics, dist, policy, stages, supervised, tasks, torchrun
-from t2g.align import resolve, span_rewards, token_offsets
 from t2g.folder import run_folder
 from t2g.notes import read_usable
 from t2g.policy import Policy, autocast, response_logits
@@ -90,13 +90,6 @@ def critic(task, args, batch_size=64):
 # ---- training ------------------------------------------------------------------------------------
 
 
-def target(tokenizer, response, feedback) -> float:
-    """Returns the sum of delta_t over the response's tokens."""
-    ids = tokenizer(response, add_special_tokens=False)["input_ids"]
-    spans, _ = resolve(response, feedback)
-    return span_rewards(token_offsets(tokenizer, ids), spans).sum().item()
-
-
 def read_rows(path, tokenizer, limit, seed) -> tuple[list[tuple], float, float]:
     """Reads annotations as shuffled rows (text, EOS, standardised target).
 
@@ -104,8 +97,9 @@ def read_rows(path, tokenizer, limit, seed) -> tuple[list[tuple], float, float]:
     """
     records = read_usable(path)
     random.Random(seed).shuffle(records)
-    prompts, responses = ([record[key] for record in records] for key in ("prompt", "response"))
-    targets = [target(tokenizer, record["response"], record["feedback"]) for record in records]
+    keys = "prompt", "response", "feedback"
+    prompts, responses, feedback = ([record[key] for record in records] for key in keys)
+    targets = [common.text_reward(tokenizer, *pair) for pair in zip(responses, feedback)]
     mean, std = float(np.mean(targets)), float(np.std(targets))
     if not std:
         cli.fail(f"all {len(targets)} annotations of {path} have the same reward {mean}")

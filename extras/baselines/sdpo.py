@@ -71,7 +71,8 @@ def make_models(model, args):
     reference = dist.frozen(copy.deepcopy(model).requires_grad_(False), args)
     teacher = model
     if args.teacher_update_rate < 1:
-        teacher = dist.frozen(copy.deepcopy(model).requires_grad_(False), args)
+        teacher = copy.deepcopy(model).requires_grad_(False)
+        dist.shard(teacher, args.bf16, args.cpu_offload)  # as the policy, whose weights it averages
     actor = Policy(model)  # score() wants one; its values are not used
     dist.shard(model, args.bf16, args.cpu_offload, args.gradient_checkpointing)
     actor.value_head.to(dist.device())

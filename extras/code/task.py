@@ -178,11 +178,13 @@ def judge(example, response) -> tuple[Feedback, list[str]]:
         return Feedback("It passes the tests.", quotes(response, program, right), []), []
     kind, sentence = explain(result.reason)
     frames = [(file, int(line)) for file, line in FRAME.findall(result.stderr)]
-    wrong, right = lines_at_fault(example, program, frames, kind), []
+    failed = frames[-1][1] if frames else 0  # the last line, of a wrong answer that of the assert
+    definition = called(example, program, failed)
+    wrong, right = lines_at_fault(program, definition, frames, kind), []
     if kind == "wrong answer" and frames:
-        failed = frames[-1][1]  # the line of the assert
-        held = unit_tests.asserts_before(failed, tests_of(example))
-        right = lines_that_ran(called(example, program, failed), held > 0)
+        before = [n for n in unit_tests.tree_of(tests_of(example)).body if n.end_lineno < failed]
+        held = sum(isinstance(node, ast.Assert) for node in before)
+        right = lines_that_ran(definition, held > 0)
         sentence += f" It runs, and {held} assertions hold."
     poor = quotes(response, program, wrong)
     good = quotes(response, program, [lines for lines in right if lines not in wrong])
@@ -214,21 +216,20 @@ def explain(reason: str) -> tuple[str, str]:
             return exception or kind, sentence.format(detail)
 
 
-def lines_at_fault(example, program, frames, kind) -> list[tuple[int, int]]:
+def lines_at_fault(program, definition, frames, kind) -> list[tuple[int, int]]:
     """Returns ranges of line numbers, both ends included; frames: (file, line) of a traceback."""
     own = [line for file, line in frames if file == "solution"]
     if kind == "timeout" and own:
         return [loop(program, own[0])]  # the stack at the timeout starts with the last call
     if kind != "timeout" and frames and frames[-1][0] == "solution":
         return [(own[-1], own[-1])]
-    definition = called(example, program, frames[-1][1] if frames else 0)
     return answers(definition) if kind == "wrong answer" else [head(definition)]
 
 
 def called(example, program, line=0):
     """Returns the definition that this line of the tests calls, else any line, else the last."""
     found = {node.name: node for node in ast.walk(program.tree) if isinstance(node, DEFINITIONS)}
-    tests = ast.parse(unit_tests.as_program(tests_of(example)))
+    tests = unit_tests.tree_of(tests_of(example))
     for part in [*reversed(statements(tests, line)), tests]:  # the innermost statement first
         for node in ast.walk(part):
             if isinstance(node, ast.Call) and unit_tests.called_name(node) in found:

@@ -78,7 +78,7 @@ def uses_solution(tests: str, solution=None) -> bool:
     >>> uses_solution("def f(x): return x\\nassert f(2) == 2")
     False
     """
-    tree = ast.parse(as_program(tests))
+    tree = tree_of(tests)
     nodes = list(ast.walk(tree))
     if "solution" in {a.name for a in aliases(n for n in nodes if isinstance(n, ast.Import))}:
         return True
@@ -159,10 +159,10 @@ def as_program(tests: str) -> str:
     return ast.unparse(ast.fix_missing_locations(tree)) + "\n" + called
 
 
-def asserts_before(line, tests: str) -> int:
-    """Returns how many top-level asserts of as_program(tests) end before one of its lines."""
-    nodes = ast.parse(as_program(tests)).body
-    return sum(isinstance(node, ast.Assert) and node.end_lineno < line for node in nodes)
+@lru_cache(maxsize=512)
+def tree_of(tests: str) -> ast.Module:
+    """Returns the tree of as_program(tests), whose lines are those of a traceback."""
+    return ast.parse(as_program(tests))
 
 
 class ShowValues(ast.NodeTransformer):

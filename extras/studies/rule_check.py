@@ -14,7 +14,6 @@ import numpy as np
 
 from extras.baselines import common
 from t2g import cli, critics, dist, policy
-from t2g.align import resolve, span_rewards, token_offsets
 from t2g.metrics import task_scores
 from t2g.statistics import interval
 
@@ -39,24 +38,17 @@ def main():
         few = [" ".join(text.split()[:WORDS]) for text in own]
         references = [example.reference for example in examples]
         texts = {f"first {WORDS} words": few, "references": references, "silence": [""] * len(own)}
-        rewards = {"responses": [reward(tokenizer, row.text, row.feedback) for row in rows]}
-        for name, column in texts.items():
-            feedback = critic(examples, column)
-            rewards[name] = [reward(tokenizer, *pair) for pair in zip(column, feedback)]
+        feedback = {"responses": [row.feedback for row in rows]}
+        feedback |= {name: critic(examples, column) for name, column in texts.items()}
+    rewards, texts = {}, {"responses": own, **texts}
+    for name, column in feedback.items():
+        pairs = zip(texts[name], column)
+        rewards[name] = [common.text_reward(tokenizer, *pair) for pair in pairs]
     means = {name: interval(column)["mean"] for name, column in rewards.items()}
     scores = task_scores(task, examples, own)
     agreement = agree(np.array(rewards["responses"]), scores, args.samples_per_prompt)
     print_tables(means, agreement)
     print(json.dumps({"rewards": means, "agreement": agreement}))
-
-
-def reward(tokenizer, text, feedback) -> float:
-    """Returns the sum of the token rewards of a text; 0 if its critique is unreadable."""
-    if feedback is None:
-        return 0.0
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    spans, _ = resolve(text, feedback)
-    return span_rewards(token_offsets(tokenizer, ids), spans).sum().item()
 
 
 def agree(rewards, scores, size) -> dict[str, dict]:

@@ -57,7 +57,7 @@ def test_two_processes_take_the_steps_of_one_in_dpo(folder):
     [
         ("ilf", ("--num_prompts", 5, "--samples_per_prompt", 1)),
         ("sdpo", ("--tokens", "poor")),
-        ("sdpo", ("--teacher_update_rate", 1)),
+        pytest.param("sdpo", ("--teacher_update_rate", 1), marks=pytest.mark.slow),
     ],
 )
 def test_the_baselines_that_sample_run_in_two_processes(folder, name, flags):

@@ -11,7 +11,6 @@ from extras.code import problems, sandbox
 from extras.code import task as code
 from t2g import data, tasks
 from t2g.log import read_jsonl
-from t2g.tasks import qa, summarize
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 linux = pytest.mark.skipif(sys.platform != "linux", reason="programs run on Linux only")
@@ -190,9 +189,3 @@ def test_real_solutions_pass_their_tests(name, form, share, every):
     examples = examples[:5] if every > 1 else examples
     passed = [code.score(example, example.reference)["pass"] for example in examples]
     assert sum(passed) / len(passed) >= share
-
-
-def test_every_task_says_what_its_scores_mean_and_what_is_good():
-    for task in (summarize, qa, code):
-        assert 2 <= task.CRITERIA.count(".") <= 6
-    assert set(code.METRICS) == {"pass", "parses", "timeout", "lines"}

@@ -103,18 +103,6 @@ def test_a_step_is_the_same_however_its_pairs_are_split_into_microbatches(fresh)
     assert_close(gradients[0], gradients[1], atol=1e-6, rtol=1e-4)
 
 
-def test_a_step_down_the_gradient_prefers_the_chosen_responses(fresh):
-    tokenizer, model = fresh()
-    rows = referenced(tokenizer, model)
-    batch = dpo.collate(rows, tokenizer.pad_token_id, "cpu")
-    dpo.preference_loss(model, *batch, ARGS)[0].backward()
-    with torch.no_grad():
-        for p in model.parameters():
-            p -= 1e-4 * p.grad
-    _, stats = dpo.preference_loss(model, *batch, ARGS)
-    assert stats["pair_margin"] > 0 and stats["pair_accuracy"] > 3
-
-
 def test_the_best_response_is_preferred_to_the_worst_and_dropped_prompts_are_counted():
     example = toy.make_example(random.Random(1))
 
@@ -171,8 +159,8 @@ def test_bad_pairs_and_flags_end_in_one_sentence(tmp_path, capsys):
         return refused(capsys, f"dpo --output_dir {tmp_path}/dpo {flags}")
 
     assert "must be at least 2" in sentence("--samples_per_prompt 1")
-    assert "holds no pair" in sentence(f"--pairs {tmp_path}/empty.jsonl")
-    assert "record 1 of" in sentence(f"--pairs {tmp_path}/half.jsonl")
+    assert "must hold a list" in sentence(f"--pairs {tmp_path}/empty.jsonl")
+    assert "needs rejected, a text" in sentence(f"--pairs {tmp_path}/half.jsonl")
     one_token = "--critic rule --num_prompts 1 --samples_per_prompt 2 --response_length 1"
     assert "none of 1 prompts gives a pair" in sentence(one_token)
     assert not (tmp_path / "dpo").exists()

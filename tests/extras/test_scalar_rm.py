@@ -13,7 +13,9 @@ from torch.testing import assert_close
 
 import train_ppo
 from extras.baselines import scalar_rm
+from extras.baselines.common import text_reward
 from t2g import policy, supervised
+from t2g.align import token_offsets
 from t2g.feedback import Feedback
 from t2g.log import read_jsonl
 from t2g.policy import Policy
@@ -54,7 +56,7 @@ def rows_of(tokenizer, n=6):
 
 def test_the_target_is_good_tokens_minus_poor_tokens(tok):
     response = "Ana is 27, lives in Porto, and she is 27, misses a son."
-    offsets = scalar_rm.token_offsets(tok, tok(response, add_special_tokens=False)["input_ids"])
+    offsets = token_offsets(tok, tok(response, add_special_tokens=False)["input_ids"])
 
     def tokens(quote):
         start = response.rindex(quote)
@@ -62,7 +64,8 @@ def test_the_target_is_good_tokens_minus_poor_tokens(tok):
 
     for good, poor in ((["Porto"], []), ([], ["27"]), (["Porto"], ["27"]), ([], [])):
         expected = sum(map(tokens, good)) - sum(map(tokens, poor))
-        assert scalar_rm.target(tok, response, Feedback("", good, poor)) == expected
+        assert text_reward(tok, response, Feedback("", good, poor)) == expected
+    assert text_reward(tok, response, 0.5) == 0.5 and text_reward(tok, response, None) == 0
 
 
 def test_a_score_is_read_after_the_last_token_whatever_else_is_in_the_batch(fresh):
@@ -127,7 +130,7 @@ def test_the_critic_gives_rewards_and_its_error_is_the_one_of_training(root):
     targets = []
     for record in records:
         feedback = Feedback(record["critique"], record["good_spans"], record["poor_spans"])
-        targets.append(scalar_rm.target(tokenizer, record["response"], feedback))
+        targets.append(text_reward(tokenizer, record["response"], feedback))
     heldout, targets = records[:10], torch.tensor(targets)
     examples = [Example(record["prompt"], "", {}) for record in heldout]
     scores = critic_of(root)(examples, [record["response"] for record in heldout])

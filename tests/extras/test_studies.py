@@ -72,11 +72,10 @@ def test_rule_check_says_whether_silence_pays_and_whether_reward_and_score_agree
     assert table["up"]["of the best"] == 3 and table["up"]["of the worst"] == 1
 
 
-@pytest.mark.parametrize("name", ["baselines.dpo", "benchmarks.text", "studies.healthy", "table"])
-def test_ctrl_c_during_the_imports_leaves_no_traceback(name, tmp_path):
+def test_ctrl_c_during_the_imports_leaves_no_traceback(tmp_path):
     for package in ("torch", "numpy"):
         (tmp_path / f"{package}.py").write_text("raise KeyboardInterrupt")
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    command = [sys.executable, "-m", f"extras.{name}"]
+    command = [sys.executable, "-m", "extras.baselines.dpo"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert (done.returncode, done.stderr.strip()) == (130, "interrupted")
