@@ -128,7 +128,6 @@ def add_test_logs(records, task, args) -> list[dict]:
 
 # ---- critics -----------------------------------------------------------------------------------
 def annotate_by_rule(task, args, out):
-    """Annotates responses with the task's own program."""
     if args.responses:
         records = read_responses(args.responses)
         examples = examples_of(records, task, args)

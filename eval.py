@@ -7,7 +7,6 @@ python eval.py rm CRITIC ... --annotations TRUTH.jsonl      # reward models or a
 python eval.py seeds runs/toy/ppo runs/toy-1/ppo runs/toy-2/ppo     # mean and 95% interval
 python eval.py page runs/toy/ppo runs/toy/ppo_scalar        # one page that compares runs
 
-Leaves out the training stages, whose metrics.jsonl has a line per step (t2g/log.py).
 """
 
 import json
@@ -54,9 +53,8 @@ def policies(task, args) -> dict:
     for run in args.runs or [f"runs/{task.NAME}/sft", f"runs/{task.NAME}/ppo"]:
         tokenizer, model = policy.load(run, policy.device())
         heldout = tasks.short_enough(examples, tokenizer, model, args)
-        heldout, length = heldout[: args.eval_samples], args.response_length
-        sampling = length, args.bf16, run, args.seed, args.temperature
-        scores[run] = evaluate(task, model, tokenizer, heldout, *sampling)
+        heldout = heldout[: args.eval_samples]
+        scores[run] = evaluate(task, model, tokenizer, heldout, args, run)
         table[run] = {name: f"{score:.3f}" for name, score in scores[run].items()}
     print_table(table)
     return scores
@@ -124,12 +122,11 @@ def seeds(task, args) -> dict:
 
 
 def compare(task, args) -> dict:
-    """Writes one page of runs; those that differ in nothing but the seed form one column."""
+    """Writes one page; runs that differ in nothing but the seed form one column."""
     return {"page": page.write_page(args.out, args.runs)}
 
 
 def print_examples(records, feedback):
-    """Prints a few responses with the true feedback and that of each critic."""
     for i, record in enumerate(records[:EXAMPLES_SHOWN]):
         print(f"\n{record['response']}\n\ntruth: {record['feedback'].render()}")
         for name, opinions in feedback.items():

@@ -86,14 +86,12 @@ def main():
         measured = heldout[: args.eval_samples]
         critic = critics.load_critic(task, args, root, policy.device())
         actor, reference = make_models(model, args, start_model)
-        measure = partial(evaluate, task, actor.model, tokenizer, measured, args.response_length)
-        options = dict(bf16=args.bf16, seed=args.seed, temperature=args.temperature)
-        measure = partial(measure, **options)
+        measure = partial(evaluate, task, actor.model, tokenizer, measured, args)
         with run_folder(args) as folder:
-            before = measure(desc="before")
+            before = measure("before")
             run = Run(args, task, tokenizer, actor, pool, heldout, folder)
             train(task, args, actor, reference, critic, tokenizer, run)
-            after = measure(desc="after")
+            after = measure("after")
             if dist.rank() == 0:
                 seconds |= {"ppo": time.perf_counter() - start}
                 run.samples.finish(args, before, after, seconds)
@@ -154,7 +152,8 @@ def train(task, args, actor, reference, critic, tokenizer, run):
         stats |= token_counts(tokenizer, rollout, feedback) | {"kl_coef": kl_controller.value}
         stats |= {"value_explained": value_explained(old.values, returns, mask)}
         run.log(step, stats | dist.means(mean_scores(task, examples, rollout.texts)))
-        run.keep_samples(step, examples, rollout, feedback, delta, old, whitened, change)
+        numbers = dict(delta=delta, kl=old.kl, value=old.values, advantage=whitened, shift=change)
+        run.samples.add(step, tokenizer, examples, rollout, feedback, **numbers)
         show_heldout(step, actor, reference, critic, run)
         kl_controller.update(stats["kl"], int(mask.any(1).sum()))
         run.save_or_stop(step, kl_controller.value)
@@ -258,7 +257,6 @@ def microbatch_loss(actor, rollout, batch, token_count, args):
 
 
 def means(rows: list[dict]) -> dict[str, float]:
-    """The mean of each statistic over the rows."""
     columns = {name: [row[name] for row in rows] for name in (rows[0] if rows else ())}
     return {name: torch.stack(x).double().mean().item() for name, x in columns.items()}
 

@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from t2g import cpu
 from t2g.cli import fail, positive
 from t2g.loading import allocate
+from t2g.log import read_json
 
 # peft, which takes a second to import, asks transformers for a deprecated name.
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
@@ -67,10 +68,8 @@ def is_adapter(path) -> bool:
 
 def base_of(path) -> str:
     """The model of an adapter; a relative path may count from its own folder or any parent."""
-    from peft import PeftConfig
-
     own = Path(path).resolve()
-    base = str(PeftConfig.from_pretrained(path).base_model_name_or_path or own)
+    base = str(read_json(own / "adapter_config.json").get("base_model_name_or_path") or own)
     if Path(base).resolve() == own:
         fail(f"{path} is an adapter without a base: set base_model_name_or_path in its config")
     folders = [folder / base for folder in (Path(), own, *own.parents)]

@@ -134,7 +134,6 @@ def ratio(part, whole):
 
 
 def map_nested(figures, function) -> dict:
-    """Applies a function to every figure, and keeps the nested keys."""
     return {
         name: map_nested(value, function) if isinstance(value, dict) else function(value)
         for name, value in figures.items()
@@ -142,7 +141,6 @@ def map_nested(figures, function) -> dict:
 
 
 def as_rows(card) -> dict[str, str]:
-    """Returns each figure of a card with its interval, as text."""
     figures, rows = flat(card), {}
     for name, ends in flat(card["intervals"]).items():
         rows[name] = f"{figures[name]:.3f} [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else "-"

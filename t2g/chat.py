@@ -68,27 +68,6 @@ def encode_chats(tokenizer, prompts) -> list[list[int]]:
     return encode(tokenizer, [chat_text(tokenizer, prompt) for prompt in prompts], mark)
 
 
-def encode_pairs(tokenizer, pairs) -> list[tuple[list[int], list[int]]]:
-    """Token ids of pairs (prompt, completion); a completion ends with the token of a turn's end.
-
-    A completion is encoded behind its chat, because SentencePiece puts a space before a text. Where
-    a token would reach over both, it is encoded alone.
-    """
-    space, end = turn_edges(tokenizer)
-    mark, texts = marked(tokenizer, [text for pair in pairs for text in pair])
-    chats = [chat_text(tokenizer, prompt) for prompt in texts[::2]]
-    completions = texts[1::2]
-    turns = [chat + space + text for chat, text in zip(chats, completions)]
-    prompts, wholes = encode(tokenizer, chats, mark), encode(tokenizer, turns, mark)
-    rows = []
-    for prompt, whole, completion in zip(prompts, wholes, completions):
-        ids = whole[len(prompt) :]
-        if whole[: len(prompt)] != prompt:
-            ids = encode(tokenizer, [completion], mark)[0]
-        rows.append((prompt, [*ids, end]))
-    return rows
-
-
 @lru_cache(maxsize=8)  # some tokenizers have thousands, which take longer to list than to encode
 def control_tokens(tokenizer) -> list[str]:
     return [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]

@@ -197,7 +197,6 @@ def state_files(folder, processes) -> list[Path]:
 
 
 def commit() -> str | None:
-    """The commit of this code, if it is a git clone."""
     command = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None

@@ -67,10 +67,8 @@ def load(args, reader):
 def examples(data, reader) -> dict:
     """Returns the usable examples of a data set by their prompts."""
     rows = read_rows(data)
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+    if not rows or not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         fail(f"{data} must contain a list of objects, one per example")
-    if not rows:
-        fail(f"{data} contains no examples")
     kept, dropped = {}, Counter()
     for example in map(reader(rows, data), rows):
         if isinstance(example, str):

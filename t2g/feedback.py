@@ -121,5 +121,4 @@ def reward_prompt(prompt: str, response: str) -> str:
 
 
 def revision_prompt(prompt: str, response: str, feedback: Feedback) -> str:
-    """Returns the prompt that asks a policy to rewrite its response after the critique."""
     return REVISION_PROMPT.format(prompt=prompt, response=response, critique=feedback.critique)

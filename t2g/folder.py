@@ -28,8 +28,8 @@ BATCH_FACTORS = {"per_device_train_batch_size", "gradient_accumulation_steps"}
 def run_folder(args):
     """Yields the run's folder, locked: new, or as an unfinished run of the same flags left it.
 
-    args.resume, if there is one: "auto"; "none" to begin anew; or a checkpoint of the run in the
-    folder, to go back to once: the same command again resumes what came of it. Collective.
+    If args.resume is a checkpoint, the run goes back to it once: the same command again resumes
+    what came of it. Collective.
     """
     folder = Path(args.output_dir).resolve()
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
@@ -57,9 +57,9 @@ def resumable(folder, args, resume) -> bool:
         return False
     before, flags = read_json(config), json.loads(json.dumps(vars(args), default=str))
     ignored = RESUME_IGNORES | (BATCH_FACTORS if "batch_size" in flags else set())
-    if resume != "auto":
-        ignored = ignored - {"resume"}
     compared = (flags.keys() | before.keys()) - ignored
+    if resume != "auto":
+        compared.add("resume")
     changed = {name for name in compared if spelling(flags.get(name)) != spelling(before.get(name))}
     if changed and resume == "auto":
         names = ", ".join(sorted(changed))
@@ -75,7 +75,6 @@ def spelling(value):
 
 
 def is_finished(folder) -> bool:
-    """Whether train_ppo.py wrote in this folder all that it writes."""
     return (folder / "result.json").is_file() and (folder / "page.html").is_file()
 
 
@@ -88,9 +87,8 @@ def rewind(folder, checkpoint, max_steps):
         fail(f"{checkpoint} has more steps than --max_steps {max_steps}: raise it")
     left = first_unused(folder / f"left-{n}" for n in itertools.count(1))
     left.mkdir()
-    for path in [*folder.glob("*.json*"), folder / "page.html"]:
-        if path.is_file():
-            shutil.copy(path, left)
+    for path in [*folder.glob("*.json*"), *folder.glob("page.html")]:
+        shutil.copy(path, left)
     (folder / "result.json").unlink(missing_ok=True)
     for path in checkpoints(folder):
         if step_of(path) > step_of(checkpoint):
@@ -108,8 +106,7 @@ def lock(folder) -> int:
 def open_log(folder, args, more_metrics=(), tensorboard=False, keep_until=0):
     """Returns log(step, metrics), with which rank 0 appends a line to metrics.jsonl.
 
-    more_metrics extends the glossary METRICS. A resumed run keeps the lines up to keep_until, the
-    step that it resumes from.
+    more_metrics extends METRICS. A resumed run keeps the lines up to keep_until.
     """
     if dist.rank() > 0:
         return lambda step, metrics: None

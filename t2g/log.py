@@ -120,8 +120,6 @@ def read_json(path) -> dict:
 def read_text(path) -> str:
     """Returns the text of a UTF-8 file, perhaps with a BOM or gzipped (.gz)."""
     path = Path(path)
-    if not path.is_file():
-        fail(f"there is no file {path}")
     try:
         content = path.read_bytes()
         return (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8-sig")
@@ -136,12 +134,11 @@ def read_jsonl(path) -> list[dict]:
         if not line.strip():
             continue
         try:
-            row = parse_json(line, path)
+            rows.append(parse_json(line, path))
         except ValueError as error:
             fail(f"line {number} of {path} is not a JSON object: {error}")
-        if not isinstance(row, dict):
+        if not isinstance(rows[-1], dict):
             fail(f"line {number} of {path} is not a JSON object")
-        rows.append(row)
     return rows
 
 

@@ -12,23 +12,19 @@ from t2g.ppo import masked_mean, masked_variance
 from t2g.rollout import respond
 
 
-def evaluate(
-    task, model, tokenizer, examples, length, bf16=False, desc=None, seed=0, temperature=1.0,
-    respond=respond
-) -> dict[str, float]:  # fmt: skip
+def evaluate(task, model, tokenizer, examples, args, desc, respond=respond) -> dict[str, float]:
     """The task's scores and eos_rate, means over examples, sampled and again greedy. Collective.
 
     A generator of its own keeps measuring from changing the run. respond may be any function with
     the arguments of rollout.respond().
     """
-    generator = torch.Generator(dist.device()).manual_seed(seed + dist.rank())
+    generator = torch.Generator(dist.device()).manual_seed(args.seed + dist.rank())
     count, examples, means = len(examples), dist.share(examples), {}
-    prompts = [example.prompt for example in examples]
-    options = dict(bf16=bf16, generator=generator)
-    for suffix, value in (("", temperature), ("_greedy", 0)):
-        options["desc"] = desc and f"{desc}, {'greedy' if suffix else 'sampled'}"
-        options["temperature"] = value
-        texts, finished = respond(model, tokenizer, prompts, length, **options)
+    prompts, options = [e.prompt for e in examples], dict(bf16=args.bf16, generator=generator)
+    for suffix, temperature in (("", args.temperature), ("_greedy", 0)):
+        options["desc"] = f"{desc}, {'greedy' if suffix else 'sampled'}"
+        options["temperature"] = temperature
+        texts, finished = respond(model, tokenizer, prompts, args.response_length, **options)
         scores = task_scores(task, examples, texts)
         rows = [score | {"eos_rate": end} for score, end in zip(scores, finished)]
         rows = dist.collect(rows, count)

@@ -74,7 +74,6 @@ def read_feedback(record) -> Feedback:
 
 
 def write_whole(path: Path, records):
-    """Writes a .jsonl file that appears whole or not at all."""
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
     write_text(path, "".join(lines))
 

@@ -63,7 +63,6 @@ class Samples:
             file.write(lines)
 
     def finish(self, args, before, after, seconds):
-        """Writes result.json and the page, and prints the results."""
         seconds = {stage: round(number, 1) for stage, number in seconds.items()}
         page = str(Path(args.output_dir) / "page.html")
         result = {"before": before, "after": after, "seconds": seconds, "page": page}

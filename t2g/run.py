@@ -27,7 +27,6 @@ BAD_STEPS = 5  # steps in a row without a finite gradient, after which a run end
 
 
 def add_step_flags(add, num_ppo_epochs):
-    """Adds the flags of a rollout and of the update on it."""
     add("--max_steps", 100, "number of rollouts; each is followed by one update")
     add("--num_ppo_epochs", num_ppo_epochs, "passes over a rollout")
     add("--num_mini_batches", 2, "optimiser steps in each pass")
@@ -40,7 +39,6 @@ def add_step_flags(add, num_ppo_epochs):
 
 
 def sampling(args) -> dict:
-    """The options of sample() that the flags give."""
     names = ("response_length", "temperature", "bf16")
     return {name: getattr(args, name) for name in names}
 
@@ -96,12 +94,6 @@ class Run:
         if self.bad_steps == BAD_STEPS:
             remedy = "lower --learning_rate and go on with --resume CHECKPOINT"
             fail(f"no finite gradient in {BAD_STEPS} steps in a row, up to {step}: {remedy}")
-
-    def keep_samples(self, step, examples, rollout, feedback, delta, old, advantages, change):
-        """Keeps a few of the responses, and the numbers at their tokens, for the page."""
-        numbers = dict(delta=delta, kl=old.kl, value=old.values, advantage=advantages)
-        shown = (step, self.tokenizer, examples, rollout, feedback)
-        self.samples.add(*shown, **numbers, shift=change)
 
     def save_or_stop(self, step, kl_coef):
         """Saves every --save_steps steps and at the end; on SIGTERM saves and exits. Collective."""

@@ -2,9 +2,7 @@
 
     L = - E[ log p(completion | prompt) ]      mean over all completion tokens of an optimiser step
 
-EOS is part of a completion. A run that was stopped resumes with the same flags and data, and the
-result is bit-identical. torchrun shares each step out over its processes. Baselines use the same
-loop with an Objective of their own.
+EOS is part of a completion. Baselines use the same loop with an Objective of their own.
 """
 
 import itertools
@@ -21,7 +19,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from t2g import adapters, checkpoint, dist, policy
-from t2g.chat import encode_pairs
+from t2g.chat import chat_text, encode, marked, turn_edges
 from t2g.cli import between, fail, positive
 from t2g.folder import open_log, run_folder
 from t2g.policy import autocast, check_numbers, context_length, now, response_logits
@@ -48,13 +46,34 @@ def add_flags(add, validation_share=0.0):
     add("--save_steps", 100, "steps between two states from which a stopped run resumes")
 
 
+def encode_pairs(tokenizer, pairs) -> list[tuple[list[int], list[int]]]:
+    """Token ids of pairs (prompt, completion); a completion ends with the token of a turn's end.
+
+    A completion is encoded behind its chat, unless a token would reach over both, because
+    SentencePiece puts a space before a text.
+    """
+    space, end = turn_edges(tokenizer)
+    mark, texts = marked(tokenizer, [text for pair in pairs for text in pair])
+    chats = [chat_text(tokenizer, prompt) for prompt in texts[::2]]
+    completions = texts[1::2]
+    turns = [chat + space + text for chat, text in zip(chats, completions)]
+    prompts, wholes = encode(tokenizer, chats, mark), encode(tokenizer, turns, mark)
+    rows = []
+    for prompt, whole, completion in zip(prompts, wholes, completions):
+        ids = whole[len(prompt) :]
+        if whole[: len(prompt)] != prompt:
+            ids = encode(tokenizer, [completion], mark)[0]
+        rows.append((prompt, [*ids, end]))
+    return rows
+
+
 def as_rollout(rows, pad_token_id, device) -> tuple[Rollout, torch.Tensor]:
     """Collates rows of token ids (prompt, completion), padded on the left only.
 
     The T response columns fit the longest completion. In front of a shorter one stands the end of
-    its prompt, for example "pad p p | p c" beside "p p p | c c"; only completions are trained on.
+    its prompt, for example "pad p p | p c" beside "p p p | c c".
 
-    Returns: the batch, and trained, (B, T) bool.
+    Returns: the batch, and trained, (B, T) bool, True for the tokens of completions.
     """
     T = max(len(completion) for _, completion in rows)
     width = max(T + 1, max(len(prompt) + len(completion) for prompt, completion in rows))
@@ -68,8 +87,8 @@ def as_rollout(rows, pad_token_id, device) -> tuple[Rollout, torch.Tensor]:
         trained[row, width - len(completion) :] = True
     ids, real, trained = ids.to(device), real.to(device), trained[:, -T:].to(device)
     prompt, prompt_mask, response, mask = ids[:, :-T], real[:, :-T], ids[:, -T:], real[:, -T:]
-    texts = [""] * len(rows)
-    return Rollout(prompt, prompt_mask, response, mask, trained.any(1), texts), trained
+    texts, finished = [""] * len(rows), trained.any(1)
+    return Rollout(prompt, prompt_mask, response, mask, finished, texts), trained
 
 
 def length(row) -> int:
@@ -94,7 +113,7 @@ def drop_long(rows, limit, size=length):
 
 
 def split(rows, args):
-    """The first --validation_share of the rows, for validation, and the others; sets batch_size."""
+    """The rows for validation, and the others; sets args.batch_size and args.data_hash."""
     args.batch_size = dist.batch_size(args)
     count = round(args.validation_share * len(rows))
     heldout, rows = rows[:count], rows[count:]
@@ -104,12 +123,10 @@ def split(rows, args):
 
 
 def by_length(rows, args) -> list[list]:
-    """All rows in microbatches of similar length."""
     return chunks(sorted(rows, key=length), args.per_device_train_batch_size)
 
 
 def chunks(rows, size) -> list[list]:
-    """The rows in order, size at a time; the last chunk may be shorter."""
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
@@ -122,8 +139,8 @@ def in_batches(rows, batch_size, seed, window=32):
     while True:
         while len(queue) < batch_size:
             queue += rng.sample(rows, len(rows))
-        near, queue = sorted(queue[: window * batch_size], key=length), queue[window * batch_size :]
-        ready = chunks(near, batch_size)
+        near, queue = queue[: window * batch_size], queue[window * batch_size :]
+        ready = chunks(sorted(near, key=length), batch_size)
         if len(ready[-1]) < batch_size:
             queue = ready.pop() + queue
         rng.shuffle(ready)
@@ -142,7 +159,6 @@ class Objective(NamedTuple):
 
 
 def token_loss(model, batch, trained, args):
-    """The sum of -log p over the trained tokens."""
     with autocast(args.bf16):
         logits, _ = response_logits(model, batch)
     return F.cross_entropy(logits[trained].float(), batch.response[trained], reduction="sum")
@@ -169,16 +185,14 @@ def validation_loss(model, tokenizer, rows, args, objective=NEXT_TOKEN) -> float
 
 
 def prepared(model, args):
-    """The model on its device, with adapters if --lora_r asks for them, and sharded."""
     model = adapters.added(model, args)
     return dist.shard(model, args.bf16, args.cpu_offload, args.gradient_checkpointing)
 
 
 def finetune(model, tokenizer, pairs, args, desc) -> Path:
-    """Trains on pairs and returns the checkpoint, a plain model even if adapters were trained.
+    """Trains on pairs, which all ranks have, and returns the checkpoint of a plain model.
 
-    All ranks have all pairs. With held-out pairs, training stops early and keeps the model of the
-    lowest validation loss.
+    With held-out pairs, training may stop early and keeps the model of the lowest validation loss.
     """
     if not pairs:
         fail("there are no training pairs")
@@ -209,14 +223,18 @@ def train(model, tokenizer, rows, heldout, args, folder, desc, objective=NEXT_TO
         parts = chunks(dist.share(next(batches)), args.per_device_train_batch_size)
         microbatches = [objective.collate(part, *to_tensors) for part in parts]
         metrics = train_step(model, microbatches, args, objective)
-        metrics["learning_rate"] = args.learning_rate * schedule(step, args)
-        apply_gradients(optimizers, metrics["learning_rate"])
+        metrics["learning_rate"] = rate = args.learning_rate * schedule(step, args)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         reached["step"], metrics["seconds_update"] = step, now() - start
         if heldout and (step % args.eval_steps == 0 or step == args.max_steps):
             model.eval()
             loss = validation_loss(model, tokenizer, heldout, args, objective)
-            metrics["validation_loss"] = loss
             model.train(objective.dropout)
+            metrics["validation_loss"] = loss
             if loss < reached["best_loss"]:
                 reached |= {"best_step": step, "best_loss": loss}
                 checkpoint.replace(folder, "best", model, step=step)
@@ -235,10 +253,7 @@ def train(model, tokenizer, rows, heldout, args, folder, desc, objective=NEXT_TO
 
 
 def train_step(model, microbatches, args, objective=NEXT_TOKEN) -> dict:
-    """The clipped gradient of the mean over the units of all ranks, whatever the split.
-
-    Returns: metrics. Collective.
-    """
+    """Clips the gradient of the mean over the units of all ranks. Returns: metrics. Collective."""
     counts = {objective.unit: sum(objective.count(*batch) for batch in microbatches)}
     read = [int(batch.prompt_mask.sum() + batch.mask.sum()) for batch, *_ in microbatches]
     counts = dist.totals(counts | {"update_tokens": sum(read)})
@@ -250,12 +265,12 @@ def train_step(model, microbatches, args, objective=NEXT_TOKEN) -> dict:
             sums[name] += value / count
     norm = dist.plain(torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm))
     check_numbers(norm)
-    counts = {name: int(number) for name, number in counts.items()}
-    return dist.totals(sums) | {"grad_norm": norm.item()} | counts
+    integers = {name: int(number) for name, number in counts.items()}
+    return dist.totals(sums) | {"grad_norm": norm.item()} | integers
 
 
 def make_optimizers(model, args):
-    """AdamW for all weights, or Muon for the matrices of the blocks and AdamW for the others."""
+    """AdamW for all weights, or Muon for the blocks' matrices and AdamW for the others."""
     matrices, rest = [], []
     for name, weight in checkpoint.trainable(model).items():
         in_block = weight.ndim == 2 and "embed" not in name and "head" not in name
@@ -266,14 +281,6 @@ def make_optimizers(model, args):
     if matrices:
         optimizers.append(torch.optim.Muon(matrices, **both, adjust_lr_fn="match_rms_adamw"))
     return optimizers
-
-
-def apply_gradients(optimizers, learning_rate):
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
 
 
 def schedule(step, args) -> float:

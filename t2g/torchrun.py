@@ -84,7 +84,7 @@ def end_all(store, error):
 
 
 def end_with_others(store, finished):
-    """Ends this process if another rank failed. Runs in a thread, for the main one may hang."""
+    """Ends this process if another rank failed; in a thread, for the main one may hang."""
     try:
         while not finished.wait(0.3):
             if store.check(["exit code"]):

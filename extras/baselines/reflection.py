@@ -46,6 +46,7 @@ def main():
     tasks.add_flags(add)
     critics.add_flags(add)
     add("--response_length", 64, "maximum tokens of a response")
+    add("--temperature", 1.0, "temperature of sampled responses")
     add("--eval_samples", 256, "number of held-out prompts")
     task, args = tasks.parse(parser, "eval")
     root, examples = Path(args.runs[0]).parent, tasks.load(task, args)[1]
@@ -56,10 +57,9 @@ def main():
         for run in args.runs:
             tokenizer, model = policy.load(run, policy.device())
             heldout = tasks.short_enough(examples, tokenizer, model, args)
-            heldout, length = heldout[: args.eval_samples], args.response_length
+            heldout = heldout[: args.eval_samples]
             revise = partial(reflect, examples=dist.share(heldout), critic=critic)
-            options = dict(bf16=args.bf16, desc=run, seed=args.seed, respond=revise)
-            scores[run] = evaluate(task, model, tokenizer, heldout, length, **options)
+            scores[run] = evaluate(task, model, tokenizer, heldout, args, run, revise)
         print(json.dumps(scores))
 
 

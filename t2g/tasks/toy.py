@@ -87,7 +87,7 @@ def make_example(rng) -> Example:
     """Makes a post with the six facts of its writer and of a friend, who differ in each of them.
 
     Post and summary share the word before each value of the writer ("in Porto"), and the friend's
-    values have another ("from Lyon"): a small model learns quickly whose fact it must copy.
+    values have another ("from Lyon"), which a small model learns quickly.
     """
     me, other = {}, {}
     for fact in FACTS:
@@ -127,8 +127,7 @@ def noisy_summary(example, rng) -> str:
 def sft_pairs(args, examples):
     """Returns clean summaries for four fifths of the steps, then noisy ones.
 
-    The clean ones teach the model to bind facts to the writer. A share of REVISIONS of the pairs
-    asks for the revision of a noisy summary by a critique, which any chat model can do.
+    The clean ones teach the model to bind facts to the writer. Some pairs ask for a revision.
     """
     rng = random.Random(f"noise {args.seed}")
     n, pairs = args.max_steps * args.per_device_train_batch_size, []

@@ -4,7 +4,8 @@ import copy
 
 import pytest
 
-from t2g.chat import chat_text, encode_chats, encode_pairs, template_kwargs, turn_edges, use_kwargs
+from t2g.chat import chat_text, encode_chats, template_kwargs, turn_edges, use_kwargs
+from t2g.supervised import encode_pairs
 
 PARTS = (
     "{% for m in messages %}<|user|>{% for part in m.content %}{{ part.text }}{% endfor %}"
