@@ -1,13 +1,7 @@
 """Text2Grad in plain PyTorch: critique -> quoted spans -> token rewards -> PPO.
 
-    feedback, align, ppo          the idea and the maths: no model, no file, no network
-    policy, rollout, critics      a model and its log-probabilities; sampling; feedback
-    supervised, annotator         the one supervised loop; annotation by any OpenAI-like server
-    dist, checkpoint              many processes as one; resuming a killed run
-    data, log, cli, page          rows of data; metrics; flags and errors; the page of a run
-    tasks                         toy, summarize, qa: prompts, scores and rules
-
-Read feedback, align, ppo, then ../train_ppo.py.
+Read feedback, align and ppo, which know no model, no file and no network, then ../train_ppo.py.
+README.md has a map of the rest.
 """
 
 import sys

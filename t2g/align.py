@@ -6,11 +6,10 @@
 Both are half-open character ranges of one text, response_text(tokenizer, ids). Sampled ids are only
 decoded, never re-encoded: they are often not the canonical tokenisation of their text. The rules:
 
-1. A quote is searched for verbatim, then normalised, then by likeness (quotes.py). A quote that is
-   not found rewards nothing.
+1. A quote that is not found (quotes.py) rewards nothing.
 2. Where a quote occurs several times, a good one marks the first occurrence and a poor one the
    last: in a text that repeats itself the repetition is at fault. A quote that is given k times
-   marks k occurrences. Whole words are preferred; a part of a word counts only if there are none.
+   marks k occurrences.
 3. A token gets the lowest score of the spans that it overlaps, so poor wins over good; or else 0.
    White space at the ends of a quote is ignored: it belongs to the token of the word that follows.
 """
@@ -136,7 +135,7 @@ def _offsets_by_cuts(tokenizer, anchor, ids):
     """The text of ids behind anchor, and the range of each token, for any decoder.
 
     There is a cut between two tokens if both sides, decoded apart, add up to the whole. Tokens
-    without a cut between them share a character: each ends with the first bytes of the next one.
+    without a cut between them share a character.
     """
 
     def read(part):

@@ -17,6 +17,13 @@ from t2g.notes import read_annotations
 from t2g.statistics import bootstrapped, resamples
 
 SIGNS = {"good": 1, "poor": -1}
+QUOTES = (  # the name of the figure, whose quotes it counts, and their kind of match
+    ("verbatim", "critic", "exact"),
+    ("normalised", "critic", "normalised"),
+    ("fuzzy", "critic", "fuzzy"),
+    ("invented", "critic", "lost"),
+    ("truth_invented", "truth", "lost"),
+)
 WORD = re.compile(r"\w+|[^\w\s]")
 
 
@@ -52,20 +59,28 @@ def card(records, feedback, tokenizer=None, seed=0) -> dict:
     sums = (resamples(len(rows), seed) @ table).T
     n = defaultdict(lambda: np.zeros(sums.shape[1]), zip(names, sums))
     spans = Counter(kind for record in records for kind in record.get("kinds") or [])
-    draws = figures(n, [kind for kind, _ in spans.most_common()])
-
-    def interval(values):
-        figure = bootstrapped(values)
-        return [figure["low"], figure["high"]] if figure["low"] is not None else None
-
-    result = map_nested(draws, lambda values: float(np.nan_to_num(values[0])))
+    result, intervals = {}, {}
+    for path, part, whole in ratios(n, [kind for kind, _ in spans.most_common()]):
+        draws = np.divide(part, whole, out=np.full(len(part), np.nan), where=whole > 0)
+        figure = bootstrapped(draws)
+        has_figure = figure["value"] is not None
+        put(result, path, figure["value"] if has_figure else 0.0)
+        put(intervals, path, [figure["low"], figure["high"]] if has_figure else None)
+    for figures in (result, intervals):
+        figures.setdefault("kinds", {})
     for kind, figure in result["kinds"].items():
         figure["spans"] = spans[kind]
-    return result | {"intervals": map_nested(draws, interval), "responses": len(rows)}
+    return result | {"intervals": intervals, "responses": len(rows)}
+
+
+def put(tree, path, value):
+    for name in path[:-1]:
+        tree = tree.setdefault(name, {})
+    tree[path[-1]] = value
 
 
 def count(record, feedback, tokenizer) -> Counter:
-    """Returns what one response adds to the sums of figures()."""
+    """Returns what one response adds to the sums."""
     text, n = record["response"], Counter(responses=1, readable=feedback is not None)
     offsets = [word.span() for word in WORD.finditer(text)]
     if tokenizer:
@@ -103,41 +118,18 @@ def spans_by_kind(record, text) -> dict[str, list]:
     return spans_of
 
 
-def figures(n, kinds) -> dict:
-    """Returns the figures of the card from sums over responses, for all bootstrap draws at once."""
-
-    def share_of_quotes(author, kind):
-        return ratio(n[author, kind], sum(n[author, kind] for kind in MATCH_KINDS))
-
-    return {
-        **{name: agreement(n, name) for name in (*SIGNS, "any_poor")},
-        "json_valid": ratio(n["readable"], n["responses"]),
-        "verbatim": share_of_quotes("critic", "exact"),
-        "normalised": share_of_quotes("critic", "normalised"),
-        "fuzzy": share_of_quotes("critic", "fuzzy"),
-        "invented": share_of_quotes("critic", "lost"),
-        "truth_invented": share_of_quotes("truth", "lost"),
-        "kinds": {kind: {"recall": agreement(n, ("kind", kind))["recall"]} for kind in kinds},
-    }
-
-
-def agreement(n, key) -> dict:
-    """Precision = both / critic, recall = both / truth, F1 = 2 both / (critic + truth)."""
-    both, truth, critic = (n[key, part] for part in ("both", "truth", "critic"))
-    f1 = ratio(2 * both, truth + critic)
-    return {"precision": ratio(both, critic), "recall": ratio(both, truth), "f1": f1}
-
-
-def ratio(part, whole):
-    """part / whole; nan where whole is 0."""
-    return np.divide(part, whole, out=np.full(np.shape(whole), np.nan), where=whole > 0)
-
-
-def map_nested(figures, function) -> dict:
-    return {
-        name: map_nested(value, function) if isinstance(value, dict) else function(value)
-        for name, value in figures.items()
-    }
+def ratios(n, kinds):
+    """Yields the path of each figure in the card, its numerator and denominator, for all draws."""
+    for key in (*SIGNS, "any_poor"):
+        both, truth, critic = (n[key, part] for part in ("both", "truth", "critic"))
+        yield (key, "precision"), both, critic
+        yield (key, "recall"), both, truth
+        yield (key, "f1"), 2 * both, truth + critic
+    yield ("json_valid",), n["readable"], n["responses"]
+    for name, author, match in QUOTES:
+        yield (name,), n[author, match], sum(n[author, kind] for kind in MATCH_KINDS)
+    for kind in kinds:
+        yield ("kinds", kind, "recall"), n[("kind", kind), "both"], n[("kind", kind), "truth"]
 
 
 def as_rows(card) -> dict[str, str]:

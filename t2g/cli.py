@@ -53,10 +53,9 @@ def flags(parser):
     >>> parser = argparse.ArgumentParser()
     >>> add = flags(parser)
     >>> add("--max_steps", 100, "number of rollouts; each is followed by one PPO update")
-    >>> add("--reward", "span", "where rewards are placed", ("span", "scalar"))
     >>> add("--bf16", False, "matrix products in bf16")
     >>> parser.parse_args(["--max_steps", "5", "--bf16"])
-    Namespace(max_steps=5, reward='span', bf16=True)
+    Namespace(max_steps=5, bf16=True)
     """
 
     def add(name, default, help, kind=None):

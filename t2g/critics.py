@@ -1,8 +1,7 @@
 """Critics: where feedback comes from during training.
 
 A critic is a function (examples, responses) -> list of Feedback, with None where the feedback is
-unreadable. It exchanges only text with the policy, so a reward model may have a tokenizer of its
-own. The scalar critic in extras/baselines returns numbers instead of Feedback.
+unreadable, or a float for the whole response. It exchanges only text with the policy.
 """
 
 import importlib
@@ -14,7 +13,7 @@ from t2g.align import locate, token_offsets
 from t2g.chat import encode_chats
 from t2g.cli import fail, load_file
 from t2g.feedback import Feedback, FeedbackError, reward_prompt
-from t2g.grammar import FeedbackGrammar, parse_cut
+from t2g.grammar import parse_cut
 from t2g.log import print_once, valid_text
 from t2g.rollout import respond
 
@@ -111,24 +110,22 @@ def reward_model_critic(model, tokenizer, critique_length=200, bf16=False, desc=
     room = context - critique_length
     if room <= 0:
         fail(f"--critique_length {critique_length} exceeds the critic's context of {context}")
-    if not free:
-        FeedbackGrammar(tokenizer, model, [], critique_length)  # fails now if it cannot be used
 
     def critic(examples, responses):
-        texts = []
-        for example, response in zip(examples, responses):
+        feedback, fitting = [None] * len(responses), {}  # the prompts that fit, by row
+        for row, (example, response) in enumerate(zip(examples, responses)):
             text = fitting_prompt(tokenizer, example.prompt, response, room)
-            texts.append(text if token_count(tokenizer, text) <= room else None)
-        if None in texts:
+            if token_count(tokenizer, text) <= room:
+                fitting[row] = text
+        if len(fitting) < len(responses):
             limit = f"the critic's context of {context} tokens"
             print_once(f"some responses are too long for {limit}; they count as unreadable")
-        fitting = [text for text in texts if text is not None]
-        options = dict(temperature=0, bf16=bf16, desc=desc)
-        if not free:
-            options["about"] = [r for r, text in zip(responses, texts) if text is not None]
-        answers = iter(respond(model, tokenizer, fitting, critique_length, **options)[0])
-        read = parse_or_none if free else parse_cut
-        return [None if text is None else read(next(answers)) for text in texts]
+        about, prompts = [responses[row] for row in fitting], list(fitting.values())
+        options = dict(temperature=0, bf16=bf16, desc=desc, about=None if free else about)
+        answers, _ = respond(model, tokenizer, prompts, critique_length, **options)
+        for row, answer in zip(fitting, answers):
+            feedback[row] = parse_or_none(answer) if free else parse_cut(answer)
+        return feedback
 
     return critic
 

@@ -4,10 +4,8 @@
                                                   {"good": [" Porto"], "poor": [" 27"]}
 
 The critique comes first, so that a model reasons before it marks (Text2Grad, sec. 3.2). The span
-map is one line of JSON. Neutral text is not marked. A quote is a string, or an object
-{"text": ..., "severity": ...} if the critic also says how much it matters.
-
-This module knows nothing about tokens: align.py turns quotes into token rewards.
+map is one line of JSON. A quote is a string, or an object {"text": ..., "severity": ...} if the
+critic also says how much it matters.
 """
 
 import json

@@ -3,8 +3,8 @@
     start -> critique "\\n" {"good": [quotes], "poor": [quotes]} EOS
 
 It permits what Feedback.render() writes with quotes that stand in the response, cut no word in two
-and are not blank: locate() finds each one verbatim. Any chat model, trained or not, is thus a
-readable critic. The library llguidance reads the grammar. A critique must not contain HEAD.
+and are not blank: locate() finds each one verbatim. Any chat model is thus a readable critic. A
+critique must not contain HEAD.
 """
 
 import json

@@ -94,16 +94,11 @@ def value_explained(values, returns, mask) -> float:
 
 
 def shift(change, delta, mask) -> dict[str, float]:
-    """Measures whether the criticised tokens moved in an update.
+    """Measures whether the criticised tokens moved in an update; t2g/log.py explains each number.
 
-        shift_poor, shift_rest, shift_good    mean of log pi_new(y_t) - log pi_old(y_t)
-                                              where delta_t < 0, = 0, > 0
-        shift_poor_above, shift_good_below    the same for poor tokens of responses whose sum of
-                                              delta is above the mean, and good tokens of the
-                                              others: a scalar reward moves these the other way
-        shift_rank                            Spearman's rank correlation of delta_t and change
+    A scalar reward moves shift_poor_above and shift_good_below the wrong way.
 
-    Args: change, (B, T) in nats; delta, (B, T); mask, (B, T) bool.
+    Args: change, log pi_new - log pi_old, (B, T) in nats; delta, (B, T); mask, (B, T) bool.
     Returns: those of the six that are defined: no mean of no tokens, no correlation of constants.
     """
     reward, read = (delta * mask).sum(1), mask.any(1)

@@ -56,8 +56,8 @@ class Samples:
                 one = Feedback(None if one is None else f"{one:+.2f}")
             line = {"step": step, "heldout": heldout, "prompt": examples[row].prompt}
             line |= {"tokens": tokens, "critique": one.critique}
-            for kind in ("good", "poor"):
-                line[kind] = quotes_with_tokens(text, offsets, kind, getattr(one, kind))
+            line["good"] = quotes_with_tokens(text, offsets, "good", one.good)
+            line["poor"] = quotes_with_tokens(text, offsets, "poor", one.poor)
             lines += json.dumps(line, ensure_ascii=False) + "\n"
         with open(self.folder / "samples.jsonl", "a", encoding="utf-8") as file:
             file.write(lines)

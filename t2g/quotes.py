@@ -6,9 +6,8 @@
                invisible characters. The normalised text remembers the place of each character.
 3. fuzzy       The closest run of whole words, if its partial ratio reaches FUZZY_THRESHOLD.
 
-Whole words are preferred: a place that cuts a word in two counts only if no exact or normalised
-place is whole. In scripts that put no spaces between words, such as Chinese or Thai, each character
-is a word of its own.
+A place that cuts a word in two counts only if no exact or normalised place is whole. In scripts
+without spaces, such as Chinese or Thai, each character is a word of its own.
 """
 
 import itertools
