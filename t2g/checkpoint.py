@@ -22,12 +22,14 @@ from t2g.cli import fail, positive
 from t2g.log import put_in_place, read_json, write_json
 
 
-def save(path, model, optimizers=(), **reached):
-    """Writes a state; `reached` is anything that JSON can hold."""
+def save(folder, model, optimizers=(), **reached):
+    """Writes this rank's part of a state; `reached` is anything that JSON can hold."""
     tensors = state_of(model, optimizers) | {"random.cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["random.cuda"] = torch.cuda.get_rng_state()
-    save_file(tensors, path, metadata={"reached": json.dumps(reached)})
+    folder.mkdir(exist_ok=True)
+    file = state_files(folder, dist.size())[dist.rank()]
+    save_file(tensors, file, metadata={"reached": json.dumps(reached)})
 
 
 def replace(folder, name, model, optimizers=(), **reached):
@@ -35,9 +37,8 @@ def replace(folder, name, model, optimizers=(), **reached):
     unfinished = folder / f"{name}.unfinished"
     if dist.rank() == 0:
         shutil.rmtree(unfinished, ignore_errors=True)  # left by a run that was killed
-        unfinished.mkdir()
     dist.barrier()
-    save(state_files(unfinished, dist.size())[dist.rank()], model, optimizers, **reached)
+    save(unfinished, model, optimizers, **reached)
     dist.barrier()
     if dist.rank() == 0:
         earlier = states(folder, name)
@@ -51,17 +52,13 @@ def states(folder, name) -> list[Path]:  # two if replace() was killed
     return sorted(folder.glob(f"{name}-*"), key=policy.step_of)
 
 
-def latest(folder, name) -> list[Path]:
-    """The files of the latest state under a name; [] if there is none."""
-    found = states(folder, name)
-    return state_files(found[-1], len(list(found[-1].iterdir()))) if found else []
+def latest(folder, name) -> Path | None:
+    return next(reversed(states(folder, name)), None)
 
 
-def load(files, model, optimizers=()) -> dict:
-    """Restores a state, random generators included; returns `reached`.
-
-    files: those that save() wrote, one per rank. There may be another number of ranks now.
-    """
+def load(folder, model, optimizers=()) -> dict:
+    """Restores a state that any number of ranks saved; returns `reached`."""
+    files = state_files(folder, len(list(folder.glob("*.safetensors"))))
     mine = [files[dist.rank()]] if len(files) == dist.size() else files  # all, to cut anew
     tensors = {}
     try:
@@ -72,10 +69,10 @@ def load(files, model, optimizers=()) -> dict:
                 parts = [file.get_tensor(name) for file in opened]
                 sharded = mine is files and parts[0].ndim and not name.startswith("random.")
                 tensors[name] = dist.own_chunk(torch.cat(parts)).clone() if sharded else parts[0]
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
+    except (OSError, SafetensorError, ValueError, LookupError) as error:
         remedy = "move it away to resume from an earlier one"
-        fail(f"{mine[0]} is not a valid checkpoint ({type(error).__name__}); {remedy}")
-    restore(tensors, mine[0], model, optimizers)
+        fail(f"{folder} is not a valid checkpoint ({type(error).__name__}); {remedy}")
+    restore(tensors, folder, model, optimizers)
     torch.set_rng_state(tensors["random.cpu"])
     if "random.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["random.cuda"])
@@ -134,15 +131,13 @@ def save_checkpoint(actor, tokenizer, optimizer, args, meta):
     """
 
     def write_state(folder):
-        folder = folder / "state"
-        folder.mkdir(exist_ok=True)
-        save(state_files(folder, dist.size())[dist.rank()], actor, [optimizer])
+        save(folder / "state", actor, [optimizer])
         if dist.rank() == 0:
             versions = {"torch": torch.__version__, "transformers": transformers.__version__}
             versions["python"] = sys.version.split()[0]
             program = {"argv": sys.argv, "commit": commit(), "versions": versions}
             config = {"processes": dist.size(), "config": vars(args)}
-            write_json(folder / "meta.json", meta | config | program)
+            write_json(folder / "state" / "meta.json", meta | config | program)
 
     where = args.output_dir, meta["step"]
     policy.save(actor.model, tokenizer, *where, actor.value_head, write_state)
@@ -174,7 +169,7 @@ def resume(actor, optimizer, args, examples) -> dict:
     if abs(meta["start"] - start["start"]) > 1e-6 * meta["start"]:  # the reference is made from it
         remedy = "restore it, or begin anew with --resume none"
         fail(f"{folder} started from another --policy; {remedy}")
-    load(state_files(folder / "state", meta["processes"]), actor, [optimizer])
+    load(folder / "state", actor, [optimizer])
     print(f"resuming after step {step} of {args.output_dir}", flush=True)
     if meta["config"]["kl_coef"] == args.kl_coef:  # otherwise the user asks for another one
         start["kl_coef"] = meta["kl_coef"]

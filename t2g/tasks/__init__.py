@@ -131,8 +131,10 @@ def parse(parser, script: str, **defaults):
     first.add_argument("--critic", default=parser.get_default("critic"))
     named = first.parse_known_args()[0]  # first, because both may add flags, and a task defaults
     task = load_task(named.task)
-    is_file = named.critic and named.critic.endswith(".py")
-    for file in [task, critics.load_critic_file(named.critic)] if is_file else [task]:
+    files = [task]
+    if named.critic and named.critic.endswith(".py"):
+        files.append(critics.load_critic_file(named.critic))
+    for file in files:
         try:
             getattr(file, "add_flags", lambda add: None)(cli.flags(parser))
         except argparse.ArgumentError as error:

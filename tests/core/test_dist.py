@@ -117,7 +117,7 @@ def load_state(state, saved):
     with torchrun.session():
         layer = dist.shard(torch.nn.Linear(3, 5))
         optimizer = torch.optim.AdamW(layer.parameters())
-        assert checkpoint.load([state], layer, [optimizer]) == {"step": 7}
+        assert checkpoint.load(state, layer, [optimizer]) == {"step": 7}
         weights = dist.whole_state(layer)
         moments = optimizer.state_dict()["state"][0]["exp_avg"]
         weights["moments"] = dist.plain(moments)

@@ -199,7 +199,7 @@ def test_unusable_data_folders_and_policies(refuse, toy_run, tmp_path):
     (tmp_path / "a.jsonl").write_text("")
     summarize, paths = f"{command} --task summarize", {"policy": sft, "output_dir": ppo}
     assert "--data" in refuse(summarize, **paths)
-    assert "no examples" in refuse(summarize, data=tmp_path / "a.jsonl", **paths)
+    assert "list of objects" in refuse(summarize, data=tmp_path / "a.jsonl", **paths)
     assert "No such file" in refuse(summarize, data=tmp_path / "b.jsonl", **paths)
     assert not ppo.exists()
     assert "is not a run" in refuse(command, policy=sft, output_dir=tmp_path)
