@@ -129,7 +129,8 @@ def shard(model, bf16=False, cpu_offload=False, recompute=False):
         part.set_reshard_after_forward(reshard_after_forward(part, model), recurse=False)
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)
-        part.set_reduce_scatter_unused_params(True)  # an expert that got no token of this rank
+        if hasattr(part, "set_reduce_scatter_unused_params"):  # torch 2.11 lacks it
+            part.set_reduce_scatter_unused_params(True)  # an expert that got no token of this rank
     return fill(model, "cpu" if cpu_offload else device())
 
 
@@ -179,8 +180,10 @@ def whole(model):
         for part in parts(model):
             part.set_reshard_after_forward(reshard_after_forward(part, model), recurse=False)
             part.reshard()
-        if parts(model) and model._get_fsdp_state()._is_root:
-            model.reset_iter_state()  # or else FSDP keeps a note of every forward pass
+        # Without this, FSDP keeps a note of every forward pass. torch 2.11 lacks it.
+        root = parts(model) and model._get_fsdp_state()._is_root
+        if root and hasattr(model, "reset_iter_state"):
+            model.reset_iter_state()
 
 
 def reshard_after_forward(part, model) -> bool:
