@@ -63,11 +63,11 @@ def main():
     args = parser.parse_args()
     path = Path(args.out)
     path.resolve().parent.mkdir(parents=True, exist_ok=True)
-    server.client(args.base_url, TIMEOUT_S, MAX_RETRIES)  # fails early for a bad address
+    client = server.client(args.base_url, TIMEOUT_S, MAX_RETRIES)
     records = both_orders(read_answers(args.a), read_answers(args.b), args.judge)
     with Notes(path) as notes:
         try:
-            ask_judge(notes.left(records), notes, args)
+            ask_judge(client, notes.left(records), notes, args)
         except server.Stop as error:
             cli.fail(f"{error}. The same command resumes from the verdicts in {path}")
         verdicts = [notes.records.get(record["id"], {}).get("verdict") for record in records]
@@ -99,9 +99,8 @@ def both_orders(a, b, judge) -> list[dict]:
     return records
 
 
-def ask_judge(records, notes, args):
+def ask_judge(client, records, notes, args):
     """Asks for the verdict on each record and adds the readable ones to notes."""
-    client = server.client(args.base_url, TIMEOUT_S, MAX_RETRIES)
     bar, failures = tqdm(total=len(records), desc=args.judge, unit="verdict"), []
 
     async def ask_one(record):

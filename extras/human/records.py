@@ -18,7 +18,7 @@ import re
 from pathlib import Path
 
 from extras.code import problems
-from t2g import annotator, cli
+from t2g import cli
 from t2g.align import find
 from t2g.critics import quote_of
 from t2g.feedback import Feedback, FeedbackError
@@ -65,6 +65,8 @@ def records(rows, name) -> list[dict]:
 
 def filled_in(row) -> dict:
     """Checks a record that people filled in, and spells each quote as the response does."""
+    from t2g import annotator  # here, because it needs openai, and published rows do not
+
     fields = {"critique": None, "good_spans": [], "poor_spans": [], **row}
     record = fields | annotator.checked(fields, row["response"])
     read_feedback(record)

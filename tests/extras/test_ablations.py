@@ -138,14 +138,12 @@ def test_dense_feedback_marks_in_quotes_what_dense_marks_in_spans(data):
     assert marked(resolve(text, spread)[0]) == marked(by_spans)
 
 
-def test_annotations_are_rewritten_with_dense_labels(tmp_path, monkeypatch):
+def test_annotations_are_rewritten_with_dense_labels(tmp_path, run_main):
     record = {"prompt": "p", "response": TEXT, "critique": "c", "kinds": ["wrong", "late"]}
     record |= {"good_spans": FEEDBACK.good, "poor_spans": FEEDBACK.poor, "status": "ok"}
     failed = {"id": "1", "status": "failed"}
     (tmp_path / "a.jsonl").write_text(json.dumps(record) + "\n" + json.dumps(failed) + "\n")
-    argv = ["dense", str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
-    monkeypatch.setattr("sys.argv", argv)
-    dense.main()
+    run_main(dense, tmp_path / "a.jsonl", tmp_path / "b.jsonl")
     spread, other = read_annotations(tmp_path / "b.jsonl")
     assert spread["feedback"].critique == "c" and other["feedback"] is None
     quotes = [*spread["feedback"].good, *spread["feedback"].poor]

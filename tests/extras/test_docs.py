@@ -44,9 +44,8 @@ def simple_commands(text):
             words = list(lexer)
         except ValueError:  # not a shell command
             continue
-        for is_operator, group in itertools.groupby(
-            words, lambda word: set(word) <= set("();<>|&")
-        ):
+        groups = itertools.groupby(words, lambda word: set(word) <= set("();<>|&"))
+        for is_operator, group in groups:
             group = [word for word in group if not re.fullmatch(r"do|srun|[A-Z_]+=\S*", word)]
             if group and not is_operator:
                 yield group
@@ -98,9 +97,8 @@ def parse_only(monkeypatch):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_get_through_the_parsers_of_their_scripts(page, parse_only, tmp_path):
-    (example,) = re.findall(
-        r'^```python\n("""shout.py.*?criticise\n)```', TEXTS["docs/TASKS.md"], re.S | re.M
-    )
+    shout = r'^```python\n("""shout.py.*?criticise\n)```'
+    (example,) = re.findall(shout, TEXTS["docs/TASKS.md"], re.S | re.M)
     (tmp_path / "shout.py").write_text(example)
     for module, arguments in our_commands(TEXTS[page]):
         source = ROOT / f"{module.replace('.', '/')}.py"
@@ -141,18 +139,16 @@ def test_commits_that_the_pages_name_belong_to_this_repository():
 
     if git("rev-parse", "--is-shallow-repository") != ["false"]:
         pytest.skip("no clone with its history")
-    named = re.findall(
-        r"(?<!Text2Grad at )\b(?=\w*\d)(?=\w*[a-f])[0-9a-f]{7}\b", "".join(TEXTS.values())
-    )
+    hashes = r"(?<!Text2Grad at )\b(?=\w*\d)(?=\w*[a-f])[0-9a-f]{7}\b"
+    named = re.findall(hashes, "".join(TEXTS.values()))
     assert set(named) <= {commit[:7] for commit in git("rev-list", "--all")}
 
 
 def test_what_the_lecturers_page_shows_exists_and_is_run_by_a_test():
     """The parsers check the commands of stages and extras; the other scripts run in a test."""
     page, guide = TEXTS["docs/TEACHING.md"], TEXTS["docs/GUIDE.md"]
-    tests = "".join(
-        p.read_text() for p in (ROOT / "tests").rglob("test_*.py") if p.name != "test_docs.py"
-    )
+    files = [path for path in (ROOT / "tests").rglob("test_*.py") if path.name != "test_docs.py"]
+    tests = "".join(path.read_text() for path in files)
     scripts = [words[1] for words in simple_commands(page) if words[0] in ("python", "torchrun")]
     assert len(scripts) == 8
     for script in scripts:
@@ -169,11 +165,8 @@ def test_reference_has_the_defaults_of_the_parser(parse_only, monkeypatch):
     task_defaults = {name: tasks.load_task(name).DEFAULTS.get("train_ppo", {}) for name in TASKS}
     monkeypatch.setattr(tasks.load_task("toy"), "DEFAULTS", {})
     defaults = {action.dest: action.default for action in parse_only("train_ppo")._actions}
-    rows = [
-        row.split("|")
-        for row in section(REFERENCE, "Flags that matter").splitlines()
-        if "| `--" in row
-    ]
+    lines = section(REFERENCE, "Flags that matter").splitlines()
+    rows = [line.split("|") for line in lines if "| `--" in line]
     assert len(rows) >= 8
     for _, flag, default, of_tasks, *_ in rows:
         dest = flag.strip("` -")
@@ -214,17 +207,8 @@ def test_the_task_that_the_docs_show_is_the_example_and_trains(tmp_path, model, 
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     flags = ["--task", ROOT / "examples/products.py", "--data", ROOT / "examples/products.jsonl"]
-    flags += [
-        "--policy",
-        tmp_path / "model",
-        "--critic",
-        "rule",
-        "--max_steps",
-        1,
-        "--eval_samples",
-        2,
-    ]
-    flags += ["--per_device_train_batch_size", 2, "--response_length", 8]
+    flags += "--critic rule --max_steps 1 --eval_samples 2 --response_length 8".split()
+    flags += ["--per_device_train_batch_size", 2, "--policy", tmp_path / "model"]
     code, printed = run("train_ppo", [*flags, "--output_dir", tmp_path / "ppo"])
     assert code == 0, printed
     assert {"named", "boasts"} <= set(read_jsonl(tmp_path / "ppo" / "metrics.jsonl")[0])

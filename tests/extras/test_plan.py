@@ -221,8 +221,7 @@ def test_memory_is_as_measured(llama, planned, tokenizer, tmp_path, script, flag
 
 
 # ---- recipes -------------------------------------------------------------------------------------
-RECIPE = (
-    """
+RECIPE = '''
 title = "A table"
 metrics = ["good"]
 main = "good"
@@ -236,13 +235,9 @@ to = "--output_dir {out}"
 run = "{gpus} train_sft.py {data} --model MODEL --max_steps 100 {to}"
 [stages.annotations]
 needs = ["sft"]
-run = """
-    + '"""'
-    + """annotate.py {data} --policy {root}/sft --num_samples 1000 --max_prompt_length 100
+run = """annotate.py {data} --policy {root}/sft --num_samples 1000 --max_prompt_length 100
   --response_length 50 --model gpt-4o --input_price 2 --output_price 10
   --out {root}/annotations.jsonl"""
-    + '"""'
-    + """
 [stages.rm]
 needs = ["annotations"]
 run = "{gpus} train_rm.py {data} --max_steps 100 {to}"
@@ -250,8 +245,7 @@ run = "{gpus} train_rm.py {data} --max_steps 100 {to}"
 title = "A"
 needs = ["sft", "rm"]
 run = "{gpus} train_ppo.py {data} {to}"
-"""
-)
+'''
 
 
 @pytest.fixture

@@ -31,40 +31,31 @@ def test_each_detail_changes_a_step_of_training(detail, tmp_path, monkeypatch):
     assert row["grad_norm"] > 0
 
 
-def test_an_unknown_detail_is_one_sentence(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["deviations", "another"])
-    with pytest.raises(SystemExit):
-        deviations.main()
-    assert "give one of neutral_plus_one" in capsys.readouterr().err
+def test_an_unknown_detail_is_one_sentence(run_main):
+    assert "give one of neutral_plus_one" in run_main(deviations, "another")[1]
 
 
-def test_healthy_prints_a_table_and_draws_the_curves(tmp_path, monkeypatch, capsys):
+def test_healthy_prints_a_table_and_draws_the_curves(tmp_path, run_main):
     for run, level in (("a", 1.0), ("b", 3.0)):
         (tmp_path / run).mkdir()
         row = dict(response_tokens=10, reward=level)
         lines = [json.dumps(row | {"step": n, "kl": level * n}) + "\n" for n in range(1, 13)]
         (tmp_path / run / "metrics.jsonl").write_text("".join(lines))
     runs, plot = [str(tmp_path / "a"), str(tmp_path / "b")], tmp_path / "plot.png"
-    flags = [*runs, "--beside", "alone", runs[0], "--plot", str(plot)]
-    monkeypatch.setattr(sys, "argv", ["healthy", *flags])
-    healthy.main()
-    lines = capsys.readouterr().out.splitlines()
-    result = json.loads(lines[-1])
+    result, printed = run_main(healthy, *runs, "--beside", "alone", runs[0], "--plot", plot)
     both, alone = result["healthy: step 1 → 10 → 12"], result["alone: step 1 → 10 → 12"]
     assert both["kl"] == [2.0, 20.0, 24.0] and alone["kl"] == [1.0, 10.0, 12.0]
-    assert "| `kl` | 2.00 → 20.00 → 24.00 | 1.00 → 10.00 → 12.00 |" in lines[5]
+    assert "| `kl` | 2.00 → 20.00 → 24.00 | 1.00 → 10.00 → 12.00 |" in printed
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
 def test_rule_check_says_whether_silence_pays_and_whether_reward_and_score_agree(
-    tmp_path, monkeypatch, capsys
+    tmp_path, run_main
 ):
     save_start(tmp_path)
     flags = f"--critic rule --policy {tmp_path}/sft --num_prompts 2 --samples_per_prompt 2"
     flags += f" --response_length 8 --output_dir {tmp_path}/check"
-    monkeypatch.setattr(sys, "argv", ["rule_check", *flags.split()])
-    rule_check.main()
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    result, _ = run_main(rule_check, *flags.split())
     assert result["rewards"]["silence"] == 0 and result["rewards"]["references"] > 4
     scores = [{"up": x, "down": -x} for x in (1, 2, 3, 2, 1, 3)]
     table = rule_check.agree(np.array([0.0, 5, 9, -2, -3, 1]), scores, 3)
