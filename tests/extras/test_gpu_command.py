@@ -8,9 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-from extras.speed import gpu, gpu_agreement, synthetic
+from extras.speed import gpu
 
 ROOT = Path(__file__).parents[2]
 WITHOUT = """
@@ -38,6 +37,9 @@ def run(folder, *flags, **environment):
     return json.loads((folder / "gpu.json").read_text())["parts"]
 
 
+ALL = pytest.param(list(gpu.PARTS), marks=pytest.mark.slow, id="all")
+
+
 @pytest.fixture
 def bare(tmp_path):
     """The PYTHONPATH of a machine that lacks some packages."""
@@ -51,25 +53,10 @@ def test_every_part_loads_without_the_packages_that_a_bare_machine_lacks(bare):
     subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": bare}, check=True)
 
 
-def test_a_step_that_differs_fails_and_sampling_agrees_with_a_pass_without_a_cache(tmp_path):
-    oks, cpu = [], {"after": torch.ones(9), "move": torch.ones(9), "sampled": torch.ones(3)}
-
-    def report(what, measured, beside, ok):
-        oks.append(ok)
-
-    others = {"after": torch.ones(9) + 1e-3}, {"sampled": torch.zeros(3)}
-    for changed in ({}, *others):
-        gpu_agreement.compare_steps("fp32", cpu | changed, cpu, report)
-    gpu_agreement.compare_steps("bf16", cpu | {"move": -cpu["move"]}, cpu, report)
-    synthetic.random_model("tiny", tmp_path / "model", initializer_range=0.3)
-    gpu_agreement.compare_without_cache(tmp_path, report)
-    assert oks == [True, False, False, False, True]
-
-
-@pytest.mark.slow
-def test_a_rehearsal_runs_every_part_for_which_the_packages_are_there(bare, tmp_path):
-    parts = run(tmp_path / "out", "--rehearse", PYTHONPATH=bare)
-    assert list(parts) == list(gpu.PARTS)
+@pytest.mark.parametrize("names", [pytest.param(["agreement", "news"], id="two"), ALL])
+def test_a_rehearsal_runs_every_part_for_which_the_packages_are_there(names, bare, tmp_path):
+    parts = run(tmp_path / "out", "--rehearse", "--parts", *names, PYTHONPATH=bare)
+    assert list(parts) == names
     news = parts.pop("news")
     assert news["state"] == "skipped" and "rouge_score" in news["note"]
     for part in parts.values():
@@ -77,7 +64,7 @@ def test_a_rehearsal_runs_every_part_for_which_the_packages_are_there(bare, tmp_
     checks = [row["what"] for row in parts["agreement"]["rows"] if row["ok"]]
     assert len(checks) == 8 and "killed and resumed, 12 steps" in checks
     table = (tmp_path / "out" / "gpu.md").read_text()
-    assert "rehearsal" in table and all(part.title in table for part in gpu.PARTS.values())
+    assert "rehearsal" in table and all(gpu.PARTS[name].title in table for name in names)
 
 
 @pytest.mark.slow
