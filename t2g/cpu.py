@@ -22,6 +22,8 @@ def use(model):
     if not is_faster():
         return model
     keep_freed_memory()
+    if sum(weight.numel() for weight in model.parameters()) > 5e7:
+        limit_caches()
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = Linear
@@ -46,6 +48,16 @@ def keep_freed_memory():
     if hasattr(libc, "mallopt") and not any(name.startswith("MALLOC_") for name in os.environ):
         for option in (-1, -3):  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
             libc.mallopt(option, 2**31 - 1)
+
+
+def limit_caches():
+    """Keeps few of the products that oneDNN compiles for each shape; 1024 take up to 2 GiB.
+
+    Both oneDNN and PyTorch cache them, and read their limits at the first product. Small models
+    need no limit: their few shapes come again in every step.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, "128")
 
 
 def attention(*args, **kwargs):
@@ -85,10 +97,11 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, dtype):
-        x, weight, ctx.dtype = x.to(dtype), weight.to(dtype), dtype
+        x, ctx.dtype = x.to(dtype), dtype
         x_needs_grad, weight_needs_grad = ctx.needs_input_grad[:2]
+        # backward() casts the weight again, because a copy of every weight would be large.
         ctx.save_for_backward(x if weight_needs_grad else None, weight if x_needs_grad else None)
-        return product(x, weight, bias)
+        return product(x, weight.to(dtype), bias)
 
     @staticmethod
     def backward(ctx, grad):
@@ -96,7 +109,7 @@ class Product(torch.autograd.Function):
         rows = grad.reshape(-1, grad.shape[-1])
         bias_grad = rows.sum(0) if ctx.needs_input_grad[2] else None
         grad, rows = grad.to(ctx.dtype), rows.to(ctx.dtype)
-        x_grad = None if weight is None else product(grad, weight.t())
+        x_grad = None if weight is None else product(grad, weight.to(ctx.dtype).t())
         weight_grad = None if x is None else product(rows.t(), x.reshape(-1, x.shape[-1]).t())
         return x_grad, weight_grad, bias_grad, None
 
