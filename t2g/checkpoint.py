@@ -33,7 +33,7 @@ def save(folder, model, optimizers=(), **reached):
 
 
 def replace(folder, name, model, optimizers=(), **reached):
-    """Writes the state folder/NAME-STEP whole or not at all, and deletes earlier ones. Collective."""
+    """Writes the state folder/NAME-STEP whole or not at all; deletes earlier ones. Collective."""
     unfinished = folder / f"{name}.unfinished"
     if dist.rank() == 0:
         shutil.rmtree(unfinished, ignore_errors=True)  # left by a run that was killed

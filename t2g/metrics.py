@@ -53,7 +53,7 @@ def task_scores(task, examples, texts) -> list[dict[str, float]]:
 
 
 def token_counts(tokenizer, rollout, feedback) -> dict[str, float]:
-    """Counts tokens of prompts, responses and readable critiques: means of all ranks. Collective."""
+    """Mean tokens of prompts, responses and readable critiques, and eos_rate. Collective."""
     critiques = [one.render() for one in feedback if isinstance(one, Feedback)]
     tokens = tokenizer(critiques, add_special_tokens=False)["input_ids"] if critiques else []
     sums = {

@@ -48,7 +48,7 @@ class Example(NamedTuple):
 
 
 def load_task(name: str):
-    """Imports a task by its built-in name or its path, and sets task.NAME for the folder runs/NAME."""
+    """Imports a task by its name or path, and sets task.NAME for the folder runs/NAME."""
     if name in BUILT_IN:
         module = importlib.import_module(f"t2g.tasks.{name}")
     else:
