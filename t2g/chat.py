@@ -68,22 +68,26 @@ def encode_chats(tokenizer, prompts) -> list[list[int]]:
     return encode(tokenizer, [chat_text(tokenizer, prompt) for prompt in prompts], mark)
 
 
-@lru_cache(maxsize=8)  # some tokenizers have thousands, which take longer to list than to encode
 def control_tokens(tokenizer) -> list[str]:
+    return special_tokens(tokenizer, len(tokenizer))
+
+
+@lru_cache(maxsize=8)  # some tokenizers have thousands, which take longer to list than to encode
+def special_tokens(tokenizer, size) -> list[str]:  # size, because a tokenizer may grow
     return [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
 
 
 @lru_cache(maxsize=8)
-def first_of_control(tokenizer) -> re.Pattern:
+def first_of_control(tokenizer, size) -> re.Pattern:
     """Matches the first character of each control token that a text spells."""
-    tokens = [re.escape(token) for token in control_tokens(tokenizer) if len(token) > 1]
+    tokens = [re.escape(token) for token in special_tokens(tokenizer, size) if len(token) > 1]
     return re.compile(f"(?=(?:{'|'.join(tokens) or '(?!)'})).", re.DOTALL)
 
 
 def marked(tokenizer, texts) -> tuple[str, list[str]]:
     """A character that no text has, and the texts with it inside each spelt control token."""
     mark = next(c for c in map(chr, range(0xE000, 0xF900)) if not any(c in text for text in texts))
-    first = first_of_control(tokenizer)
+    first = first_of_control(tokenizer, len(tokenizer))
     return mark, [first.sub(rf"\g<0>{mark}", text) for text in texts]
 
 

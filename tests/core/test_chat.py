@@ -63,6 +63,13 @@ def test_a_control_token_that_a_text_spells_stays_text(tokenizer):
     assert [i for i in completion if i in special] == [tokenizer.eos_token_id]
 
 
+def test_a_control_token_that_a_tokenizer_gets_later_stays_text_too(tokenizer):
+    grown = copy.deepcopy(tokenizer)
+    encode_chats(grown, ["<|late|>"])
+    grown.add_special_tokens({"additional_special_tokens": ["<|late|>"]})
+    assert grown.convert_tokens_to_ids("<|late|>") not in encode_chats(grown, ["<|late|>"])[0]
+
+
 def test_a_completion_ends_with_the_token_that_ends_the_template_s_turns(tokenizer):
     chatml = with_template(tokenizer, CHATML)
     assert turn_edges(chatml) == ("", chatml.convert_tokens_to_ids("<|pad|>"))
