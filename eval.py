@@ -6,7 +6,6 @@ python eval.py rm                                 # the card of the toy's reward
 python eval.py rm CRITIC ... --annotations TRUTH.jsonl      # reward models or annotation files
 python eval.py seeds runs/toy/ppo runs/toy-1/ppo runs/toy-2/ppo     # mean and 95% interval
 python eval.py page runs/toy/ppo runs/toy/ppo_scalar        # one page that compares runs
-
 """
 
 import json

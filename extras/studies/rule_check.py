@@ -38,11 +38,11 @@ def main():
         few = [" ".join(text.split()[:WORDS]) for text in own]
         references = [example.reference for example in examples]
         texts = {f"first {WORDS} words": few, "references": references, "silence": [""] * len(own)}
-        feedback = {"responses": [row.feedback for row in rows]}
-        feedback |= {name: critic(examples, column) for name, column in texts.items()}
-    rewards, texts = {}, {"responses": own, **texts}
-    for name, column in feedback.items():
-        pairs = zip(texts[name], column)
+        judged = {"responses": [(row.text, row.feedback) for row in rows]}
+        for name, column in texts.items():
+            judged[name] = zip(column, critic(examples, column))
+    rewards = {}
+    for name, pairs in judged.items():
         rewards[name] = [common.text_reward(tokenizer, *pair) for pair in pairs]
     means = {name: interval(column)["mean"] for name, column in rewards.items()}
     scores = task_scores(task, examples, own)
