@@ -217,9 +217,13 @@ def main():
     kinds = "what people marked, or rows of DeFacto, FineGrainedRLHF or ILF"
     parser.add_argument("file", help=kinds)
     parser.add_argument("--out", required=True, help="the annotations to write, a .jsonl file")
+    only = "leave out responses without a fault"
+    parser.add_argument("--with_faults", action="store_true", help=only)
     args = parser.parse_args()
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     found = records(read_jsonl(args.file), args.file)
+    if args.with_faults:
+        found = [record for record in found if record["poor_spans"]]
     write_whole(Path(args.out), found)
     print(f"annotations: {args.out}, {len(found)} records")
 
