@@ -3,7 +3,7 @@
     L_R = - E[ log p(z | x, y) ]      x: prompt, y: response; loss on z only (Text2Grad, sec. 3.2)
 
 python train_rm.py                                        # for the toy, into runs/toy/rm
-python train_rm.py --model HUB_ID --annotations notes.jsonl --output_dir runs/posts/rm --lora_r 16
+python train_rm.py --task summarize --model HUB_ID --annotations notes.jsonl --lora_r 16
 
 Long prompts are shortened in their middle; responses never are.
 """

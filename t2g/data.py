@@ -74,7 +74,7 @@ def examples(data, reader) -> dict:
         if isinstance(example, str):
             dropped[example] += 1
         elif not example or not (example.prompt.strip() and example.reference.strip()):
-            dropped["they lack a text"] += 1
+            dropped["they lack a prompt or a reference"] += 1
         elif kept.setdefault(example.prompt, example) is not example:
             dropped["an earlier one has the same source"] += 1
     if dropped:

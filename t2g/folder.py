@@ -63,8 +63,7 @@ def resumable(folder, args, resume) -> bool:
     changed = {name for name in compared if spelling(flags.get(name)) != spelling(before.get(name))}
     if changed and resume == "auto":
         names = ", ".join(sorted(changed))
-        hint = "--resume CHECKPOINT" if hasattr(args, "resume") else "its own flags"
-        print(f"the unfinished run in {folder} had another {names}; continue it with {hint}")
+        print(f"the unfinished run in {folder} had another {names}: it is moved aside and kept")
     return not changed
 
 

@@ -60,7 +60,8 @@ def openai_critic(base_url, model, critique_length=200, timeout=600.0, max_retri
         except server.Stop as error:
             fail(str(error))
         if len(errors) == len(responses):
-            fail(f"no critique arrived: {errors[-1]}; {server.CHECK}, or try --free_critiques")
+            remedy = "; with vLLM see docs/SCALE.md, or try --free_critiques"
+            fail(f"no critique arrived: {errors[-1]}; {server.CHECK}{remedy}")
         return feedback
 
     return critic

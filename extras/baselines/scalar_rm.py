@@ -7,7 +7,7 @@ The command trains it; as a critic, the file gives the score of each response an
 tokens are those of the reward model's tokenizer. Long prompts are shortened in the middle.
 
 python -m extras.baselines.scalar_rm                             # the toy, into runs/toy/rm_scalar
-python -m extras.baselines.scalar_rm --model HUB_ID --annotations notes.jsonl --lora_r 16
+python -m extras.baselines.scalar_rm --task summarize --model HUB_ID --annotations notes.jsonl
 python train_ppo.py --critic extras/baselines/scalar_rm.py --output_dir runs/toy/ppo_head
 """
 

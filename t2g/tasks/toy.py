@@ -7,6 +7,7 @@ the policy local mistakes: a critique can point at them, a single number cannot.
 
 import random
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -73,6 +74,10 @@ REVISIONS = 0.2  # share of the starting policy's training pairs that ask for a 
 def check(args, script):
     if args.data:
         fail("the toy makes its own posts; use --data with another --task, such as summarize")
+    model = getattr(args, "model", None) or getattr(args, "policy", None)
+    if model and script != "eval" and not Path(model).exists():
+        hint = "name the --task of a hub's model, such as summarize"
+        fail(f"{model} is no folder, and the toy's defaults suit its own small models: {hint}")
 
 
 def load(args):
