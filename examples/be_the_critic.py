@@ -1,10 +1,10 @@
 """You are the critic: one response, your marks, one PPO step, and how each token moved.
 
     python examples/be_the_critic.py                      # samples a response and asks you
-    python examples/be_the_critic.py --good "Porto; nurse" --poor 27 --seed 3
+    python examples/be_the_critic.py --good "fix roofs" --poor "pony; Lyon" --seed 3
     python examples/be_the_critic.py --lam 0.95           # tokens also answer for what follows
 
-The policy is runs/toy/sft; if it is missing, it is trained first, in two minutes.
+The policy is runs/toy/sft; if it is missing, it is trained first, in about a minute.
 
 One response says little, so this step leaves out the KL penalty, whitening and a learned V (it is
 0), and its learning rate is large enough for the movement to show. tour.py has all of these.
@@ -93,7 +93,7 @@ def main():
     moved = shift(after.logprobs - before.logprobs, delta, mask)
     means = [f"{kind} {moved.get(f'shift_{kind}', 0):+.3f}" for kind in ("good", "poor", "rest")]
     print(f"\nmean change of log pi: {', '.join(means)} nats")
-    print("Marked tokens move most; one whose probability is near 1 has no rival and hardly moves.")
+    print("A token whose probability is near 1 has no rival and hardly moves upwards.")
 
 
 if __name__ == "__main__":

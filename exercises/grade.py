@@ -49,7 +49,7 @@ def problem(part, found, right, mask=None):
 
 def problem_of_spans(found, right):
     if not isinstance(found, list) or not all(isinstance(s, tuple) and len(s) == 3 for s in found):
-        return "the answer must be a list of triples (start, end, score)"
+        return "the answer must be a list of tuples (start, end, score)"
     for span in [*found, *right]:
         if found.count(span) != right.count(span):
             return f"the span {tuple(span)} {'is missing' if span in right else 'should not be'}"

@@ -16,8 +16,8 @@ def resolve(text, feedback):
 
     1. A quote that does not stand in the text marks nothing.
     2. White space at the ends of a quote does not belong to its span.
-    3. "27" does not stand in "1927": a place counts only if no letter or digit touches the quote's
-       own. (The project lets such places count if there are no others; that is not asked for.)
+    3. A place that cuts a word or a number in two does not count: "27" does not stand in "1927".
+       (The project lets such places count if there are no others; that is not asked for.)
     4. Where a quote stands several times, a good one marks the first place and a poor one the last:
        of a repetition, the second time is at fault. A quote that is given k times marks k places.
 
@@ -101,7 +101,7 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, cliprange):
     """PPO's loss: push each token by its advantage, but not far from the policy that sampled it.
 
     With rho = pi / pi_old and eps = cliprange, a token's gain is the *lower* of rho A and
-    clip(rho, 1 - eps, 1 + eps) A: a clip may hide a gain and never a harm. The loss is minus the
+    clip(rho, 1 - eps, 1 + eps) A: the clip can lower a gain and never raises it. The loss is minus the
     sum of the gains over all tokens of the batch, divided by their number. It is no mean over rows,
     in which the tokens of short responses would weigh more.
 

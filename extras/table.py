@@ -174,9 +174,11 @@ def gain_at_equal_kl(ours, theirs, metric="curve") -> float:
 
     A run is read where it first had that KL, even if it came back later.
     """
-    kl = min(max(ours["kl"]), max(theirs["kl"]))
-    a, b = (np.interp(kl, np.maximum.accumulate(r["kl"]), r[metric]) for r in (ours, theirs))
-    return float(a - b)
+    kl, values = min(max(ours["kl"]), max(theirs["kl"])), []
+    for run in (ours, theirs):
+        farthest, first = np.unique(np.maximum.accumulate(run["kl"]), return_index=True)
+        values.append(np.interp(kl, farthest, np.array(run[metric])[first]))
+    return float(values[0] - values[1])
 
 
 def rollouts_to_end(curve, rival) -> int | None:

@@ -96,7 +96,7 @@ def value_explained(values, returns, mask) -> float:
 def shift(change, delta, mask) -> dict[str, float]:
     """Measures whether the criticised tokens moved in an update; t2g/log.py explains each number.
 
-    A scalar reward moves shift_poor_above and shift_good_below the wrong way.
+    Under a scalar reward shift_poor_above and shift_good_below are nearer to 0.
 
     Args: change, log pi_new - log pi_old, (B, T) in nats; delta, (B, T); mask, (B, T) bool.
     Returns: those of the six that are defined: no mean of no tokens, no correlation of constants.

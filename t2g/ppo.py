@@ -138,9 +138,9 @@ def value_loss(values, old_values, returns, mask, cliprange_value, token_count=N
     """Half the squared error of V, with V clipped to stay near its old values.
 
         clipped_t = V_old + clip(V_t - V_old, -eps, eps)
-        loss   = sum_t max((V_t - R_t)^2, (clipped_t - R_t)^2) / (2 token_count)
+        loss   = sum_t max((V_t - G_t)^2, (clipped_t - G_t)^2) / (2 token_count)
 
-    Args: (B, T) tensors; eps = cliprange_value; token_count as in policy_loss.
+    Args: (B, T) tensors, G the returns; eps = cliprange_value; token_count as in policy_loss.
     Returns: the loss, and "value_clipfrac", the share of tokens where the clip binds.
     """
     count = mask.sum().clamp(min=1) if token_count is None else token_count

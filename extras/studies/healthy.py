@@ -22,7 +22,7 @@ WORRY = {  # when to worry, by metric; the first eight are drawn
     "response_tokens": "it goes on falling after the first steps, or grows",
     "kl": "it does not level off",
     "entropy": "responses to unlike prompts are alike; low alone is no alarm",
-    "clipfrac": "it stays where it was at step 1: the steps are too large",
+    "clipfrac": "it is several times this at step 1: the steps are too large",
     "approx_kl": "the same",
     "value_explained": "it stays below 0; near 0 for ten steps is normal",
     "kl / response_tokens": "it is many times this; unlike `kl` it carries over to other lengths",

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from t2g.ppo import gae, policy_loss
+from t2g.ppo import gae, kl_penalty, policy_loss
 
 EOS, VOCABULARY, LENGTH = 0, 3, 3
 
@@ -124,6 +124,25 @@ def test_a_critic_that_reads_the_whole_response_is_missing_what_tokens_do_to_ear
     missing = example.gradient((weighted * example.logprobs).sum())
     expected_reward = (example.probability * example.whole.sum(1)).sum()
     assert_close(step + missing, example.gradient(expected_reward))
+
+
+@given(seed=st.integers(0, 10**6))
+def test_the_exact_kl_as_a_reward_does_not_pull_its_own_token_back_and_k1_does(seed):
+    """Paid as a reward, k1 gives grad KL(pi || ref); "full" lacks E[sum_t grad KL_t] of it."""
+    example, rng = Example(seed), torch.Generator().manual_seed(seed + 1)
+    logprobs = example.logits.log_softmax(-1)
+    reference = torch.randn(logprobs.shape, generator=rng, dtype=torch.float64).log_softmax(-1)
+    full, k1 = (kl_penalty(logprobs, reference, kind) for kind in ("full", "k1"))
+    full = table_of(lambda tokens, t, kl=full: kl[PREFIXES.index(tokens[:t])])
+    k1 = table_of(lambda tokens, t, kl=k1: kl[PREFIXES.index(tokens[:t]), tokens[t]])
+    gradient = example.gradient((example.probability * full.sum(1)).sum())
+    step_full, step_k1 = (
+        example.expected_step(kl.detach(), example.values, 1.0, 1.0) for kl in (full, k1)
+    )
+    own = example.gradient((example.probability.detach() * full.sum(1)).sum())
+    assert_close(step_k1, gradient)
+    assert_close(step_full + own, gradient)
+    assert own.abs().max() > 1e-6
 
 
 def test_these_biases_are_not_0():

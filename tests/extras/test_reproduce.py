@@ -248,8 +248,8 @@ def test_the_ledger_counts_the_model_under_an_adapter(model, tmp_path):
 def test_at_equal_kl_a_run_is_read_where_it_had_gone_as_far_as_the_other():
     far = {"kl": [0, 2, 4, 8], "curve": [0.0, 0.5, 0.8, 0.9]}
     near = {"kl": [0, 1, 3, 2], "curve": [0.0, 0.1, 0.2, 0.3]}
-    assert table.gain_at_equal_kl(far, near) == pytest.approx(0.65 - 0.3)
-    assert table.gain_at_equal_kl(near, far) == pytest.approx(0.3 - 0.65)
+    assert table.gain_at_equal_kl(far, near) == pytest.approx(0.65 - 0.2)
+    assert table.gain_at_equal_kl(near, far) == pytest.approx(0.2 - 0.65)
 
 
 def test_rollouts_to_the_rival_s_end_say_how_many_seeds_reach_it():
