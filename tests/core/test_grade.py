@@ -72,7 +72,7 @@ MISTAKES = [  # exercise, what is replaced by what, words of the sentence
     ("resolve", "n = quotes.count(quote)", "n = 1", "k times"),
     ("resolve", "quote.strip()", "quote", "white space"),
     ("resolve", r'r"(?<!\w)" + ', "", "cuts a word"),
-    ("resolve", "return spans", "return tuple(spans)", "a list of triples"),
+    ("resolve", "return spans", "return tuple(spans)", "a list of tuples"),
     ("resolve", "return spans", "return spans or [(-1, 3, 1.0)]", r"span \(-1, 3, 1.0\) should not"),
     ("span_rewards", "start < e and s < end", "start <= s and e <= end", "one character is enough"),
     ("span_rewards", "start < e and s < end", "start <= e and s <= end", "its tokens alone"),
