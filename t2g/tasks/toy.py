@@ -75,7 +75,7 @@ def check(args, script):
     if args.data:
         fail("the toy makes its own posts; use --data with another --task, such as summarize")
     model = getattr(args, "model", None) or getattr(args, "policy", None)
-    if model and script != "eval" and not Path(model).exists():
+    if model and script.startswith("train") and not Path(model).exists():
         hint = "name the --task of a hub's model, such as summarize"
         fail(f"{model} is no folder, and the toy's defaults suit its own small models: {hint}")
 
