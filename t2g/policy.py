@@ -29,7 +29,7 @@ from t2g.cache import check_batching, positions
 from t2g.chat import control_tokens, encode_chats, template_kwargs, turn_edges
 from t2g.cli import FAILURES, fail
 from t2g.dist import device
-from t2g.log import put_in_place
+from t2g.log import print_once, put_in_place
 
 LOWEST = torch.finfo(torch.float32).min
 DAMAGED = (EOFError, JSONDecodeError, SafetensorError, UnpicklingError)
@@ -294,4 +294,8 @@ def now() -> float:
 
 def autocast(bf16: bool):
     """bf16 matrix products with fp32 weights, if asked for."""
-    return torch.autocast(device(), dtype=torch.bfloat16) if bf16 else nullcontext()
+    if not bf16:
+        return nullcontext()
+    if device() == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        print_once("warning: without AVX-512 a CPU emulates bf16, many times slower: omit --bf16")
+    return torch.autocast(device(), dtype=torch.bfloat16)

@@ -11,8 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from t2g import cpu
 from t2g.align import span_rewards, token_offsets
 from t2g.chat import chat_text
+from t2g.log import print_once
 from t2g.policy import (
     Policy,
+    autocast,
     eos_ids,
     latest_checkpoint,
     load,
@@ -293,3 +295,13 @@ def test_the_latest_checkpoint_is_that_of_the_highest_step(tmp_path):
     for name in ("checkpoint-9", "checkpoint-10", "checkpoint-11.unfinished"):
         (tmp_path / name).mkdir()
     assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU computes bf16")
+@pytest.mark.parametrize(("capability", "warns"), [("AVX2", True), ("AVX512", False)])
+def test_a_cpu_that_emulates_bf16_is_told_so(monkeypatch, capsys, capability, warns):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    print_once.cache_clear()
+    with autocast(bf16=True):
+        assert torch.is_autocast_enabled("cpu")
+    assert ("--bf16" in capsys.readouterr().out) == warns
