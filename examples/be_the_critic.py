@@ -1,7 +1,7 @@
 """You are the critic: one response, your marks, one PPO step, and how each token moved.
 
     python examples/be_the_critic.py                      # samples a response and asks you
-    python examples/be_the_critic.py --good "fix roofs" --poor "pony; Lyon" --seed 3
+    python examples/be_the_critic.py --good "WORDS" --poor "WORDS; WORDS" --seed 3
     python examples/be_the_critic.py --lam 0.95           # tokens also answer for what follows
 
 The policy is runs/toy/sft; if it is missing, it is trained first, in about a minute.
@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from tour import table
 
 from t2g import cli, policy, stages, tasks
-from t2g.align import resolve, span_rewards, token_offsets
+from t2g.align import locate, resolve, span_rewards, token_offsets
 from t2g.feedback import Feedback
 from t2g.metrics import shift
 from t2g.ppo import gae, policy_loss
@@ -64,9 +64,13 @@ def main():
     print(f"\nprompt:   {example.prompt}\nresponse: {text}\n", flush=True)
 
     # Your critique becomes token rewards.
-    spans, counts = resolve(text, read_marks(args))
-    if counts["lost"] or not spans:
-        cli.fail("mark words that occur in the response, copied as they stand there")
+    marks = read_marks(args)
+    for quote in marks.good + marks.poor:
+        if not locate(text, quote):
+            cli.fail(f"{quote!r} does not occur in the response; copy words as they stand there")
+    spans, _ = resolve(text, marks)
+    if not spans:
+        cli.fail("nothing is marked; name words of the response")
     delta = span_rewards(token_offsets(tokenizer, ids), spans)[None].to(mask.device)
 
     # Advantages by GAE

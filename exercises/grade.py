@@ -84,7 +84,7 @@ def judge_case(name, function, rule, part, arguments):
         wrong = ask(mistaken, part, copy.deepcopy(arguments))
         if problem(part, wrong, right, mask) and not problem(part, found, wrong, mask):
             return f"{mistake}: {detail}"
-    return detail and f"{rule}: {detail}"
+    return detail and f"it must hold that {rule}; but {detail}"
 
 
 def judge(name, function, path=""):

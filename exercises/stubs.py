@@ -101,9 +101,9 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, cliprange):
     """PPO's loss: push each token by its advantage, but not far from the policy that sampled it.
 
     With rho = pi / pi_old and eps = cliprange, a token's gain is the *lower* of rho A and
-    clip(rho, 1 - eps, 1 + eps) A: the clip can lower a gain and never raises it. The loss is minus the
-    sum of the gains over all tokens of the batch, divided by their number. It is no mean over rows,
-    in which the tokens of short responses would weigh more.
+    clip(rho, 1 - eps, 1 + eps) A: the clip can lower a gain and never raises it. The loss is minus
+    the sum of the gains over all tokens of the batch, divided by their number. It is no mean over
+    rows, in which the tokens of short responses would weigh more.
 
     Return a tensor of shape (), with a gradient. By hand: rho is 2 and A is 1, so the gain is 1.2.
 

@@ -53,4 +53,4 @@ def test_words_that_the_response_lacks_are_refused(play, capsys):
     run, words = play
     with pytest.raises(SystemExit):
         run("--good", f"{words[0]}; xylophone")
-    assert "mark words that occur in the response" in capsys.readouterr().err
+    assert "'xylophone' does not occur in the response" in capsys.readouterr().err

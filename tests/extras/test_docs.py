@@ -150,7 +150,7 @@ def test_what_the_lecturers_page_shows_exists_and_is_run_by_a_test():
     files = [path for path in (ROOT / "tests").rglob("test_*.py") if path.name != "test_docs.py"]
     tests = "".join(path.read_text() for path in files)
     scripts = [words[1] for words in simple_commands(page) if words[0] in ("python", "torchrun")]
-    assert len(scripts) == 8
+    assert len(scripts) == 9
     for script in scripts:
         if script != "-m" and script.removesuffix(".py") not in STAGES:
             assert (ROOT / script).is_file() and Path(script).name in tests, script
