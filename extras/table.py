@@ -14,6 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from t2g import adapters
+from t2g.cli import fail
 from t2g.data import needed
 from t2g.log import read_jsonl, write_json
 from t2g.policy import latest_checkpoint, pretrained
@@ -56,6 +57,8 @@ def read_cell(folder, name, *logged) -> dict:
     trained = (run / "metrics.jsonl").is_file()
     steps = read_jsonl(run / "metrics.jsonl") if trained else []
     online = [row for row in steps if logged[0] in row and "kl" in row]
+    if online and (missing := sorted(set(logged) - set(online[0]))):
+        fail(f"{run} logs no {', '.join(missing)}, which the recipe compares at equal KL")
     curves = {metric: smooth([row[metric] for row in online]) for metric in ("kl", *logged)}
     curves["curve"] = curves[logged[0]]
     costs = ledger(run, steps) if trained else {}

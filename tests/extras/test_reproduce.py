@@ -158,6 +158,13 @@ def test_a_recipe_that_cannot_run_fails_before_anything_runs(run, recipe, old, n
     assert error in capsys.readouterr().err
 
 
+def test_a_metric_that_no_run_logs_cannot_be_compared_at_equal_kl(run, recipe, capsys):
+    recipe.write_text('also_at_equal_kl = ["words"]\n' + recipe.read_text())
+    with pytest.raises(SystemExit):
+        run("--seeds", "0")
+    assert "seed-0/a logs no words" in capsys.readouterr().err
+
+
 def test_a_row_may_be_compared_with_another_row(run, recipe, tmp_path):
     recipe.write_text(recipe.read_text().replace('title = "A"', 'title = "A"\nagainst = "c"'))
     rows = run("--seeds", "0", "1")[0]["rows"]
