@@ -65,9 +65,9 @@ def main():
 
     # Your critique becomes token rewards.
     marks = read_marks(args)
-    for quote in marks.good + marks.poor:
-        if not locate(text, quote):
-            cli.fail(f"{quote!r} does not occur in the response; copy words as they stand there")
+    lost = [quote for quote in marks.good + marks.poor if not locate(text, quote)]
+    if lost:
+        cli.fail(f"{lost[0]!r} does not occur in the response; copy words as they stand there")
     spans, _ = resolve(text, marks)
     if not spans:
         cli.fail("nothing is marked; name words of the response")

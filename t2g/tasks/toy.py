@@ -75,7 +75,8 @@ def check(args, script):
     if args.data:
         fail("the toy makes its own posts; use --data with another --task, such as summarize")
     model = getattr(args, "model", None) or getattr(args, "policy", None)
-    if model and script.startswith("train") and not Path(model).exists():
+    is_local = script not in ("annotate", "eval")  # these ask servers, or measure any model
+    if model and is_local and not Path(model).exists():
         hint = "name the --task of a hub's model, such as summarize"
         fail(f"{model} is no folder, and the toy's defaults suit its own small models: {hint}")
 

@@ -349,3 +349,14 @@ def test_a_revision_fixes_the_faults_that_the_critique_names_and_nothing_else():
         after = toy.judge(example, toy.revise(response, kept))
         assert sum(remark.kind != "good" for remark in after) <= len(remarks) - len(kept)
         assert toy.revise(response, []) == response
+
+
+@pytest.mark.parametrize("script", ["train_sft", "train_rm", "dpo", "annotate", "eval"])
+@pytest.mark.parametrize("flag", ["model", "policy"])
+def test_the_toy_trains_and_shows_no_hub_model_but_measures_any(script, flag, capsys):
+    args = argparse.Namespace(data=None, **{flag: "hub/model"})
+    if script in ("annotate", "eval"):
+        return toy.check(args, script)
+    with pytest.raises(SystemExit):
+        toy.check(args, script)
+    assert "hub/model is no folder" in capsys.readouterr().err
