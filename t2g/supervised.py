@@ -22,6 +22,7 @@ from t2g import adapters, checkpoint, dist, policy
 from t2g.chat import chat_text, encode, marked, turn_edges
 from t2g.cli import between, fail, positive
 from t2g.folder import open_log, run_folder
+from t2g.muon import Muon
 from t2g.policy import autocast, check_numbers, context_length, now, response_logits
 from t2g.rollout import Rollout
 
@@ -279,7 +280,7 @@ def make_optimizers(model, args):
     adamw = dict(betas=(0.9, 0.95), fused=True)
     optimizers = [torch.optim.AdamW(rest, **both, **adamw)] if rest else []
     if matrices:
-        optimizers.append(torch.optim.Muon(matrices, **both, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(Muon(matrices, **both))
     return optimizers
 
 
