@@ -17,6 +17,7 @@ from t2g.critics import fitting_prompt
 from t2g.feedback import reward_prompt
 from t2g.folder import lock
 from t2g.log import read_jsonl
+from t2g.muon import Muon
 from t2g.policy import latest_checkpoint
 from t2g.tasks import toy
 
@@ -96,6 +97,25 @@ def test_every_pass_has_each_row_once_and_rows_of_similar_length_share_a_batch()
         parts = [supervised.as_rollout(batch, 0, "cpu")[0] for batch in one_pass]
         masks = [mask for part in parts for mask in (part.prompt_mask, part.mask)]
         assert 1 - sum(mask.sum() for mask in masks) / sum(mask.numel() for mask in masks) < 0.1
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
+def test_muon_moves_as_torch_moves_to_the_precision_of_bf16(shape):
+    torch.manual_seed(0)
+    start = torch.randn(shape)
+    ours, theirs = start.clone().requires_grad_(), start.clone().requires_grad_()
+    both = dict(lr=0.01, weight_decay=0.2)
+    optimizers = [
+        Muon([ours], **both),
+        torch.optim.Muon([theirs], **both, adjust_lr_fn="match_rms_adamw"),
+    ]
+    for _ in range(10):
+        ours.grad = torch.randn(shape)
+        theirs.grad = ours.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    moved = theirs.detach() - start
+    assert (ours.detach() - theirs.detach()).norm() < 0.01 * moved.norm()
 
 
 @pytest.mark.parametrize(
