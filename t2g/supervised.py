@@ -277,8 +277,7 @@ def make_optimizers(model, args):
         in_block = weight.ndim == 2 and "embed" not in name and "head" not in name
         (matrices if args.optimizer == "muon" and in_block else rest).append(weight)
     both = dict(lr=args.learning_rate, weight_decay=args.weight_decay)
-    adamw = dict(betas=(0.9, 0.95), fused=True)
-    optimizers = [torch.optim.AdamW(rest, **both, **adamw)] if rest else []
+    optimizers = [torch.optim.AdamW(rest, **both, betas=(0.9, 0.95), fused=True)] if rest else []
     if matrices:
         optimizers.append(Muon(matrices, **both))
     return optimizers
