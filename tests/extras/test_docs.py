@@ -126,6 +126,12 @@ def anchors(path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES)
+def test_no_table_is_broken_by_an_empty_line(page):
+    for table in re.findall(r"(?:^\|.*\n)+", TEXTS[page], re.MULTILINE):
+        assert re.fullmatch(r"[-:| ]+", table.splitlines()[1]), table
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_files_of_tests_that_a_page_names_exist(page):
     for words in simple_commands(TEXTS[page]):
         if words[0] == "pytest":
