@@ -130,10 +130,18 @@ def test_a_stage_that_samples_shares_out_its_prompts(llama, planned, script):
 
 def test_few_layers_measure_many(llama):
     config = AutoConfig.from_pretrained(llama(**TINY | {"num_hidden_layers": 9}))
-    args = train_args("--gradient_checkpointing", "--bf16")
+    args = train_args("--lora_r", 8, "--gradient_checkpointing", "--bf16")
     options = (args, "ppo", (2, 24, 16), True, False, False)
     few, all_layers = passes.measure_few_layers(config, *options), passes.run(config, *options)
     assert vars(few) == pytest.approx(vars(all_layers), rel=0.01)
+
+
+def test_the_gradient_of_a_large_embedding_does_not_hide_the_activations(llama):
+    sizes = TINY | {"num_hidden_layers": 24, "tie_word_embeddings": True}
+    config = AutoConfig.from_pretrained(llama(50000, **sizes))
+    options = (config, train_args(), "ppo", (4, 100, 4), False, False, False)
+    few, all_layers = passes.measure_few_layers(*options), passes.run(*options)
+    assert passes.measure(*options).update == all_layers.update > 1.5 * few.update
 
 
 def test_bf16_is_planned_alike_with_and_without_a_gpu(llama, monkeypatch):
