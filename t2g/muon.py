@@ -25,8 +25,8 @@ class Muon(torch.optim.Optimizer):
             for weight in group["params"]:
                 state = self.state[weight]
                 if not state:
-                    state["momentum"] = torch.zeros_like(weight)
-                average = state["momentum"].lerp_(weight.grad, 1 - momentum)
+                    state["momentum_buffer"] = torch.zeros_like(weight)  # torch's name
+                average = state["momentum_buffer"].lerp_(weight.grad, 1 - momentum)
                 update = orthogonal(weight.grad.lerp(average, momentum))
                 weight.mul_(1 - lr * group["weight_decay"])
                 weight.add_(update, alpha=-0.2 * lr * max(weight.shape) ** 0.5)
