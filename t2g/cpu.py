@@ -39,6 +39,11 @@ def is_faster() -> bool:
     return has_avx512 and torch.backends.mkldnn.is_available()
 
 
+def emulates_bf16() -> bool:
+    """True on a CPU without AVX-512, whose bf16 products are many times slower than fp32."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
 def keep_freed_memory():
     """Stops glibc from returning freed pages to the system, because each costs a page fault again.
 

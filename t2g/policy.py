@@ -294,6 +294,6 @@ def now() -> float:
 
 def autocast(bf16: bool):
     """bf16 matrix products with fp32 weights, if asked for."""
-    if bf16 and device() == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+    if bf16 and device() == "cpu" and cpu.emulates_bf16():
         print_once("warning: without AVX-512 a CPU emulates bf16, many times slower: omit --bf16")
     return torch.autocast(device(), dtype=torch.bfloat16) if bf16 else nullcontext()

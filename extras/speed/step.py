@@ -6,13 +6,15 @@
 
 MODEL is a folder, a hub id or a .gguf file. The work: 8 prompts of about 60 tokens, 48 new tokens
 each, 4 epochs of 2 minibatches of 4. Ours is train_ppo.py as users start it, so it also criticises,
-aligns and logs. The peer computes in fp32, and its update includes the forward passes that ours
-counts as score. In each turn every program runs once in its own process; its first step does not
-count. Ratios are the peer's seconds by ours (memory: ours by the peer's), medians over turns.
+aligns and logs; bf16 is left out on CPUs that emulate it. The peer computes in fp32, and its update
+includes the forward passes that ours counts as score. In each turn every program runs once in its
+own process; its first step does not count. Ratios are the peer's seconds by ours (memory: ours by
+the peer's), medians over turns.
 """
 
 import json
 import tempfile
+from itertools import product
 from pathlib import Path
 from statistics import fmean, median
 
@@ -22,7 +24,7 @@ from transformers import AutoModelForCausalLM
 
 from extras.speed.gpu import run
 from extras.speed.synthetic import generate, sentences, timed
-from t2g import cli, policy
+from t2g import cli, cpu, policy
 from t2g.chat import chat_text
 from t2g.log import read_jsonl, write_json, write_text
 from t2g.rollout import sample
@@ -53,7 +55,8 @@ def main():
         work = Path(folder)
         tokenizer, model = prepare(work, args.model)
         result = {"sampling": compare_sampling(work, model, tokenizer, args.turns)}
-        turns = {name: [] for name in (*OURS, *(["peer"] if args.peer else []))}
+        ours = [name for name in OURS if "bf16" not in name or not cpu.emulates_bf16()]
+        turns = {name: [] for name in (*ours, *(["peer"] if args.peer else []))}
         for name in tqdm([*turns] * args.turns, unit="run"):
             if name == "peer":
                 turns[name].append(run_peer(work, args.steps, args.peer))
@@ -125,7 +128,8 @@ def compare_sampling(work, model, tokenizer, turns) -> dict:
     """The seconds of transformers' generate by those of sample(), medians over turns."""
     load, medians = AutoModelForCausalLM.from_pretrained, {}
     plain = load(work / "model", dtype=torch.float32).to(model.device)
-    for bf16, rows in ((False, ROWS), (False, 8 * ROWS), (True, ROWS), (True, 8 * ROWS)):
+    dtypes = (False,) if cpu.emulates_bf16() else (False, True)
+    for bf16, rows in product(dtypes, (ROWS, 8 * ROWS)):
         prompts = [summarize.INSTRUCTION.format(text) for text in sentences(rows)]
         sample(model, tokenizer, prompts, NEW, bf16=bf16)  # warms up
         ratios = []
