@@ -1,8 +1,8 @@
 """Muon (Jordan et al., 2024), in the dtype of the weights: for matrices of models from scratch.
 
 torch.optim.Muon computes in bf16, which a CPU without AVX-512 emulates: there a supervised step of
-the toy takes four times as long with it. Its default learning rate's factor differs from this one,
-match_rms_adamw, with which AdamW's learning rates carry over.
+the toy takes four times as long with it. Updates are scaled as by its match_rms_adamw, so that
+learning rates of AdamW carry over.
 """
 
 import torch

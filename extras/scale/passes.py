@@ -73,7 +73,7 @@ def measure(config, args, update, shape, sharded=False, keep_gradients=False, on
         args = SimpleNamespace(**dict(zip(FLAGS, flags)))
         layers = config.get_text_config().num_hidden_layers
         alike = len(set(getattr(config.get_text_config(), "layer_types", None) or [0])) == 1
-        # The gradient of an embedding outweighs those of few layers, and not those of many.
+        # An embedding's gradient outweighs the activations of few layers, not those of many.
         linear = alike and (not update or args.lora_r)
         measure_some = measure_few_layers if layers > 8 and linear else run
         with mock.patch.object(policy, "device", return_value="cpu"):  # where fake tensors are
