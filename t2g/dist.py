@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from t2g import cpu
 from t2g.loading import fill
 
 
@@ -44,6 +45,11 @@ def size() -> int:
 
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def in_bf16(asked: bool) -> bool:
+    """Whether products are in bf16: not on a CPU that would emulate it, many times slower."""
+    return asked and not (device() == "cpu" and cpu.emulates_bf16())
 
 
 def barrier():
@@ -120,7 +126,7 @@ def shard(model, bf16=False, cpu_offload=False, recompute=False):
     if size() == 1 and not cpu_offload:
         return model.to(device())  # FSDP would only copy
     options = {"offload_policy": CPUOffloadPolicy()} if cpu_offload else {}
-    if bf16:  # products in bf16; the optimiser's weights and the reduced gradients in fp32
+    if in_bf16(bf16):  # products in bf16; the optimiser's weights and the reduced gradients in fp32
         options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32)
     for block in reversed(blocks(model)):  # inner blocks before those that contain them
         fully_shard(block, **options)
@@ -141,7 +147,7 @@ def frozen(model, args):
     model.requires_grad_(False)
     if not args.replicate_frozen:
         return shard(model, args.bf16, args.cpu_offload)
-    if args.bf16:  # buffers, such as of RoPE, stay in fp32
+    if in_bf16(args.bf16):  # buffers, such as of RoPE, stay in fp32
         for weights in model.parameters():
             weights.data = weights.data.to(torch.bfloat16)
     return fill(model, device()).to(device())

@@ -293,7 +293,9 @@ def now() -> float:
 
 
 def autocast(bf16: bool):
-    """bf16 matrix products with fp32 weights, if asked for."""
-    if bf16 and device() == "cpu" and cpu.emulates_bf16():
-        print_once("warning: without AVX-512 a CPU emulates bf16, many times slower: omit --bf16")
-    return torch.autocast(device(), dtype=torch.bfloat16) if bf16 else nullcontext()
+    """bf16 matrix products with fp32 weights, if asked for and not emulated."""
+    if dist.in_bf16(bf16):
+        return torch.autocast(device(), dtype=torch.bfloat16)
+    if bf16:
+        print_once("--bf16: computes in fp32, because this CPU would emulate bf16, which is slower")
+    return nullcontext()

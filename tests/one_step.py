@@ -7,13 +7,14 @@ import argparse
 import copy
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from t2g import dist, policy, torchrun
+from t2g import cpu, dist, policy, torchrun
 from t2g.checkpoint import trainable
 from t2g.ppo import gae, masked_mean, whiten
 from t2g.rollout import Rollout
@@ -55,6 +56,7 @@ def rollout_of(lengths, vocabulary) -> Rollout:
     return Rollout(prompt, prompt_mask, response, mask, mask.any(1), [""] * len(mask))
 
 
+@mock.patch.object(cpu, "emulates_bf16", lambda: False)  # bf16 is tested on any CPU
 def one_step(model, case) -> tuple[dict, dict]:
     """All weights after the update, and its statistics."""
     args = argparse.Namespace(**PLAIN | CASES[case])

@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 
 from extras import benchmarks
-from t2g import cli, policy
+from t2g import cli, dist, policy
 from t2g.data import needed
 
 
@@ -34,7 +34,7 @@ def evaluate(args) -> dict:
     """Returns acc and acc_norm with normal 95% intervals."""
     lm_eval, models = needed("lm_eval", "ARC"), needed("lm_eval.models.huggingface", "ARC")
     tokenizer, model = policy.load(args.model, policy.device())
-    dtype = "bfloat16" if args.bf16 else None
+    dtype = "bfloat16" if dist.in_bf16(args.bf16) else None
     wrapped = models.HFLM(model, tokenizer=tokenizer, batch_size=16, mixed_precision_dtype=dtype)
     task = {}
     for name in ("arc_local", "arc_letters") if args.letters else ("arc_local",):

@@ -76,7 +76,10 @@ def measure(config, args, update, shape, sharded=False, keep_gradients=False, on
         # An embedding's gradient outweighs the activations of few layers, not those of many.
         linear = alike and (not update or args.lora_r)
         measure_some = measure_few_layers if layers > 8 and linear else run
-        with mock.patch.object(policy, "device", return_value="cpu"):  # where fake tensors are
+        with (
+            mock.patch.object(policy, "device", return_value="cpu"),  # where fake tensors are
+            mock.patch.object(cpu, "emulates_bf16", return_value=False),
+        ):
             measured[key] = measure_some(config, args, *options)
     return measured[key]
 

@@ -24,7 +24,7 @@ import sys
 from unittest import mock
 
 from extras.scale.stages import GIB, STAGES, Stage, prompt_length
-from t2g import tasks
+from t2g import dist, tasks
 from t2g.cli import fail, friendly_errors
 
 GPUS = {  # from data sheets: GiB, TFLOP/s in bf16 and in fp32 (no TF32, no sparsity), GB/s
@@ -109,6 +109,8 @@ def estimate(args, processes, machine, script="train_ppo.py") -> dict:
     "fits", "hours" of each phase ({} on a CPU), "parameters", "flops" of the run}.
     """
     args = copy.copy(args)
+    if not machine[-1] and hasattr(args, "bf16"):
+        args.bf16 = dist.in_bf16(args.bf16)
     stage = Stage(args, processes, machine)
     STAGES[script](stage, args)
     highest = (sum(stage.memory.values()) + max(stage.peak.values(), default=0)) / GIB
@@ -148,7 +150,8 @@ def savers(args, processes, machine, available):
             changed["gradient_accumulation_steps"] = rows // size
         flags = [f"torchrun --nproc_per_node {available}", *flags_of(changed)]
         yield flags, changed | {"processes": available}
-    for name in ("bf16", "gradient_checkpointing"):
+    useful = {"bf16": machine[-1] or dist.in_bf16(True), "gradient_checkpointing": True}
+    for name in filter(useful.get, useful):
         if not getattr(args, name, True):
             yield [f"--{name}"], {name: True}
     if trains and args.per_device_train_batch_size > 1:
