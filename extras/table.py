@@ -16,11 +16,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from t2g import adapters
 from t2g.cli import fail
 from t2g.data import needed
-from t2g.log import read_jsonl, write_json
+from t2g.log import METRICS, read_jsonl, write_json
 from t2g.policy import latest_checkpoint, pretrained
 from t2g.statistics import interval
 
 SMOOTH = 5  # steps over which a learning curve is averaged
+EARLY = 10  # first rollouts, whose mean changes of log pi are in table.json
+SHIFTS = [metric for metric in METRICS if metric.startswith("shift_")]
 UNITS = {"seconds": ("s", 1), "tokens": ("M tokens", 1e6), "flops": ("TFLOP", 1e12)}
 LEDGER = [(part, unit) for part in ("rollout", "critique", "update") for unit in UNITS]
 # Okabe and Ito's colours, which colour-blind readers tell apart
@@ -49,7 +51,7 @@ def read_done(folder, name) -> dict:
 
 
 def read_cell(folder, name, *logged) -> dict:
-    """Returns the scores, seconds, ledger and curves of one seed; logged: the curves' metrics."""
+    """Returns the scores, costs, shifts and curves of one seed; logged: the curves' metrics."""
     done, run = read_done(folder, name), folder / name
     scores = scores_of(json.loads(done["result"]))
     for metric, figure in scores.items():
@@ -61,8 +63,11 @@ def read_cell(folder, name, *logged) -> dict:
         fail(f"{run} logs no {', '.join(missing)}, which the recipe compares at equal KL")
     curves = {metric: smooth([row[metric] for row in online]) for metric in ("kl", *logged)}
     curves["curve"] = curves[logged[0]]
+    early = {name: [row[name] for row in online[:EARLY] if name in row] for name in SHIFTS}
+    shifts = {name: float(np.mean(values)) for name, values in early.items() if values}
     costs = ledger(run, steps) if trained else {}
-    return {"scores": scores, "seconds": done["seconds"], "ledger": costs, **curves}
+    scored = {"scores": scores, "seconds": done["seconds"], "shifts": shifts}
+    return {**scored, "ledger": costs, **curves}
 
 
 def scores_of(measured) -> dict:
@@ -165,6 +170,13 @@ def summarise(cells, recipe, rows) -> dict:
             reached = [rollouts_to_end(a["curve"], b["curve"]) for a, b in zip(ours, theirs)]
             if any(reached):
                 columns["rollouts_to_rival"] = [number for number in reached if number]
+        for metric in SHIFTS:  # a run without such tokens has none
+            moved = [cell["shifts"].get(metric) for cell in ours]
+            rival = [cell["shifts"].get(metric) for cell in theirs or []]
+            if None not in moved:
+                columns[metric] = moved
+            if rival and None not in moved + rival:
+                columns[f"{metric}_difference"] = [a - b for a, b in zip(moved, rival)]
         columns["seconds"] = [cell["seconds"] for cell in ours]
         for part, unit in ours[0]["ledger"]:
             columns[f"{part}_{unit}"] = [cell["ledger"][part, unit] for cell in ours]

@@ -26,6 +26,10 @@ if kind == "train":
     costs |= dict(prompt_tokens=6, response_tokens=4, critique_tokens=5, update_tokens=40)
     steps = [{"step": n, "good": level * min(n, 10) / 10, "kl": level * n, **costs}
              for n in range(1, 21)]
+    for n, row in enumerate(steps, 1):
+        row["shift_good"] = level / n if n < 11 else 9.0
+    steps[2]["shift_poor"] = -level
+    del steps[4]["shift_good"]
     out.mkdir(parents=True)
     out.joinpath("metrics.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in steps))
     config = {"critic": "rm", "reward_model": None, "batch_size": 2}
@@ -107,6 +111,11 @@ def test_each_stage_runs_once_a_seed_before_the_rows_that_need_it(run, tmp_path)
     assert rows["a"]["kl"]["mean"] == pytest.approx(0.9 * 18), "the mean of the last five steps"
     assert rows["a"]["difference_at_equal_kl"]["mean"] == pytest.approx(0.3, abs=0.01)
     assert rows["a"]["rollouts_to_rival"]["values"] == [9, 9, 9], "the mean of five is 0.9 * 0.7"
+    early = sum(1 / n for n in range(1, 11) if n != 5) / 9  # a step without good tokens has none
+    assert rows["b"]["shift_good"]["mean"] == pytest.approx(0.6 * early)
+    assert rows["a"]["shift_good_difference"]["mean"] == pytest.approx(0.3 * early)
+    assert rows["a"]["shift_poor"]["mean"] == pytest.approx(-0.9)
+    assert "shift_rest" not in rows["a"] and "shift_good_difference" not in rows["b"]
     assert "rollouts_to_rival" not in rows["c"], "what is not trained has no rollouts"
     assert set(result["stages"]) == {"sft", "rm"} and result["stages"]["rm"]["seeds"] == 3
     assert json.loads((tmp_path / "out" / "table.json").read_text()) == result
@@ -263,7 +272,7 @@ def test_rollouts_to_the_rival_s_end_say_how_many_seeds_reach_it():
     cells = {name: [] for name in "ab"}
     for ours in ([0.9, 0.4, 0.2], [0.9, 0.6, 0.5]):  # of this metric less is better
         for name, curve in (("a", ours), ("b", [0.8, 0.6, 0.4])):
-            cell = {"scores": {"bad": curve[-1]}, "seconds": 1, "ledger": {}, "kl": [0, 1, 2]}
+            cell = dict(scores={"bad": curve[-1]}, seconds=1, ledger={}, kl=[0, 1, 2], shifts={})
             cells[name].append(cell | {"curve": curve})
     recipe = {"main": "bad", "metrics": ["bad"], "against": "b"}
     rows = {name: {"title": name.upper()} for name in cells}
