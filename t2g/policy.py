@@ -294,8 +294,6 @@ def now() -> float:
 
 def autocast(bf16: bool):
     """bf16 matrix products with fp32 weights, if asked for and not emulated."""
-    if dist.in_bf16(bf16):
-        return torch.autocast(device(), dtype=torch.bfloat16)
-    if bf16:
+    if bf16 and not dist.in_bf16(bf16):
         print_once("--bf16: computes in fp32, because this CPU would emulate bf16, which is slower")
-    return nullcontext()
+    return torch.autocast(device(), dtype=torch.bfloat16) if dist.in_bf16(bf16) else nullcontext()
