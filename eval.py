@@ -55,6 +55,7 @@ def policies(task, args) -> dict:
         heldout = heldout[: args.eval_samples]
         scores[run] = evaluate(task, model, tokenizer, heldout, args, run)
         table[run] = {name: f"{score:.3f}" for name, score in scores[run].items()}
+        del model  # before the next one is loaded
     print_table(table)
     return scores
 
@@ -71,7 +72,7 @@ def reward_models(task, args) -> dict:
         records = records_of_rule(task, args, source)
     else:
         cli.fail("annotation files need the truth about their responses: give --annotations")
-    tokenizer = policy.load(source)[0] if source else None
+    tokenizer = policy.load(source, empty=True)[0] if source else None
     feedback = {name: feedback_of(name, records, args) for name in names}
     cards = {name: card.card(records, feedback[name], tokenizer, args.seed) for name in names}
     print_examples(records, feedback)
@@ -112,6 +113,8 @@ def seeds(task, args) -> dict:
     results = [page.read_run(run)["result"] for run in args.runs]
     if len(results) < 2:
         cli.fail("an interval needs two runs of train_ppo.py or more")
+    if any(result["after"].keys() != results[0]["after"].keys() for result in results):
+        cli.fail("these runs have different scores: name runs of one task")
     table = {name: {} for name in results[0]["after"]}
     for name, row in table.items():
         for when in ("before", "after"):

@@ -84,7 +84,7 @@ def main():
         parts = tasks.load(task, args)
         pool, heldout = (tasks.short_enough(part, tokenizer, model, args) for part in parts)
         measured = heldout[: args.eval_samples]
-        critic = critics.load_critic(task, args, root, policy.device())
+        critic = critics.load_critic(task, args, root)
         actor, reference = make_models(model, args, start_model)
         measure = partial(evaluate, task, actor.model, tokenizer, measured, args)
         with run_folder(args) as folder:

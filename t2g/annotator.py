@@ -217,4 +217,5 @@ def finished(record, fields, used: Tokens, reason="") -> dict:
 
 
 def tokens_of(record) -> Tokens:
-    return Tokens(**record.get("usage") or {})
+    usage = record.get("usage") or {}
+    return Tokens(*(usage.get(key, 0) for key in Tokens._fields))

@@ -41,9 +41,10 @@ def replace(folder, name, model, optimizers=(), **reached):
     save(unfinished, model, optimizers, **reached)
     dist.barrier()
     if dist.rank() == 0:
-        earlier = states(folder, name)
-        put_in_place(unfinished, folder / f"{name}-{reached['step']}")
-        for path in earlier:
+        place, earlier = folder / f"{name}-{reached['step']}", states(folder, name)
+        shutil.rmtree(place, ignore_errors=True)  # left by a run that was killed after it
+        put_in_place(unfinished, place)
+        for path in set(earlier) - {place}:
             shutil.rmtree(path)
     dist.barrier()
 

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 MEMORY_FULL = (torch.OutOfMemoryError, MemoryError)
+MEMORY_FULL_TEXT = "allocate memory|CUDA error: out of memory"  # of a RuntimeError
 FAILURES = (ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError)
 FAILURES += (OSError, RuntimeError, TypeError, ValueError)  # of other people's code, at bad input
 UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)
@@ -186,7 +187,7 @@ def friendly_errors():
         if is_disk_full(error):
             remedy = "free some space and run the same command again"
             fail(f"cannot write to the disk ({error}); {remedy}")
-        if isinstance(error, MEMORY_FULL) or "allocate memory" in str(error):
+        if isinstance(error, MEMORY_FULL) or re.search(MEMORY_FULL_TEXT, str(error)):
             remedy = "halve --per_device_train_batch_size and double --gradient_accumulation_steps"
             remedy += ", or use --gradient_checkpointing, --lora_r or --bf16"
             fail(f"out of memory; lower --max_prompt_length or, in training, {remedy}")

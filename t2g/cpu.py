@@ -18,8 +18,8 @@ from transformers.masking_utils import sdpa_mask
 
 
 def use(model):
-    """Returns the same model; its linear layers use oneDNN if the CPU has AVX-512."""
-    if not is_faster():
+    """Returns the same model; its linear layers use oneDNN if the CPU has AVX-512 and no GPU."""
+    if torch.cuda.is_available() or not is_faster():
         return model
     keep_freed_memory()
     if sum(weight.numel() for weight in model.parameters()) > 5e7:

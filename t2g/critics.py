@@ -38,7 +38,7 @@ def stages_before(args) -> list[str]:
     return ["annotate", "rm"] if args.critic == "rm" and not args.reward_model else []
 
 
-def load_critic(task, args, root, device):
+def load_critic(task, args, root):
     """Returns the critic that --critic names; the learned one lies in root/rm by default."""
     if args.critic == "rule":
         return rule_critic(task)

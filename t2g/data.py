@@ -39,7 +39,7 @@ def read_hub(data: str, split: str) -> list[dict]:
     try:
         return list(datasets.load_dataset(name, split=part or split))
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: the hub id is a script
-        reason = str(error).splitlines()[0].removesuffix(".")
+        reason = str(error).partition("\n")[0].removesuffix(".")
         fail(f"cannot load the data set {data}: {reason}. Use NAME:SPLIT or a downloaded file")
 
 

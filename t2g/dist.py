@@ -48,8 +48,10 @@ def device() -> str:
 
 
 def in_bf16(asked: bool) -> bool:
-    """Whether products are in bf16: not on a CPU that would emulate it, many times slower."""
-    return asked and not (device() == "cpu" and cpu.emulates_bf16())
+    """Whether products are in bf16: not on hardware that would emulate it, many times slower."""
+    if device() == "cpu":
+        return asked and not cpu.emulates_bf16()
+    return asked and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def barrier():

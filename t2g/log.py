@@ -9,6 +9,7 @@ import gzip
 import json
 import os
 import resource
+import sys
 import zlib
 from pathlib import Path
 
@@ -166,4 +167,5 @@ def print_once(sentence):
 def peak_memory_gib() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
+    unit = 1 if sys.platform == "darwin" else 2**10  # of ru_maxrss, in bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

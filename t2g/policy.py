@@ -295,5 +295,5 @@ def now() -> float:
 def autocast(bf16: bool):
     """bf16 matrix products with fp32 weights, if asked for and not emulated."""
     if bf16 and not dist.in_bf16(bf16):
-        print_once("--bf16: computes in fp32, because this CPU would emulate bf16, which is slower")
+        print_once("--bf16: computes in fp32, because bf16 would be emulated here, which is slower")
     return torch.autocast(device(), dtype=torch.bfloat16) if dist.in_bf16(bf16) else nullcontext()

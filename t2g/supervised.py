@@ -186,6 +186,7 @@ def validation_loss(model, tokenizer, rows, args, objective=NEXT_TOKEN) -> float
 
 
 def prepared(model, args):
+    torch.manual_seed(args.seed)  # for LoRA's first weights, the same on all ranks
     model = adapters.added(model, args)
     return dist.shard(model, args.bf16, args.cpu_offload, args.gradient_checkpointing)
 
@@ -248,9 +249,8 @@ def train(model, tokenizer, rows, heldout, args, folder, desc, objective=NEXT_TO
         if step % args.save_steps == 0:
             checkpoint.replace(folder, "state", model, optimizers, **reached)
     bar.close()
-    if heldout:
-        checkpoint.load(checkpoint.latest(folder, "best"), model)
-    return reached["best_step"] if heldout else args.max_steps
+    best = checkpoint.latest(folder, "best")
+    return checkpoint.load(best, model)["step"] if best else args.max_steps
 
 
 def train_step(model, microbatches, args, objective=NEXT_TOKEN) -> dict:

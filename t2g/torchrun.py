@@ -27,6 +27,9 @@ def session(cpu_offload=False, run_first=None):
     if "WORLD_SIZE" not in os.environ or distributed.is_initialized():
         yield run_first() if run_first else None
         return
+    gpus = torch.cuda.device_count()
+    if gpus and int(os.environ["LOCAL_RANK"]) >= gpus:
+        fail(f"this machine has {gpus} GPUs: lower --nproc_per_node to that")
     store, number, count = next(distributed.rendezvous("env://"))
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = distributed.PrefixStore(f"start {restart}", store)  # keys of earlier starts are stale
@@ -55,6 +58,7 @@ def join(store, number, count, run_first):
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     group = dict(store=store, rank=number, world_size=count, timeout=timedelta(hours=1))
     distributed.init_process_group(backend, **group)
+    torch.manual_seed(torch.initial_seed() + number)  # so that ranks sample independently
     # Nothing here changes a view of sharded weights in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     if number:

@@ -7,11 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from tqdm import tqdm
 
 from t2g import cli, critics, dist, policy, stages, tasks, torchrun
-from t2g.align import resolve, span_rewards, token_offsets
+from t2g.align import resolve, response_text, span_rewards, token_offsets
 from t2g.feedback import Feedback, revision_prompt
 from t2g.metrics import token_counts
 from t2g.policy import now
@@ -55,7 +54,6 @@ def started(args, needs_critic=True):
     needed = ["sft", *(critics.stages_before(args) if needs_critic else [])]
     earlier = partial(stages.ensure, needed, args, root, args.policy)
     with torchrun.session(args.cpu_offload, run_first=earlier):
-        torch.manual_seed(args.seed)
         yield root, *policy.load(args.policy or root / "sft", policy.device())
 
 
@@ -129,14 +127,20 @@ def text_reward(tokenizer, text, feedback) -> float:
     if not isinstance(feedback, Feedback):
         return feedback or 0.0
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    spans, _ = resolve(text, feedback)
+    spans, _ = resolve(response_text(tokenizer, ids), feedback)
     return span_rewards(token_offsets(tokenizer, ids), spans).sum().item()
 
 
-def fitting_revision(model, tokenizer, prompt, response, feedback, length) -> str:
-    """Returns revision_prompt(), its prompt shortened in the middle for a response of length."""
+def fitting_revision(model, tokenizer, prompt, response, feedback, length) -> str | None:
+    """Returns revision_prompt(), its prompt shortened in the middle for a response of length.
+
+    Returns None if there is no readable feedback, or if the text does not fit even so.
+    """
+    if feedback is None:
+        return None
     if isinstance(feedback, float):
         cli.fail("the --critic gives numbers, but this method reads critiques in words")
     room = policy.context_length(model) - length
     question = partial(revision_prompt, feedback=feedback)
-    return critics.fitting_prompt(tokenizer, prompt, response, room, question)
+    text = critics.fitting_prompt(tokenizer, prompt, response, room, question)
+    return text if critics.token_count(tokenizer, text) <= room else None

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from extras.baselines import common
 from extras.benchmarks import read_texts
-from t2g import cli, critics, dist, policy, supervised
+from t2g import checkpoint, cli, critics, dist, policy, supervised
 from t2g.folder import run_folder
 from t2g.log import write_json
 from t2g.notes import write_whole
@@ -95,7 +95,7 @@ def best_and_worst(groups) -> tuple[list[dict], dict]:
 
 def sample_pairs(task, args, tokenizer, model, root) -> tuple[list[dict], dict]:
     """Returns pairs of the policy's own responses, and the metrics of the sampling."""
-    critic, size = critics.load_critic(task, args, root, policy.device()), args.samples_per_prompt
+    critic, size = critics.load_critic(task, args, root), args.samples_per_prompt
     examples = common.draw_examples(task, args, tokenizer, model)
     rows, stats = common.sample_and_score(examples, critic, tokenizer, model, args)
     pairs, dropped = best_and_worst([rows[i : i + size] for i in range(0, len(rows), size)])
@@ -187,6 +187,7 @@ def main():
         # 3. Training.
         random.Random(args.seed).shuffle(rows)  # the samples are sorted by length
         heldout, rows = supervised.split(rows, args)
+        args.data_hash = checkpoint.hash_of(pairs)  # a GPU rounds references differently each time
         model = supervised.prepared(model, args)
         with run_folder(args) as folder:
             if dist.rank() == 0:

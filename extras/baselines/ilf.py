@@ -15,7 +15,7 @@ import random
 from pathlib import Path
 
 from extras.baselines import common
-from t2g import cli, critics, dist, policy, supervised
+from t2g import cli, critics, dist, supervised
 from t2g.log import write_json
 
 TOY = dict(
@@ -33,20 +33,23 @@ def add_flags(add):
 def main():
     task, args = common.parse(__doc__, "ilf", add_flags, TOY)
     with common.started(args) as (root, tokenizer, model):
-        critic = critics.load_critic(task, args, root, policy.device())
+        critic = critics.load_critic(task, args, root)
         examples = common.draw_examples(task, args, tokenizer, model)
         num_prompts = len({example.prompt for example in examples})
         shared = critic, tokenizer, model, args
 
-        # 1. Responses. One without a readable critique cannot be revised.
-        first, stats = common.sample_and_score(examples, *shared)
-        first = [row for row in first if row.feedback is not None]
+        # 1. Responses. One without a readable critique, or with too long a one, cannot be revised.
+        sampled, stats = common.sample_and_score(examples, *shared)
+        first, prompts = [], []
+        for row in sampled:
+            parts = row.example.prompt, row.text, row.feedback, args.response_length
+            prompt = common.fitting_revision(model, tokenizer, *parts)
+            if prompt:
+                first.append(row)
+                prompts.append(prompt)
 
         # 2. Revisions, which the critic judges as responses to the same prompts.
-        examples, prompts = [row.example for row in first], []
-        for row in first:
-            parts = row.example.prompt, row.text, row.feedback, args.response_length
-            prompts.append(common.fitting_revision(model, tokenizer, *parts))
+        examples = [row.example for row in first]
         second, revised = common.sample_and_score(examples, *shared, prompts)
 
         # 3. Supervised training on the best of them.

@@ -21,19 +21,19 @@ from t2g.rollout import respond
 def reflect(model, tokenizer, prompts, response_length, examples, critic, **sampling):
     """Responds to prompts and rewrites each response after its critique.
 
-    A response whose critique is unreadable stays as it is and counts as finished.
+    A response whose critique is unreadable or too long stays as it is and counts as finished.
 
     Returns: the texts, and for each whether it ended with EOS.
     """
     texts, _ = respond(model, tokenizer, prompts, response_length, **sampling)
     feedback, finished = critic(examples, texts), [True] * len(texts)
-    rows, asked = [], []
+    asked = {}
     for row, parts in enumerate(zip(prompts, texts, feedback)):
-        if feedback[row] is not None:
-            rows.append(row)
-            asked.append(fitting_revision(model, tokenizer, *parts, response_length))
-    revisions = respond(model, tokenizer, asked, response_length, **sampling)
-    for row, text, end in zip(rows, *revisions):
+        prompt = fitting_revision(model, tokenizer, *parts, response_length)
+        if prompt:
+            asked[row] = prompt
+    revisions = respond(model, tokenizer, [*asked.values()], response_length, **sampling)
+    for row, text, end in zip(asked, *revisions):
         texts[row], finished[row] = text, end
     return texts, finished
 
@@ -50,16 +50,18 @@ def main():
     add("--eval_samples", 256, "number of held-out prompts")
     task, args = tasks.parse(parser, "eval")
     root, examples = Path(args.runs[0]).parent, tasks.load(task, args)[1]
-    args.replicate_frozen, scores = True, {}  # ranks ask the critic as often as they need to
+    args.replicate_frozen, args.cpu_offload = True, False  # ranks ask the critic as often as needed
+    scores = {}
     earlier = partial(stages.ensure, critics.stages_before(args), args, root)
     with torchrun.session(run_first=earlier):
-        critic = critics.load_critic(task, args, root, policy.device())
+        critic = critics.load_critic(task, args, root)
         for run in args.runs:
             tokenizer, model = policy.load(run, policy.device())
             heldout = tasks.short_enough(examples, tokenizer, model, args)
             heldout = heldout[: args.eval_samples]
             revise = partial(reflect, examples=dist.share(heldout), critic=critic)
             scores[run] = evaluate(task, model, tokenizer, heldout, args, run, revise)
+            del model  # before the next one is loaded
         print(json.dumps(scores))
 
 

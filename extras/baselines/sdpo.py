@@ -25,7 +25,7 @@ from extras.baselines import common
 from t2g import cli, critics, dist, policy, tasks
 from t2g.folder import open_log
 from t2g.metrics import mean_scores, shift, summary, token_counts
-from t2g.policy import Policy, Scores, autocast, check_numbers, context_length, now, response_logits
+from t2g.policy import Policy, Scores, autocast, check_numbers, now, response_logits
 from t2g.ppo import kl_penalty
 from t2g.rewards import token_rewards
 from t2g.rollout import encode_prompts, sample, step_rng
@@ -59,7 +59,7 @@ def main():
     task, args = common.parse(__doc__, "sdpo", add_flags, TOY)
     args.batch_size = dist.batch_size(args) * args.num_mini_batches
     with common.started(args) as (root, tokenizer, model):
-        critic = critics.load_critic(task, args, root, policy.device())
+        critic = critics.load_critic(task, args, root)
         pool = tasks.short_enough(tasks.load(task, args)[0], tokenizer, model, args)
         train(task, args, tokenizer, model, critic, pool)
         saved = policy.save(model, tokenizer, args.output_dir, args.max_steps)
@@ -144,12 +144,9 @@ def add_critiques(tokenizer, model, prompts, rollout, feedback):
     """
     width, asked, fits = rollout.response.shape[1], [], []
     for prompt, response, one in zip(prompts, rollout.texts, feedback):
-        text, fit = prompt, one is not None
-        if fit:
-            text = common.fitting_revision(model, tokenizer, prompt, response, one, width)
-            fit = critics.token_count(tokenizer, text) <= context_length(model) - width
-        asked.append(text if fit else prompt)
-        fits.append(fit)
+        text = common.fitting_revision(model, tokenizer, prompt, response, one, width)
+        asked.append(text or prompt)
+        fits.append(text is not None)
     prompt, prompt_mask = encode_prompts(tokenizer, asked, rollout.response.device)
     hindsight = replace(rollout, prompt=prompt, prompt_mask=prompt_mask)
     return hindsight, torch.tensor(fits, device=prompt.device)
@@ -216,6 +213,7 @@ def update(model, teacher, optimizer, rollout, hindsight, mask, args) -> dict[st
 @torch.no_grad()
 def move_teacher(teacher, model, rate):
     """teacher <- (1 - rate) teacher + rate policy, for each weight."""
+    dist.reshard(model)  # after a step without an update its weights are still whole
     for average, weight in zip(teacher.parameters(), model.parameters()):
         average.lerp_(weight, rate)
 

@@ -121,7 +121,8 @@ def bert_scorer(name, layers=None):
         # Published scores of RoBERTa are with a space before the first word.
         scorer._tokenizer = AutoTokenizer.from_pretrained(name, add_prefix_space=True)
     except (OSError, ValueError, AssertionError) as error:
-        cli.fail(f"--bert_model {name} cannot be loaded: {str(error).splitlines()[0]}")
+        reason = str(error).partition("\n")[0]
+        cli.fail(f"--bert_model {name} cannot be loaded: {reason}")
     if scorer._tokenizer.model_max_length > 10**6:  # RoBERTa's positions begin at 2.
         scorer._tokenizer.model_max_length = policy.context_length(scorer._model) - 2
     return scorer

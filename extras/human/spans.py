@@ -208,7 +208,8 @@ def load_tokenizer(source: str):
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     except (OSError, ValueError, ImportError) as error:
-        fail(f"no tokenizer can be loaded from {source!r}: {str(error).splitlines()[0]}")
+        reason = str(error).partition("\n")[0]
+        fail(f"no tokenizer can be loaded from {source!r}: {reason}")
     if not tokenizer.is_fast:
         fail(f"the tokenizer {source!r} has no offsets to compare with; use a fast one")
     return tokenizer

@@ -57,7 +57,8 @@ def load_config(source, flag: str) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(source, **gguf)
     except (OSError, ValueError) as error:
-        fail(f"no model configuration could be read from {path!r}: {str(error).splitlines()[0]}")
+        reason = str(error).partition("\n")[0]
+        fail(f"no model configuration could be read from {path!r}: {reason}")
 
 
 def measure(config, args, update, shape, sharded=False, keep_gradients=False, on_cpu=False):

@@ -66,7 +66,7 @@ def encoded_again():
         eos, rows = tokenizer.eos_token_id, []
         for text, finished in zip(rollout.texts, rollout.finished):
             ids = tokenizer.encode(text, add_special_tokens=False) + [eos] * bool(finished)
-            rows.append(torch.tensor(ids or [eos]))
+            rows.append(torch.tensor(ids or [eos], device=rollout.response.device))
         ones = [torch.ones_like(row) for row in rows]
         rollout.mask = pad_sequence(ones, batch_first=True).bool()
         padding = tokenizer.pad_token_id

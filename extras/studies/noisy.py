@@ -17,7 +17,7 @@ import random
 import re
 from pathlib import Path
 
-from t2g import critics, policy
+from t2g import critics
 from t2g.align import resolve
 from t2g.critics import quote_of
 from t2g.feedback import Feedback, quoted
@@ -50,7 +50,7 @@ def critic(task, args):
 def wrapped(task, args, name, change):
     """Returns the critic called name, with change(example, response, feedback) of its feedback."""
     inner_args = argparse.Namespace(**vars(args) | {"critic": name})
-    inner = critics.load_critic(task, inner_args, Path(args.output_dir).parent, policy.device())
+    inner = critics.load_critic(task, inner_args, Path(args.output_dir).parent)
 
     def critic(examples, responses):
         rows = zip(examples, responses, inner(examples, responses))

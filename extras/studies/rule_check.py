@@ -13,7 +13,7 @@ import json
 import numpy as np
 
 from extras.baselines import common
-from t2g import cli, critics, dist, policy
+from t2g import cli, critics
 from t2g.metrics import task_scores
 from t2g.statistics import interval
 
@@ -22,7 +22,6 @@ WORDS = 3  # of a response that says next to nothing
 
 def add_flags(add):
     common.add_sampling_flags(add, num_prompts=64, samples_per_prompt=8)
-    dist.add_flags(add)
 
 
 @cli.friendly_errors()
@@ -30,8 +29,9 @@ def main():
     task, args = common.parse(__doc__, "rule_check", add_flags, toy={})
     if args.samples_per_prompt < 2:
         cli.fail("--samples_per_prompt must be at least 2, because responses are compared")
+    args.cpu_offload = False
     with common.started(args) as (root, tokenizer, model):
-        critic = critics.load_critic(task, args, root, policy.device())
+        critic = critics.load_critic(task, args, root)
         examples = common.draw_examples(task, args, tokenizer, model)
         rows, _ = common.sample_and_score(examples, critic, tokenizer, model, args)
         own = [row.text for row in rows]

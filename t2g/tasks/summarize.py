@@ -121,7 +121,7 @@ def critique(example, response: str) -> Feedback:
     for quotation in QUOTED.finditer(response):
         if quotation[1].casefold() not in source.casefold():
             mark(*quotation.span(1), f'Nobody says "{quotation[1]}" in the source.')
-    for start, end in repetitions(response, words):
+    for start, end in repetitions(words):
         mark(start, end, f"It says {response[start:end].strip()} twice.")
     stripped = response.rstrip()
     second_sentence = SECOND_SENTENCE.search(stripped)
@@ -197,7 +197,7 @@ def names_and_numbers(text: str) -> list[tuple[int, int]]:
     return ranges
 
 
-def repetitions(text: str, words) -> list[tuple[int, int]]:
+def repetitions(words) -> list[tuple[int, int]]:
     """Returns the ranges of three words in a row that occurred before, overlapping ones joined."""
     seen, ranges = set(), []
     for triple in zip(words, words[1:], words[2:]):

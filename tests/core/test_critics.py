@@ -74,7 +74,7 @@ def test_a_faulty_critic_file_ends_with_one_sentence(source, named, tmp_path, re
     args = Namespace(critic=str(tmp_path / "mine.py"))
 
     def criticise():
-        critics.load_critic(None, args, tmp_path, "cpu")([None] * 2, ["a", "b"])
+        critics.load_critic(None, args, tmp_path)([None] * 2, ["a", "b"])
 
     assert named in refused(criticise)
 
@@ -219,7 +219,7 @@ def test_long_prompts_are_shortened_and_long_responses_unreadable(monkeypatch, c
 def load_critic(base_url):
     args = Namespace(critic="openai", base_url=base_url, reward_model="rm", critique_length=20)
     args.free_critiques = True
-    return critics.load_critic(toy, args, None, "cpu")
+    return critics.load_critic(toy, args, None)
 
 
 def test_a_batch_without_a_readable_critique_warns_once(serve, capsys):

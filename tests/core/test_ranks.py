@@ -8,10 +8,10 @@ import sys
 
 import pytest
 import torch
-from forking import run, two_ranks
+from forking import as_rank, free_port, run, started, two_ranks
 from safetensors.torch import load_file
 
-from t2g import checkpoint
+from t2g import checkpoint, dist, torchrun
 from t2g.log import read_jsonl
 
 TRAINED = ("--max_steps", 5, "--per_device_train_batch_size", 2, "--eval_steps", 2)
@@ -112,3 +112,16 @@ def test_samples_are_shared_out_and_written_once(folder):
     assert code == 0 and scores.keys() == alone.keys()
     greedy = [name for name in alone if name.endswith("_greedy")]
     assert [scores[name] for name in greedy] == pytest.approx([alone[name] for name in greedy])
+
+
+def draw(file):
+    with torchrun.session():
+        file.with_suffix(f".{dist.rank()}").write_text(str(torch.rand(1).item()))
+
+
+def test_ranks_sample_independently(folder):
+    port = free_port()
+    ranks = [started(as_rank, rank, port, draw, folder / "drawn") for rank in (0, 1)]
+    for rank in ranks:
+        rank.join()
+    assert (folder / "drawn.0").read_text() != (folder / "drawn.1").read_text()

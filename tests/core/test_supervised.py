@@ -151,6 +151,24 @@ def test_a_stopped_run_resumes_to_the_same_bits(finetune, tmp_path, monkeypatch,
     assert bits[0] == bits[1]
 
 
+def test_a_run_that_is_killed_between_its_best_and_its_state_resumes(finetune, monkeypatch):
+    kind = dict(validation_share=0.2, eval_steps=1, save_steps=2, max_steps=4)
+    ours = checkpoint.replace
+
+    def killed(folder, name, *state, **reached):
+        ours(folder, name, *state, **reached)
+        if name == "best" and reached["step"] == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "replace", killed)
+    losses = iter([4.0, 3.0, 2.0, 2.5, 1.5])  # of steps 1, 2, 3, again 3, and 4
+    monkeypatch.setattr(supervised, "validation_loss", lambda *args: next(losses))
+    with pytest.raises(KeyboardInterrupt):
+        finetune(**kind)
+    monkeypatch.setattr(checkpoint, "replace", ours)
+    assert finetune(**kind).name == "checkpoint-4"
+
+
 @pytest.fixture
 def stop_again(fresh, finetune, tmp_path):
     """Trains, and leaves the folder as a run that was killed after its checkpoint."""
