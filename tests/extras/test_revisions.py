@@ -55,7 +55,7 @@ def test_a_response_is_revised_after_its_critique_and_stays_without_one(untraine
 
     def answer(model, tokenizer, prompts, response_length, **sampling):
         calls.append(prompts)
-        return answers[len(calls) - 1], [False] * len(prompts)
+        return [*answers[len(calls) - 1]], [False] * len(prompts)
 
     monkeypatch.setattr(reflection, "respond", answer)
     examples = [toy.make_example(random.Random(n)) for n in range(2)]
@@ -67,6 +67,11 @@ def test_a_response_is_revised_after_its_critique_and_stays_without_one(untraine
     assert calls == [prompts, [revision_prompt(prompts[0], "Ana is 27.", feedback)]]
     for part in (prompts[0], "Ana is 27.", "The age is 41."):
         assert part in calls[1][0]
+    calls.clear()
+    texts, _ = reflection.reflect(
+        model, tokenizer, prompts, 10**9, examples=examples, critic=lambda *_: [feedback, None]
+    )
+    assert texts == ["Ana is 27.", "Bo."] and calls[1] == [], "no critique leaves room for as much"
 
 
 def test_reflection_measures_the_revisions(untrained, monkeypatch, tmp_path, capsys):

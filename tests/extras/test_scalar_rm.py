@@ -65,6 +65,9 @@ def test_the_target_is_good_tokens_minus_poor_tokens(tok):
     for good, poor in ((["Porto"], []), ([], ["27"]), (["Porto"], ["27"]), ([], [])):
         expected = sum(map(tokens, good)) - sum(map(tokens, poor))
         assert text_reward(tok, response, Feedback("", good, poor)) == expected
+    porto, plain = Feedback("", [" Porto"]), "Ana is 27, lives in Porto"
+    control = plain.replace(",", f"{tok.eos_token},")  # a token that decoding leaves out
+    assert text_reward(tok, control, porto) == text_reward(tok, plain, porto) > 0
     assert text_reward(tok, response, 0.5) == 0.5 and text_reward(tok, response, None) == 0
 
 
