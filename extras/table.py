@@ -66,8 +66,7 @@ def read_cell(folder, name, *logged) -> dict:
     early = {name: [row[name] for row in online[:EARLY] if name in row] for name in SHIFTS}
     shifts = {name: float(np.mean(values)) for name, values in early.items() if values}
     costs = ledger(run, steps) if trained else {}
-    scored = {"scores": scores, "seconds": done["seconds"], "shifts": shifts}
-    return {**scored, "ledger": costs, **curves}
+    return dict(scores=scores, shifts=shifts, ledger=costs, seconds=done["seconds"], **curves)
 
 
 def scores_of(measured) -> dict:

@@ -41,10 +41,11 @@ def replace(folder, name, model, optimizers=(), **reached):
     save(unfinished, model, optimizers, **reached)
     dist.barrier()
     if dist.rank() == 0:
-        place, earlier = folder / f"{name}-{reached['step']}", states(folder, name)
+        place = folder / f"{name}-{reached['step']}"
         shutil.rmtree(place, ignore_errors=True)  # left by a run that was killed after it
+        earlier = states(folder, name)
         put_in_place(unfinished, place)
-        for path in set(earlier) - {place}:
+        for path in earlier:
             shutil.rmtree(path)
     dist.barrier()
 

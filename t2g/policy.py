@@ -294,6 +294,7 @@ def now() -> float:
 
 def autocast(bf16: bool):
     """bf16 matrix products with fp32 weights, if asked for and not emulated."""
-    if bf16 and not dist.in_bf16(bf16):
+    enabled = dist.in_bf16(bf16)
+    if bf16 and not enabled:
         print_once("--bf16: computes in fp32, because bf16 would be emulated here, which is slower")
-    return torch.autocast(device(), dtype=torch.bfloat16) if dist.in_bf16(bf16) else nullcontext()
+    return torch.autocast(device(), dtype=torch.bfloat16) if enabled else nullcontext()

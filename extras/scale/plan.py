@@ -150,8 +150,8 @@ def savers(args, processes, machine, available):
             changed["gradient_accumulation_steps"] = rows // size
         flags = [f"torchrun --nproc_per_node {available}", *flags_of(changed)]
         yield flags, changed | {"processes": available}
-    useful = {"bf16": machine[-1] or dist.in_bf16(True), "gradient_checkpointing": True}
-    for name in filter(useful.get, useful):
+    emulated = not machine[-1] and not dist.in_bf16(True)
+    for name in ("gradient_checkpointing",) if emulated else ("bf16", "gradient_checkpointing"):
         if not getattr(args, name, True):
             yield [f"--{name}"], {name: True}
     if trains and args.per_device_train_batch_size > 1:
