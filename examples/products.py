@@ -8,6 +8,7 @@ from t2g.tasks import Example
 
 METRICS = {"named": "share of the product's features that are named", "boasts": "words that boast"}
 BOASTS = re.compile(r"\b(?:best|perfect|amazing|unique|ultimate|stunning)\b", re.IGNORECASE)
+STEP_END = r"(?=,)"  # with --reward prm a step is a clause
 
 
 def load(args):
