@@ -216,13 +216,13 @@ def own_chunk(tensor):
     return chunks[rank()] if rank() < len(chunks) else tensor[:0]
 
 
-def whole_state(module, trained_only=False, names=None) -> dict:
+def whole_state(module, trained_only=False) -> dict:
     """The module's state on the CPU of rank 0, {} elsewhere; tied weights stay one. Collective."""
     parameters = module.named_parameters()
     omitted = {name for name, p in parameters if trained_only and not p.requires_grad}
     state, seen = {}, {}
     for name, tensor in module.state_dict().items():
-        if name in omitted or (names and name not in names):
+        if name in omitted:
             continue
         address, value = local(tensor).data_ptr(), plain(tensor)
         if rank() == 0:

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import cached_file
 
 from t2g.cache import is_plain
-from t2g.log import read_json, write_json
+from t2g.log import read_json
 
 
 def empty_model(path):
@@ -72,20 +72,3 @@ def allocate(model, device):
     if hasattr(model, "files"):
         model._apply(lambda x: torch.empty_like(x, device=device) if x.is_meta else x)
         model.tie_weights()
-
-
-def parts_to_save(model) -> dict:
-    """The names of a model's weights by file, if it was read from several; {} with an adapter."""
-    parts = {}
-    if not hasattr(model, "peft_config"):
-        for name, file in getattr(model, "files", {}).items():
-            parts.setdefault(file.name, []).append(name)
-    return parts if len(parts) > 1 else {}
-
-
-def write_index(folder, parts):
-    """Writes which file has which weight, as from_pretrained and vLLM expect it."""
-    if parts:
-        weight_map = {name: file for file, names in parts.items() for name in names}
-        index = {"metadata": {}, "weight_map": weight_map}
-        write_json(folder / "model.safetensors.index.json", index)

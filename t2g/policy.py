@@ -137,8 +137,7 @@ def save(model, tokenizer, run, step, value_head=None, write_more=None) -> Path:
     """
     folder = Path(run) / f"checkpoint-{step}"
     unfinished = folder.with_suffix(".unfinished")
-    parts = loading.parts_to_save(model)
-    weights = {} if parts else dist.whole_state(model, trained_only=hasattr(model, "peft_config"))
+    weights = dist.whole_state(model, trained_only=hasattr(model, "peft_config"))
     head_weights = dist.whole_state(value_head) if value_head else {}
     for weight in weights.values():
         check_numbers(weight)
@@ -147,18 +146,11 @@ def save(model, tokenizer, run, step, value_head=None, write_more=None) -> Path:
             for leftover in Path(run).glob("checkpoint-*.unfinished"):
                 shutil.rmtree(leftover)
             model.save_pretrained(unfinished, state_dict=weights)
-            loading.write_index(unfinished, parts)
             tokenizer.save_pretrained(unfinished)
             if value_head:
                 (unfinished / "value_head").mkdir()
                 save_file(head_weights, unfinished / "value_head" / "value_head.safetensors")
         dist.barrier()
-        for file, names in parts.items():  # one by one, because rank 0 need not hold them all
-            weights = dist.whole_state(model, names=names)
-            for weight in weights.values():
-                check_numbers(weight)
-            if dist.rank() == 0:
-                save_file(weights, unfinished / file, metadata={"format": "pt"})
         if write_more:
             write_more(unfinished)
         dist.barrier()

@@ -56,10 +56,9 @@ def save_checkpoint(folder, run):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_model_of_many_files_is_saved_in_as_many(model, tokenizer, tmp_path, tied):
+def test_a_model_of_many_files_is_saved_by_two_ranks(model, tokenizer, tmp_path, tied):
     save_small_model(model, tokenizer, tmp_path / "model", tied)
     in_two_ranks(save_checkpoint, tmp_path / "model", tmp_path / "run")
-    assert len(list((tmp_path / "run" / "checkpoint-1").glob("*.safetensors"))) > 5
     (_, one), (_, two) = (policy.load(tmp_path / name) for name in ("model", "run"))
     assert_close(two.state_dict(), one.state_dict(), rtol=0, atol=0)
 
