@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from extras.speed import growth, step, synthetic
+from extras.speed import step, synthetic
 from t2g import policy
 
 OURS = dict(rollout=1.0, critique=0.0, score=2.0, update=4.0, shift=1.0, step=8.0, memory=2.0)
@@ -43,16 +43,3 @@ def test_our_step_has_seconds_of_each_phase(folder, tmp_path):
     assert list(ours) == list(step.METRICS) and min(ours.values()) > 0
     phases = [ours[phase] for phase in ("rollout", "score", "update", "shift")]
     assert sum(phases) == pytest.approx(ours["step"], rel=0.2), "the critic's seconds are missing"
-
-
-def test_growth_ends_with_seconds_and_slopes(folder, monkeypatch, run_main):
-    def run_ours(work, steps, *flags, new):
-        responses = growth.MICROBATCH * flags[flags.index("--gradient_accumulation_steps") + 1]
-        return dict.fromkeys(step.METRICS, new * responses**2)
-
-    monkeypatch.setattr(growth, "run_ours", run_ours)
-    result, _ = run_main(growth, folder)
-    assert set(result) == set(growth.SIZES)
-    assert set(result["responses"]) == {"rollout", "score", "update", "shift"}
-    slopes = {what: {row["slope"] for row in parts.values()} for what, parts in result.items()}
-    assert slopes == {"response tokens": {1.0}, "responses": {2.0}}
