@@ -45,11 +45,8 @@ class Samples:
         for number in spread(SAMPLES_PER_STEP, len(rollout)):
             row = number - 1
             ids, text, one = rollout.ids(row), rollout.texts[row], feedback[row]
-            offsets, tokens, written = token_offsets(tokenizer, ids), [], 0
-            for t, (start, end) in enumerate(offsets):
-                # A character of several tokens is shown once, a special token by its name.
-                shown = text[max(start, written) : end] if start < end else tokenizer.decode(ids[t])
-                written = max(written, end)
+            offsets, tokens = token_offsets(tokenizer, ids), []
+            for t, shown in enumerate(texts_of_tokens(tokenizer, ids, text, offsets)):
                 numbers = {name: round(x[row, t].item(), 4) for name, x in at_tokens.items()}
                 tokens.append({"text": shown, **numbers})
             if not isinstance(one, Feedback):  # unreadable, or a learned scalar
@@ -73,6 +70,15 @@ class Samples:
             print(f"{name:24}{before[name]:10.3f}{after[name]:10.3f}")
         print(f"\npolicy: {args.output_dir}/checkpoint-{args.max_steps}\npage:   {page}")
         print(json.dumps(result))
+
+
+def texts_of_tokens(tokenizer, ids, text, offsets) -> list[str]:
+    """Returns what is shown of each token: a shared character once, a special token by its name."""
+    shown, written = [], 0
+    for i, (start, end) in zip(ids, offsets):
+        shown.append(text[max(start, written) : end] if start < end else tokenizer.decode([i]))
+        written = max(written, end)
+    return shown
 
 
 def quotes_with_tokens(text, offsets, kind, quotes) -> list[dict]:

@@ -18,6 +18,7 @@ from t2g import cli, policy, stages, tasks
 from t2g.align import response_text, token_offsets
 from t2g.log import write_text
 from t2g.notes import read_responses
+from t2g.page import texts_of_tokens
 from t2g.quotes import pieces
 from t2g.rollout import sample
 
@@ -48,13 +49,9 @@ def tokens_of(tokenizer, ids, text) -> list:
     """Returns [start, end, text to show] of each token; nothing if the ids decode to other text."""
     if response_text(tokenizer, ids) != text:
         return []
-    tokens, written = [], 0
-    for i, (start, end) in zip(ids, token_offsets(tokenizer, ids)):
-        # A character of several tokens is shown once, a special token by its name.
-        shown = text[max(start, written) : end] if start < end else tokenizer.decode([i])
-        written = max(written, end)
-        tokens.append([start, end, shown])
-    return tokens
+    offsets = token_offsets(tokenizer, ids)
+    shown = texts_of_tokens(tokenizer, ids, text, offsets)
+    return [[*place, text] for place, text in zip(offsets, shown)]
 
 
 def write_page(path, records, tokenizer=None, ids=None):
