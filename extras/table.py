@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from t2g import adapters
 from t2g.cli import fail
 from t2g.data import needed
-from t2g.log import METRICS, read_jsonl, write_json
+from t2g.log import METRICS, read_json, read_jsonl, write_json
 from t2g.policy import latest_checkpoint, pretrained
 from t2g.statistics import interval
 
@@ -47,7 +47,7 @@ def write(root, folders, recipe, rows, jobs) -> dict:
 
 
 def read_done(folder, name) -> dict:
-    return json.loads((folder / f"{name}.done.json").read_text(encoding="utf-8"))
+    return read_json(folder / f"{name}.done.json")
 
 
 def read_cell(folder, name, *logged) -> dict:
@@ -93,10 +93,10 @@ def smooth(curve) -> list[float]:
 
 def ledger(run, steps) -> dict[tuple[str, str], float]:
     """Returns the seconds, tokens and FLOPs of the parts of a training run."""
-    config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    config = read_json(run / "config.json")
     size, critic_size = parameters(run), parameters(critic_of(run, config))
     file = run / "sampling.json"  # of methods that sample before they train
-    rollouts = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    rollouts = read_json(file) if file.is_file() else []
     rollouts += [{"samples": config.get("batch_size"), **row} for row in steps]
     costs = dict.fromkeys(LEDGER, 0.0)
 
