@@ -51,7 +51,7 @@ def tokens_of(tokenizer, ids, text) -> list:
         return []
     offsets = token_offsets(tokenizer, ids)
     shown = texts_of_tokens(tokenizer, ids, text, offsets)
-    return [[*place, text] for place, text in zip(offsets, shown)]
+    return [[start, end, part] for (start, end), part in zip(offsets, shown)]
 
 
 def write_page(path, records, tokenizer=None, ids=None):
