@@ -186,7 +186,7 @@ def is_done(job) -> bool:
     job.folder.mkdir(parents=True, exist_ok=True)
     if not job.result.is_file():
         return False
-    before = json.loads(job.result.read_text(encoding="utf-8"))["commands"]
+    before = table.read_done(job.folder, job.name)["commands"]
     if before != job.commands:
         other = "; ".join(before)
         fail(f"{job} in {job.folder} was made by {other}; move it away or change --output_dir")

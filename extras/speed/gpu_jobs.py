@@ -6,7 +6,7 @@ from pathlib import Path
 
 from extras.human.records import records
 from extras.speed.gpu import HERE, run
-from t2g.log import read_jsonl, write_text
+from t2g.log import read_json, read_jsonl, write_text
 from t2g.notes import write_whole
 from t2g.run import PHASES
 from t2g.tasks import summarize
@@ -19,7 +19,7 @@ def toy(args, report):
     few = "--eval_samples 4 " if args.rehearse else ""
     run(f"train_sft.py {short}--output_dir", root / "sft")
     run(f"train_ppo.py --critic rule {short}{few}--output_dir", root / "ppo")
-    result = json.loads((root / "ppo" / "result.json").read_text())
+    result = read_json(root / "ppo" / "result.json")
     for name, after in result["after"].items():
         report(name, after, f"before: {result['before'][name]:.4g}")
     rows = read_jsonl(root / "ppo" / "metrics.jsonl")
