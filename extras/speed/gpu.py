@@ -1,7 +1,7 @@
 """Checks and times the project on a GPU, in at most nine minutes on one H100.
 
     python -m extras.speed.gpu --out DIR
-    python -m extras.speed.gpu --out DIR --model SMOLLM2 --data defacto/train.jsonl --human defacto
+    python -m extras.speed.gpu --out DIR --model SMOLLM2 --data defacto
     python -m extras.speed.gpu --out DIR --rehearse        # every part in tiny shapes, on a CPU
 
 The parts run in the order of their worth, each in its own process and time box. After each part
@@ -10,8 +10,8 @@ one part at most, and the rows of that part are in DIR/PART.jsonl. The exit code
 a check failed.
 
 torch, transformers, peft, scipy, matplotlib and tqdm suffice. Only news also needs rouge-score and
-is skipped without it. Without rapidfuzz, quotes that are not in the text count as lost, which
-lowers the figures of human a little.
+sacrebleu, and is skipped without them. Without rapidfuzz, quotes that are not in the text count as
+lost, which lowers the figures of human a little.
 """
 
 import argparse
@@ -34,6 +34,7 @@ from t2g import checkpoint, cli
 from t2g.log import read_jsonl, write_json, write_text
 
 HERE = Path(__file__).resolve().parents[2]
+NEWS = ("rouge_score", "sacrebleu")
 MARKS = {None: "", True: "passed", False: "**failed**"}
 
 
@@ -52,8 +53,8 @@ PARTS = {
     "toy": Part("The toy, with its rule as the critic", "gpu_jobs", 150),
     "speed": Part("Speed in bf16, random weights", "gpu_speed", 180),
     "peers": Part("Sampling by transformers' own functions", "gpu_speed", 90),
-    "news": Part("SmolLM2 on news", "gpu_jobs", 400, ("model", "data"), ("rouge_score",)),
-    "human": Part("Critics against people's feedback", "gpu_jobs", 300, ("model", "human")),
+    "news": Part("SmolLM2 on news", "gpu_jobs", 400, ("model", "data"), NEWS),
+    "human": Part("Critics against people's feedback", "gpu_jobs", 300, ("model", "data")),
 }
 
 
@@ -87,8 +88,7 @@ def parse_args():
     add = cli.flags(parser)
     add("--out", None, "folder of gpu.json, gpu.md and the logs")
     add("--model", None, "news, human: a folder of SmolLM2-135M-Instruct")
-    add("--data", None, "news: articles with summaries, such as DeFacto's train.jsonl")
-    add("--human", None, "human: DeFacto's folder, with train.jsonl and val.jsonl")
+    add("--data", None, "news, human: DeFacto's folder, with train.jsonl and val.jsonl")
     add("--seconds", 540, "time for all parts together")
     add("--rehearse", False, "run every part on a CPU in tiny shapes, to see that it works")
     parser.add_argument("--parts", nargs="+", choices=PARTS, help="run only these parts")

@@ -30,18 +30,27 @@ def toy(args, report):
 
 
 def news(args, report):
-    """The two trained rows of recipes/smollm2_news.toml: means and intervals over three seeds."""
+    """SFT, one scalar and Text2Grad of recipes/smollm2_news.toml, without BERTScore: three seeds."""
     folder = Path(args.out).resolve() / "news"
-    model, data = rehearsal(folder) if args.rehearse else (args.model, args.data)
+    model, data = rehearsal(folder) if args.rehearse else (args.model, Path(args.data).resolve())
     folder.mkdir(parents=True, exist_ok=True)
-    recipe = (HERE / "recipes" / "smollm2_news.toml").read_text()
-    recipe = recipe.replace("SmolLM2-135M-Instruct.Q4_1.gguf", str(model))
-    recipe = recipe.replace("train.jsonl", str(data))
+    changes = {
+        "SmolLM2-135M-Instruct.Q4_1.gguf": model,
+        "--data train.jsonl": f"--data {data / 'train.jsonl'}",
+        "--heldout_data val.jsonl": f"--heldout_data {data / 'val.jsonl'}",
+        "--bert_model minilm --bert_layers 6": "",
+        '"bert_score", ': "",
+    }
     flags = ["--recipe", folder / "news.toml", "--output_dir", folder / "runs", "--jobs", 6]
+    flags += "--rows start scalar text2grad".split()
     if args.rehearse:
         short = "--max_steps 2 --per_device_train_batch_size 2 --gradient_accumulation_steps 1"
-        recipe = recipe.replace("--max_steps 20", short).replace("samples 64", "samples 4")
-        flags += "--seeds 0 --jobs 1 --rows text2grad".split()
+        changes |= {"--max_steps 20": short, "--eval_samples 250": "--eval_samples 4"}
+        flags += "--seeds 0 --jobs 1".split()
+    recipe = (HERE / "recipes" / "smollm2_news.toml").read_text()
+    for old, new in changes.items():
+        assert old in recipe, f"recipes/smollm2_news.toml has no {old}"
+        recipe = recipe.replace(old, str(new))
     write_text(folder / "news.toml", recipe)
     table = json.loads(run("-m extras.reproduce", *flags).splitlines()[-1])
     for row, metrics in table["rows"].items():
@@ -54,9 +63,7 @@ def news(args, report):
 def human(args, report):
     """A reward model of DeFacto's feedback, whole articles in view, three passes; and the rule."""
     folder = Path(args.out).resolve() / "human"
-    model, data = args.model, Path(args.human or folder).resolve()
-    if args.rehearse:
-        model, _ = rehearsal(folder)
+    model, data = rehearsal(folder) if args.rehearse else (args.model, Path(args.data).resolve())
     folder.mkdir(parents=True, exist_ok=True)
     train, heldout = (read_jsonl(data / f"{part}.jsonl") for part in ("train", "val"))
     write_whole(folder / "notes.jsonl", records(train, "train.jsonl"))
@@ -86,7 +93,7 @@ def human(args, report):
 
 
 def rehearsal(folder):
-    """A small random model, and made-up texts in the fields of DeFacto. Returns their paths."""
+    """A small random model, and a folder of made-up texts in the fields of DeFacto."""
     from extras.speed.synthetic import random_model, sentences  # here, because it loads slowly
 
     random_model("tiny", folder / "model", max_position_embeddings=512)
@@ -98,4 +105,4 @@ def rehearsal(folder):
         rows.append(row | dict(has_error=True, intrinsic_error=True, extrinsic_error=False))
     write_whole(folder / "train.jsonl", rows[:16])
     write_whole(folder / "val.jsonl", rows[16:])
-    return folder / "model", folder / "train.jsonl"
+    return folder / "model", folder
