@@ -30,7 +30,7 @@ def toy(args, report):
 
 
 def news(args, report):
-    """SFT, one scalar and Text2Grad of recipes/smollm2_news.toml, without BERTScore: three seeds."""
+    """SFT, one scalar and Text2Grad of recipes/smollm2_news.toml, three seeds; no BERTScore."""
     folder = Path(args.out).resolve() / "news"
     model, data = rehearsal(folder) if args.rehearse else (args.model, Path(args.data).resolve())
     folder.mkdir(parents=True, exist_ok=True)
