@@ -32,8 +32,7 @@ def toy(args, report):
 def news(args, report):
     """SFT, one scalar and Text2Grad of recipes/smollm2_news.toml, three seeds; no BERTScore."""
     folder = Path(args.out).resolve() / "news"
-    model, data = rehearsal(folder) if args.rehearse else (args.model, Path(args.data).resolve())
-    folder.mkdir(parents=True, exist_ok=True)
+    model, data = model_and_data(args, folder)
     changes = {
         "SmolLM2-135M-Instruct.Q4_1.gguf": model,
         "--data train.jsonl": f"--data {data / 'train.jsonl'}",
@@ -63,8 +62,7 @@ def news(args, report):
 def human(args, report):
     """A reward model of DeFacto's feedback, whole articles in view, three passes; and the rule."""
     folder = Path(args.out).resolve() / "human"
-    model, data = rehearsal(folder) if args.rehearse else (args.model, Path(args.data).resolve())
-    folder.mkdir(parents=True, exist_ok=True)
+    model, data = model_and_data(args, folder)
     train, heldout = (read_jsonl(data / f"{part}.jsonl") for part in ("train", "val"))
     write_whole(folder / "notes.jsonl", records(train, "train.jsonl"))
     truth = records(heldout, "val.jsonl")
@@ -90,6 +88,12 @@ def human(args, report):
                 low, high = card["intervals"][sign][name] or (0, 0)
                 report(f"{Path(path).stem}: {sign}, {name}", value, f"[{low:.3f}, {high:.3f}]")
         report(f"{Path(path).stem}: readable", card["json_valid"])
+
+
+def model_and_data(args, folder):
+    """The paths of SmolLM2 and of DeFacto's folder; a rehearsal makes up both in the new folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return rehearsal(folder) if args.rehearse else (args.model, Path(args.data).resolve())
 
 
 def rehearsal(folder):

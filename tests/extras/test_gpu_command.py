@@ -6,10 +6,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from extras.speed import gpu
+from extras.speed import gpu, gpu_jobs
 
 ROOT = Path(__file__).parents[2]
 WITHOUT = """
@@ -72,6 +73,26 @@ def test_the_news_part_ends_with_a_table(tmp_path):
     news = run(tmp_path, "--rehearse", "--parts", "news")["news"]
     assert news["state"] == "done", news["note"]
     assert "text2grad: invented" in {row["what"] for row in news["rows"]}
+
+
+def test_on_a_gpu_the_news_part_trains_the_rows_of_the_claim_on_the_user_s_data(
+    tmp_path, monkeypatch, capfd
+):
+    def commands(script, *flags):
+        words = [sys.executable, *script.split(), *map(str, flags), "--seeds", "0", "--dry_run"]
+        subprocess.run(words, cwd=ROOT, check=True)
+        return '{"rows": {}}'
+
+    monkeypatch.setattr(gpu_jobs, "run", commands)
+    args = SimpleNamespace(out=tmp_path, rehearse=False, model="/smollm2", data="/defacto")
+    gpu_jobs.news(args, report=None)
+    printed = capfd.readouterr().out
+    trained = [line for line in printed.splitlines() if line.startswith("python train_")]
+    outputs = [line.partition("--output_dir ")[2].split()[0] for line in trained]
+    assert [Path(output).name for output in outputs] == ["sft", "scalar", "text2grad"]
+    for line in trained:
+        assert "--data /defacto/train.jsonl --heldout_data /defacto/val.jsonl" in line
+    assert "--model /smollm2" in trained[0] and "minilm" not in printed and "gguf" not in printed
 
 
 @pytest.mark.skipif(not shutil.which("nvidia-smi"), reason="no GPU")
