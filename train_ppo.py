@@ -242,7 +242,7 @@ def accumulate_gradient(actor, rollout, batch, minibatch, args) -> dict:
 def microbatch_loss(actor, rollout, batch, token_count, args):
     """A microbatch's part of its minibatch's loss, and of the statistics."""
     with autocast(args.bf16):
-        new = actor(rollout, args.temperature, args.entropy_coef > 0)
+        new = actor(rollout, args.temperature, with_entropy=args.entropy_coef > 0)
     mask, old_logprobs, old_values = batch["mask"], batch["old_logprobs"], batch["old_values"]
     pg_loss, pg_stats = policy_loss(
         new.logprobs, old_logprobs, batch["advantages"], mask, args.cliprange, token_count
@@ -250,10 +250,12 @@ def microbatch_loss(actor, rollout, batch, token_count, args):
     vf_loss, vf_stats = value_loss(
         new.values, old_values, batch["returns"], mask, args.cliprange_value, token_count
     )
-    entropy = (new.entropy * mask).sum() / token_count
+    loss = pg_loss + args.vf_coef * vf_loss
+    if args.entropy_coef:
+        loss = loss - args.entropy_coef * (new.entropy * mask).sum() / token_count
     stats = {"policy_loss": pg_loss, "value_loss": vf_loss, **pg_stats, **vf_stats}
     stats["ratio_error"] = ((new.logprobs - old_logprobs).abs() * mask).sum() / token_count
-    return pg_loss + args.vf_coef * vf_loss - args.entropy_coef * entropy, stats
+    return loss, stats
 
 
 def means(rows: list[dict]) -> dict[str, float]:

@@ -30,8 +30,8 @@ from t2g.chat import control_tokens, encode_chats, template_kwargs, turn_edges
 from t2g.cli import FAILURES, fail
 from t2g.dist import device
 from t2g.log import print_once, put_in_place
+from t2g.ppo import entropies, sampled_logprobs, vocabulary_logprobs
 
-LOWEST = torch.finfo(torch.float32).min
 DAMAGED = (EOFError, JSONDecodeError, SafetensorError, UnpicklingError)
 
 
@@ -39,7 +39,7 @@ class Scores(NamedTuple):
     """The numbers of response tokens: (B, T) each, 0 off the mask."""
 
     logprobs: torch.Tensor
-    entropy: torch.Tensor
+    entropy: torch.Tensor | None  # None if not asked for
     values: torch.Tensor
     kl: torch.Tensor | None = None  # against the reference, by score()
 
@@ -54,9 +54,14 @@ class Policy(nn.Module):
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
 
-    def forward(self, rollout, temperature=1.0, entropy_grad=False) -> Scores:
+    def forward(self, rollout, temperature=1.0, with_entropy=False) -> Scores:
         logits, states = response_logits(self.model, rollout)
-        logprobs, entropy = token_stats(logits, rollout, temperature, entropy_grad)
+        log_p = vocabulary_logprobs(logits, temperature)
+        logprobs = sampled_logprobs(log_p, rollout.response).masked_fill(~rollout.mask, 0)
+        entropy = None
+        if with_entropy:  # one response at a time, because another (B, T, V) would be large
+            rows = torch.stack([entropies(row) for row in log_p])
+            entropy = rows.masked_fill(~rollout.mask, 0)
         return Scores(logprobs, entropy, self.values(states, rollout.mask))
 
     def values(self, states, mask):
@@ -70,26 +75,6 @@ class Policy(nn.Module):
         saved = folder / "value_head" / "value_head.safetensors"
         if saved.is_file():
             self.value_head.load_state_dict(load_file(saved))
-
-
-def token_stats(logits, rollout, temperature=1.0, entropy_grad=False):
-    """Log-probabilities (B, T) of the sampled tokens and entropies (B, T), in nats and fp32.
-
-        log pi(y_t) = l_t[y_t] - logsumexp(l_t)             l = logits / temperature
-        H_t = logsumexp(l_t) - sum_v p_t(v) l_t(v)
-
-    Both are 0 off the mask.
-    """
-    logits = logits.float() / temperature
-    normaliser = logits.logsumexp(-1)
-    logprobs = logits.gather(-1, rollout.response[..., None])[..., 0] - normaliser
-    with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):
-        # One response at a time, because a second (B, T, V) tensor would be large. A logit of -inf
-        # counts 0.
-        finite = (row.clamp(min=LOWEST) for row in logits)
-        means = torch.stack([(row.softmax(-1) * row).sum(-1) for row in finite])
-        entropy = normaliser - means
-    return logprobs.masked_fill(~rollout.mask, 0), entropy.masked_fill(~rollout.mask, 0)
 
 
 def response_logits(model, rollout):

@@ -36,6 +36,22 @@ def whiten(x, mask):
     return (centred * torch.rsqrt(masked_variance(exact, mask) + 1e-8)).to(x.dtype)
 
 
+def vocabulary_logprobs(logits, temperature=1.0):
+    """log p(v) = l[v] - log sum_u exp l[u], l = logits / temperature; (..., V), in nats and fp32."""
+    return (logits.float() / temperature).log_softmax(-1)
+
+
+def sampled_logprobs(log_p, response):
+    """log pi(y_t) (..., T) of the sampled tokens y from log p (..., T, V)."""
+    return log_p.gather(-1, response[..., None])[..., 0]
+
+
+def entropies(log_p):
+    """H = -sum_v p(v) log p(v) (...) in nats from log p (..., V); an impossible token adds 0."""
+    finite = log_p.clamp(min=torch.finfo(log_p.dtype).min)
+    return -(finite.exp() * finite).sum(-1)
+
+
 def kl_penalty(logprobs, ref_logprobs, kind):
     """KL(pi || pi_ref) at each token in nats, estimated from the sampled token, or exact.
 

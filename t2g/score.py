@@ -2,8 +2,8 @@
 
 import torch
 
-from t2g.policy import Scores, autocast, check_numbers, response_logits, token_stats
-from t2g.ppo import kl_penalty
+from t2g.policy import Scores, autocast, check_numbers, response_logits
+from t2g.ppo import entropies, kl_penalty, sampled_logprobs, vocabulary_logprobs
 
 
 @torch.no_grad()
@@ -20,13 +20,10 @@ def score_microbatch(actor, reference, rollout, args) -> Scores:
         logits, states = response_logits(actor.model, rollout)
         ref_logits = reference_logits(actor, reference, rollout)
         values = actor.values(states, rollout.mask)
-    logprobs, entropy = token_stats(logits, rollout, args.temperature)
-    if args.kl_estimator == "full":  # a response at a time: a third tensor (B, T, V) would be large
-        rows = [full_kl(*pair, args.temperature) for pair in zip(logits, ref_logits)]
-        kl = torch.stack(rows).masked_fill(~rollout.mask, 0)
-    else:
-        ref_logprobs, _ = token_stats(ref_logits, rollout, args.temperature)
-        kl = kl_penalty(logprobs, ref_logprobs, args.kl_estimator)
+    # One response at a time, because more tensors (B, T, V) would be large.
+    rows = [score_row(*row, args) for row in zip(logits, ref_logits, rollout.response)]
+    columns = [torch.stack(column) for column in zip(*rows)]
+    logprobs, entropy, kl = (column.masked_fill(~rollout.mask, 0) for column in columns)
     return Scores(logprobs, entropy, values, kl)
 
 
@@ -38,10 +35,12 @@ def reference_logits(actor, reference, rollout):
         return response_logits(actor.model, rollout)[0]
 
 
-def full_kl(logits, ref_logits, temperature):
-    """The exact KL (T,) of one response from the logits (T, V) of both models."""
-    ours, theirs = ((x.float() / temperature).log_softmax(-1) for x in (logits, ref_logits))
-    return kl_penalty(ours, theirs, "full")
+def score_row(logits, ref_logits, response, args):
+    """log pi, entropy and KL (T,) of one response from the logits (T, V) of both models."""
+    both = [vocabulary_logprobs(x, args.temperature) for x in (logits, ref_logits)]
+    logprobs, ref_logprobs = (sampled_logprobs(log_p, response) for log_p in both)
+    compared = both if args.kl_estimator == "full" else (logprobs, ref_logprobs)
+    return logprobs, entropies(both[0]), kl_penalty(*compared, args.kl_estimator)
 
 
 @torch.no_grad()

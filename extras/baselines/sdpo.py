@@ -26,7 +26,7 @@ from t2g import cli, critics, dist, policy, tasks
 from t2g.folder import open_log
 from t2g.metrics import mean_scores, shift, summary, token_counts
 from t2g.policy import Policy, Scores, autocast, check_numbers, now, response_logits
-from t2g.ppo import kl_penalty
+from t2g.ppo import kl_penalty, vocabulary_logprobs
 from t2g.rewards import token_rewards
 from t2g.rollout import encode_prompts, sample, step_rng
 from t2g.run import add_step_flags, sampling, seconds_of
@@ -183,7 +183,7 @@ def token_divergence(model, teacher, rollout, hindsight, args):
         teacher_logits, _ = response_logits(teacher, hindsight)
     with autocast(args.bf16):
         logits, _ = response_logits(model, rollout)
-    both = [(x.float() / args.temperature).log_softmax(-1) for x in (logits, teacher_logits)]
+    both = [vocabulary_logprobs(x, args.temperature) for x in (logits, teacher_logits)]
     return DIVERGENCES[args.divergence](*both)
 
 

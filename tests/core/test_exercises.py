@@ -11,8 +11,15 @@ from torch.testing import assert_close
 from t2g.align import SENTENCE_OR_LINE, locate, resolve, span_rewards, steps, token_offsets
 from t2g.critics import rule_critic
 from t2g.feedback import Feedback
-from t2g.policy import token_stats
-from t2g.ppo import gae, kl_penalty, policy_loss, value_loss, whiten
+from t2g.ppo import (
+    gae,
+    kl_penalty,
+    policy_loss,
+    sampled_logprobs,
+    value_loss,
+    vocabulary_logprobs,
+    whiten,
+)
 from t2g.rewards import place_rewards
 from t2g.rollout import Rollout
 from train_ppo import check_first_ratio
@@ -76,14 +83,14 @@ def test_exercise_2_whitening_keeps_the_direction_up_to_one_push_on_all_tokens()
 
 def test_exercise_3_the_first_ratio_tells_whether_log_pi_is_computed_in_one_way():
     """Sampled at temperature 0.6 and scored at 1, the ratio is not 1 before any step."""
-    rollout, logits = rollout_of(torch.tensor([[3, 1, 4, 1, 5, 2, 6, 5]])), 3 * noise(3, 1, 8, 10)
-    old, _ = token_stats(logits, rollout, temperature=0.6)
+    response, logits = torch.tensor([[3, 1, 4, 1, 5, 2, 6, 5]]), 3 * noise(3, 1, 8, 10)
+    old = sampled_logprobs(vocabulary_logprobs(logits, 0.6), response)
 
-    same, _ = token_stats(logits, rollout, temperature=0.6)
+    same = sampled_logprobs(vocabulary_logprobs(logits, 0.6), response)
     check_first_ratio((same - old).abs().mean().item(), bf16=False)
     assert policy_loss(same, old, REWARDS, EIGHT, cliprange=0.2)[1]["clipfrac"] == 0
 
-    other, _ = token_stats(logits, rollout, temperature=1.0)
+    other = sampled_logprobs(vocabulary_logprobs(logits, 1.0), response)
     assert policy_loss(other, old, torch.ones(1, 8), EIGHT, cliprange=0.2)[1]["clipfrac"] > 0
     with pytest.raises(RuntimeError, match="first ratio"):
         check_first_ratio((other - old).abs().mean().item(), bf16=False)

@@ -21,9 +21,15 @@ from t2g.policy import (
     positions,
     response_logits,
     save,
-    token_stats,
 )
-from t2g.ppo import gae, kl_penalty, policy_loss
+from t2g.ppo import (
+    entropies,
+    gae,
+    kl_penalty,
+    policy_loss,
+    sampled_logprobs,
+    vocabulary_logprobs,
+)
 from t2g.rollout import draw, encode_prompts, respond, sample
 
 PROMPTS = [
@@ -77,7 +83,7 @@ def naive_rows(model, rollout):
 @torch.no_grad()
 def test_logprobs_and_entropies_are_those_of_a_naive_forward(policy, rollout, temperature):
     """They are those of softmax(logits / temperature), from which tokens are drawn."""
-    stats = policy(rollout, temperature=temperature)
+    stats = policy(rollout, temperature, with_entropy=True)
     for b, n, response, logits in naive_rows(policy.model, rollout):
         expected = torch.distributions.Categorical(logits=logits / temperature)
         assert_close(stats.logprobs[b, :n], expected.log_prob(response), atol=1e-5, rtol=0)
@@ -88,12 +94,12 @@ def test_impossible_tokens_add_nothing_to_entropy_and_kl(policy, rollout):
     """A vocabulary that is padded with logits of -inf."""
     logits = response_logits(policy.model, rollout)[0].detach()
     padded = torch.nn.functional.pad(logits, (0, 3), value=-math.inf).requires_grad_()
-    for one, other in zip(token_stats(logits, rollout), token_stats(padded, rollout, 1.0, True)):
-        assert_close(one, other, atol=1e-6, rtol=0)
-    ours, theirs = padded.log_softmax(-1), (padded * 0.5).log_softmax(-1)
+    ours, theirs = vocabulary_logprobs(padded), vocabulary_logprobs(padded * 0.5)
+    assert_close(ours[..., :-3], vocabulary_logprobs(logits), atol=1e-6, rtol=0)
+    assert_close(entropies(ours), entropies(ours[..., :-3]), atol=1e-6, rtol=0)
     kl = kl_penalty(ours, theirs, "full")
     assert_close(kl, kl_penalty(ours[..., :-3], theirs[..., :-3], "full"), atol=1e-6, rtol=0)
-    token_stats(padded, rollout, 1.0, True)[1].sum().backward()
+    entropies(ours).sum().backward()
     assert padded.grad.isfinite().all()
 
 
@@ -102,7 +108,8 @@ def test_what_stands_in_padding_changes_nothing_and_off_the_mask_all_is_zero(pol
     changed = copy.copy(rollout)
     changed.prompt = rollout.prompt.masked_fill(~rollout.prompt_mask, 77)
     changed.response = rollout.response.masked_fill(~rollout.mask, 99)
-    for plain, other in zip(policy(rollout)[:3], policy(changed)[:3]):
+    results = [policy(each, with_entropy=True)[:3] for each in (rollout, changed)]
+    for plain, other in zip(*results):
         assert torch.equal(plain, other) and plain.dtype == torch.float32
         assert torch.equal(plain != 0, rollout.mask)
 
@@ -122,12 +129,9 @@ def test_a_new_value_head_says_zero(model, rollout):
     assert not Policy(model)(rollout).values.any()
 
 
-def test_entropy_takes_part_in_the_gradient_only_where_asked(policy, rollout):
-    assert policy(rollout).logprobs.requires_grad and not policy(rollout).entropy.requires_grad
-    entropy = policy(rollout, entropy_grad=True).entropy
-    assert entropy.requires_grad
-    with torch.no_grad():
-        assert not policy(rollout, entropy_grad=True).entropy.requires_grad
+def test_entropy_is_computed_with_its_gradient_only_where_asked(policy, rollout):
+    assert policy(rollout).entropy is None
+    assert policy(rollout, with_entropy=True).entropy.requires_grad
 
 
 # ---- sampling --------------------------------------------------------------------------------
@@ -162,7 +166,8 @@ def test_without_cache_and_with_every_row_to_the_end_the_tokens_are_the_same(
     ours = sample(model, tokenizer, PROMPTS * 2, T, temperature, rng)
     generator, ends = torch.Generator().manual_seed(seed), torch.tensor(eos_ids(tokenizer, model))
     ids, attention = encode_prompts(tokenizer, PROMPTS * 2)
-    logprobs = token_stats(response_logits(model, ours)[0], ours, scale)[0]
+    log_p = vocabulary_logprobs(response_logits(model, ours)[0], scale)
+    logprobs = sampled_logprobs(log_p, ours.response)
     going = torch.ones(len(ids), dtype=torch.bool)
     for t in range(ours.response.shape[1]):
         options = dict(attention_mask=attention.long(), position_ids=positions(attention))
