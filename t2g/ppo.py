@@ -37,7 +37,7 @@ def whiten(x, mask):
 
 
 def vocabulary_logprobs(logits, temperature=1.0):
-    """log p(v) = l[v] - log sum_u exp l[u], l = logits / temperature; (..., V), in nats and fp32."""
+    """log p(v) = l[v] - log sum_u exp l[u], l = logits / temperature; (..., V), in nats, fp32."""
     return (logits.float() / temperature).log_softmax(-1)
 
 
