@@ -1,5 +1,6 @@
 """Policy and sampling against naive forwards of a tiny Llama: one row, no padding, no cache."""
 
+import argparse
 import copy
 import math
 
@@ -8,6 +9,7 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import train_ppo
 from t2g import cpu
 from t2g.align import span_rewards, token_offsets
 from t2g.chat import chat_text
@@ -26,6 +28,7 @@ from t2g.ppo import (
     entropies,
     gae,
     kl_penalty,
+    masked_mean,
     policy_loss,
     sampled_logprobs,
     vocabulary_logprobs,
@@ -129,9 +132,20 @@ def test_a_new_value_head_says_zero(model, rollout):
     assert not Policy(model)(rollout).values.any()
 
 
-def test_entropy_is_computed_with_its_gradient_only_where_asked(policy, rollout):
+def test_the_entropy_bonus_is_subtracted_from_the_loss_and_has_a_gradient(policy, rollout):
+    """L = L_pi + c_V L_V - c_H mean(H); without c_H no entropy is computed."""
     assert policy(rollout).entropy is None
-    assert policy(rollout, with_entropy=True).entropy.requires_grad
+    names = ("old_logprobs", "old_values", "advantages", "returns")
+    batch = dict.fromkeys(names, torch.zeros(rollout.mask.shape)) | {"mask": rollout.mask}
+    flags = dict(bf16=False, temperature=1.0, cliprange=0.2, cliprange_value=0.2, vf_coef=0.1)
+
+    def loss(coefficient):
+        args = argparse.Namespace(**flags, entropy_coef=coefficient)
+        return train_ppo.microbatch_loss(policy, rollout, batch, rollout.mask.sum(), args)[0]
+
+    entropy = policy(rollout, with_entropy=True).entropy
+    assert entropy.requires_grad
+    assert_close(loss(0.3), loss(0.0) - 0.3 * masked_mean(entropy, rollout.mask))
 
 
 # ---- sampling --------------------------------------------------------------------------------
