@@ -23,6 +23,7 @@ from extras import benchmarks
 from t2g import cli, policy, tasks
 from t2g.data import needed
 from t2g.metrics import task_scores
+from t2g.ppo import sampled_logprobs, vocabulary_logprobs
 from t2g.statistics import DRAWS, bootstrapped, resamples, rouge
 
 ROUGE = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}
@@ -103,8 +104,8 @@ def perplexity(texts, tokenizer, model, bf16) -> dict:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         row = torch.tensor([[start, *ids]], device=model.device)
         with policy.autocast(bf16):
-            logprobs = model(row).logits[0, :-1].float().log_softmax(-1)
-        sums.append(-logprobs.gather(-1, row[0, 1:, None]).sum().item())
+            log_p = vocabulary_logprobs(model(row).logits[0, :-1])
+        sums.append(-sampled_logprobs(log_p, row[0, 1:]).sum().item())
         counts.append(len(ids))
     draws = resamples(len(texts), seed=0)
     return bootstrapped(np.exp(draws @ np.array(sums) / (draws @ np.array(counts))))

@@ -143,8 +143,11 @@ def test_the_entropy_bonus_is_subtracted_from_the_loss_and_has_a_gradient(policy
         args = argparse.Namespace(**flags, entropy_coef=coefficient)
         return train_ppo.microbatch_loss(policy, rollout, batch, rollout.mask.sum(), args)[0]
 
+    assert policy(rollout).logprobs.requires_grad
     entropy = policy(rollout, with_entropy=True).entropy
     assert entropy.requires_grad
+    with torch.no_grad():
+        assert not policy(rollout, with_entropy=True).entropy.requires_grad
     assert_close(loss(0.3), loss(0.0) - 0.3 * masked_mean(entropy, rollout.mask))
 
 
