@@ -1,8 +1,8 @@
-"""Speed on a CPU: matrix products by oneDNN, weights packed for sampling, freed memory kept.
+"""Speed on a CPU: freed memory kept; with AVX-512 matrix products by oneDNN, weights packed.
 
 torch's own fp32 products use AVX-512 on Intel alone; oneDNN's use it wherever a CPU has it. Under
-autocast only products are in bf16, because bf16 attention is slower. docs/RESULTS.md has what each
-part gives. GPUs, and CPUs without AVX-512, keep torch's own path.
+autocast only products are in bf16, because bf16 attention is slower. CPUs without AVX-512 keep
+torch's own products, and nothing here changes a computer with a GPU.
 """
 
 import ctypes
@@ -18,10 +18,15 @@ from transformers.masking_utils import sdpa_mask
 
 
 def use(model):
-    """Returns the same model; its linear layers use oneDNN if the CPU has AVX-512 and no GPU."""
-    if torch.cuda.is_available() or not is_faster():
+    """Returns the same model; without a GPU the process keeps freed memory.
+
+    If the CPU has AVX-512, its linear layers use oneDNN, too.
+    """
+    if torch.cuda.is_available():
         return model
     keep_freed_memory()
+    if not is_faster():
+        return model
     if sum(weight.numel() for weight in model.parameters()) > 5e7:
         limit_caches()
     for module in model.modules():

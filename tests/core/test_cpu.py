@@ -1,6 +1,9 @@
-"""Products through oneDNN have the numbers and gradients of torch's own, in fp32 and bf16."""
+"""Products by oneDNN have the numbers and gradients of torch's own; freed memory is used again."""
 
 import copy
+import ctypes
+import os
+import resource
 from functools import partial
 
 import pytest
@@ -12,8 +15,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from t2g import cpu
 
-pytestmark = pytest.mark.skipif(
+needs_avx512 = pytest.mark.skipif(
     not cpu.is_faster(), reason="no CPU with AVX-512, or a torch without oneDNN"
+)
+needs_glibc = pytest.mark.skipif(
+    not hasattr(ctypes.CDLL(None), "mallopt")
+    or torch.cuda.is_available()
+    or any(name.startswith("MALLOC_") for name in os.environ),
+    reason="no glibc, a GPU, or an allocator set by the user",
 )
 bf16 = partial(torch.autocast, "cpu", dtype=torch.bfloat16)
 SMALL = dict(vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
@@ -26,6 +35,7 @@ def pair(bias, inputs=48, outputs=40):
     return plain, cpu.use(copy.deepcopy(plain))
 
 
+@needs_avx512
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("shape", [(48,), (1, 48), (3, 48), (2, 7, 48), (0, 48)])
 @pytest.mark.parametrize("bias", [False, True])
@@ -47,6 +57,7 @@ def test_products_and_gradients_are_those_of_torch(shape, bias, half):
         assert_close(mine.grad, other.grad, **near if half else dict(atol=1e-4, rtol=1e-5))
 
 
+@needs_avx512
 @pytest.mark.parametrize("frozen", ["weight", "bias"])
 def test_frozen_weights_get_no_gradient(frozen):
     _, ours = pair(bias=True)
@@ -55,6 +66,7 @@ def test_frozen_weights_get_no_gradient(frozen):
     assert [name for name, p in ours[0].named_parameters() if p.grad is None] == [frozen]
 
 
+@needs_avx512
 def test_under_autocast_products_are_rounded_and_their_results_are_fp32():
     plain, ours = pair(bias=False)
     x = torch.randn(3, 48)
@@ -63,6 +75,7 @@ def test_under_autocast_products_are_rounded_and_their_results_are_fp32():
         assert torch.equal(ours(x), plain(x).float())
 
 
+@needs_avx512
 def test_other_dtypes_keep_the_path_of_torch():
     plain, ours = pair(bias=False)
     for dtype in (torch.float64, torch.bfloat16):
@@ -70,6 +83,7 @@ def test_other_dtypes_keep_the_path_of_torch():
         assert torch.equal(ours.to(dtype)(x), plain.to(dtype)(x))
 
 
+@needs_avx512
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 def test_packed_weights_give_the_same_products_and_leave_no_trace(bias, half):
@@ -85,12 +99,14 @@ def test_packed_weights_give_the_same_products_and_leave_no_trace(bias, half):
     assert ours[0].packed is None
 
 
+@needs_avx512
 def test_a_repeated_product_is_the_same_to_the_bit():
     _, ours = pair(bias=False, inputs=576, outputs=1536)
     x = torch.randn(37, 576)
     assert torch.equal(ours(x), ours(x))
 
 
+@needs_avx512
 def test_a_model_in_bf16_is_near_itself_in_fp32_and_activations_can_be_computed_again():
     torch.manual_seed(0)
     model = cpu.use(LlamaForCausalLM(LlamaConfig(**SMALL)))
@@ -114,7 +130,21 @@ def test_a_model_in_bf16_is_near_itself_in_fp32_and_activations_can_be_computed_
     assert torch.equal(run(half=True)[1], half_grad)
 
 
+@needs_avx512
 def test_a_saved_model_does_not_name_our_attention(tmp_path):
     cpu.use(LlamaForCausalLM(LlamaConfig(**SMALL))).save_pretrained(tmp_path)
     assert "fp32" not in (tmp_path / "config.json").read_text().replace("float32", "")
     assert LlamaForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
+
+
+@needs_glibc
+def test_freed_memory_costs_no_new_pages():
+    cpu.use(nn.Linear(1, 1))
+
+    def new_pages():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(2**24)  # 64 MiB, freed at once
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    new_pages()
+    assert new_pages() < 100  # 64 MiB are 16384 pages of 4 KiB
