@@ -18,7 +18,7 @@ from transformers.masking_utils import sdpa_mask
 
 
 def use(model):
-    """Returns the same model; without a GPU the process keeps freed memory.
+    """Returns the same model; without a GPU the process keeps freed memory if there is enough.
 
     If the CPU has AVX-512, its linear layers use oneDNN, too.
     """
@@ -52,10 +52,14 @@ def emulates_bf16() -> bool:
 def keep_freed_memory():
     """Stops glibc from returning freed pages to the system, because each costs a page fault again.
 
-    A MALLOC_ variable of the user's, such as MALLOC_MMAP_THRESHOLD_=262144, takes precedence.
+    The process then takes up to 2 GiB more, so that computers below 12 GiB keep glibc's way. A
+    MALLOC_ variable of the user's, such as MALLOC_MMAP_THRESHOLD_=262144, takes precedence.
     """
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt") and not any(name.startswith("MALLOC_") for name in os.environ):
+    if not hasattr(libc, "mallopt") or any(name.startswith("MALLOC_") for name in os.environ):
+        return
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if memory >= 12 * 2**30:
         for option in (-1, -3):  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
             libc.mallopt(option, 2**31 - 1)
 

@@ -21,8 +21,9 @@ needs_avx512 = pytest.mark.skipif(
 needs_glibc = pytest.mark.skipif(
     not hasattr(ctypes.CDLL(None), "mallopt")
     or torch.cuda.is_available()
+    or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 12 * 2**30
     or any(name.startswith("MALLOC_") for name in os.environ),
-    reason="no glibc, a GPU, or an allocator set by the user",
+    reason="no glibc, a GPU, little memory, or an allocator set by the user",
 )
 bf16 = partial(torch.autocast, "cpu", dtype=torch.bfloat16)
 SMALL = dict(vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
