@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 from extras.speed.gpu import run
 from extras.speed.synthetic import generate, sentences, timed
 from t2g import cli, cpu, policy
-from t2g.chat import chat_text
+from t2g.chat import chat_text, turn_edges
 from t2g.log import read_jsonl, write_json, write_text
 from t2g.rollout import sample
 from t2g.tasks import summarize
@@ -74,8 +74,12 @@ def main():
 def prepare(work, path):
     """Saves a model whose responses run on, and prompts: texts for us, ids for the peer."""
     tokenizer, model = policy.load(path, policy.device())
-    # The end token becomes one that is hardly ever sampled.
+    # The end token, and that of a turn, become one that is hardly ever sampled.
+    end_of_turn = tokenizer.convert_ids_to_tokens(turn_edges(tokenizer)[1])
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(max(tokenizer.added_tokens_decoder))
+    if tokenizer.chat_template:
+        template = tokenizer.chat_template.replace(end_of_turn, tokenizer.eos_token)
+        tokenizer.chat_template = template
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     policy.save(model, tokenizer, work, 1)
     (work / "checkpoint-1").rename(work / "model")
