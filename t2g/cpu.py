@@ -58,10 +58,14 @@ def keep_freed_memory():
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt") or any(name.startswith("MALLOC_") for name in os.environ):
         return
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if memory >= 12 * 2**30:
+    if memory_gib() >= 12:
         for option in (-1, -3):  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
             libc.mallopt(option, 2**31 - 1)
+
+
+def memory_gib() -> float:
+    """The memory of this computer, used or not."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
 
 
 def limit_caches():

@@ -18,13 +18,12 @@ import copy
 import importlib
 import json
 import math
-import os
 import re
 import sys
 from unittest import mock
 
 from extras.scale.stages import GIB, STAGES, Stage, prompt_length
-from t2g import dist, tasks
+from t2g import cpu, dist, tasks
 from t2g.cli import fail, friendly_errors
 
 GPUS = {  # from data sheets: GiB, TFLOP/s in bf16 and in fp32 (no TF32, no sparsity), GB/s
@@ -64,8 +63,7 @@ def parse_machine(name) -> tuple[int, tuple]:
     if not match or match[2] not in (*GPUS, "cpu"):
         known = ", ".join((*GPUS, "cpu"))
         fail(f"{name}: give processes and a machine, such as 8xH100-80; known: {known}")
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
-    return int(match[1]), GPUS.get(match[2], (memory / int(match[1]), 0, 0, 0))
+    return int(match[1]), GPUS.get(match[2], (cpu.memory_gib() / int(match[1]), 0, 0, 0))
 
 
 class Parsed(BaseException):

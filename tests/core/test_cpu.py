@@ -21,9 +21,7 @@ needs_avx512 = pytest.mark.skipif(
     not cpu.is_faster(), reason="no CPU with AVX-512, or a torch without oneDNN"
 )
 needs_glibc = pytest.mark.skipif(
-    not hasattr(ctypes.CDLL(None), "mallopt")
-    or torch.cuda.is_available()
-    or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 12 * 2**30,
+    not hasattr(ctypes.CDLL(None), "mallopt") or torch.cuda.is_available() or cpu.memory_gib() < 12,
     reason="no glibc, a GPU, or less than 12 GiB of memory",
 )
 COUNT_NEW_PAGES = """
