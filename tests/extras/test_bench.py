@@ -6,8 +6,10 @@ import pytest
 
 from extras.speed import step, synthetic
 from t2g import policy
+from t2g.chat import turn_edges
 
 OURS = dict(rollout=1.0, critique=0.0, score=2.0, update=4.0, shift=1.0, step=8.0, memory=2.0)
+CHATML = "{% for m in messages %}<|user|>{{ m.content }}END{% endfor %}<|assistant|>"
 PEER = dict(rollout=3.0, update=12.0, step=16.0, memory=4.0)
 
 
@@ -27,14 +29,18 @@ def test_ratios_are_medians_over_turns_of_the_peers_seconds_by_ours():
     assert "step_ratio" not in step.summary(turns)
 
 
-def test_the_work_never_ends_a_response(folder, tmp_path):
-    tokenizer, _ = step.prepare(tmp_path, folder)
+@pytest.mark.parametrize("end_of_turn", ["<|end|>", "<|pad|>"])
+def test_the_work_never_ends_a_response(folder, tmp_path, end_of_turn):
+    tokenizer, model = policy.load(folder)
+    model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(end_of_turn)
+    tokenizer.chat_template = CHATML.replace("END", end_of_turn)
+    policy.save(model, tokenizer, tmp_path, 1)
+    tokenizer, _ = step.prepare(tmp_path, tmp_path / "checkpoint-1")
     work = json.loads((tmp_path / "work.json").read_text())
     assert len(work["prompts"]) == step.ROWS
-    assert work["special_tokens"]["eos_token"] == tokenizer.eos_token
+    assert work["special_tokens"]["eos_token"] == tokenizer.eos_token != end_of_turn
     again, model = policy.load(tmp_path / "model")
-    assert again.eos_token == tokenizer.eos_token
-    assert tokenizer.eos_token_id in policy.eos_ids(again, model)
+    assert policy.eos_ids(again, model) == [tokenizer.eos_token_id] == [turn_edges(again)[1]]
 
 
 def test_our_step_has_seconds_of_each_phase(folder, tmp_path):
