@@ -12,8 +12,8 @@ is sampled. A line of --out adds {"critique", "good_spans", "poor_spans", "statu
 server's also "reasoning" and "usage". Status is "ok" or "failed"; of several lines with one id the
 last one counts.
 
-A server's records are written as they arrive. After a kill, Ctrl-C (exit code 130) or the end of
-the budget (exit code 0), the same command continues and asks nothing twice that was written.
+A server's records are written as they arrive. After a kill or Ctrl-C (exit code 130), the same
+command annotates the records that are left; after a spent budget (exit code 0), raise --budget.
 """
 
 import math
@@ -47,7 +47,8 @@ def parse_args():
     add("--max_spans", 2, "openai: maximum number of good quotes, and of poor ones")
     add("--base_url", None, "openai: server, such as http://localhost:8000/v1 (default: OpenAI)")
     add("--concurrency", 16, "openai: number of simultaneous requests")
-    add("--max_retries", 5, "openai: maximum repetitions of a request or of an invalid answer")
+    retries = "openai: maximum repetitions of a request or of an invalid answer"
+    add("--max_retries", 5, retries, cli.between(0, 1000, int))
     add("--timeout", 120.0, "openai: seconds to wait for an answer")
     add("--input_price", 0.0, "openai: price of a million prompt tokens", cli.between(0, 1e9))
     add("--output_price", 0.0, "openai: price of a million answer tokens", cli.between(0, 1e9))
@@ -56,7 +57,7 @@ def parse_args():
     task, args = tasks.parse(parser, "annotate")
     args.critic = args.critic or ("openai" if args.model or args.base_url else "rule")
     if args.critic == "openai" and not args.model:
-        cli.fail("--model is missing: the name of the annotator on the server")
+        cli.fail("--critic openai needs --model, the name of the annotator on the server")
     if args.severity and args.critic != "rule":
         cli.fail("--severity needs --critic rule")
     if args.policy and args.responses:
@@ -106,11 +107,11 @@ def examples_of(records, task, args) -> list[tasks.Example]:
     if all(examples):
         return examples
     known = {example.prompt: example for part in tasks.load(task, args) for example in part}
-    for number, record in enumerate(records, 1):
-        if record["prompt"] not in known:
+    for number, (record, example) in enumerate(zip(records, examples), 1):
+        if not example and record["prompt"] not in known:
             problem = f"the prompt of record {number} does not occur in the task {args.task}"
             cli.fail(f"{problem}; check --task, --data and --seed")
-    return [known[record["prompt"]] for record in records]
+    return [example or known[record["prompt"]] for record, example in zip(records, examples)]
 
 
 def add_test_logs(records, task, args) -> list[dict]:

@@ -25,17 +25,17 @@ EXAMPLES_SHOWN = 3
 def main():
     parser = cli.parser(__doc__)
     parser.add_argument("what", nargs="?", choices=WHAT, default="policy", help="default: policy")
-    runs = "policies; reward models and, with --annotations, annotation files; or runs"
+    runs = "for policy: policies; for rm: reward models or annotations; for seeds, page: PPO runs"
     parser.add_argument("runs", nargs="*", help=runs)
     add = cli.flags(parser)
     tasks.add_flags(add)
-    add("--policy", None, "rm: writes the responses, or gives the tokens with --annotations")
+    add("--policy", None, "rm: policy to sample; with --annotations, only its tokenizer is used")
     add("--annotations", None, "rm: records of annotate.py that are the truth instead of the rule")
     add("--response_length", 64, "maximum tokens of a response")
     add("--temperature", 1.0, "temperature of sampled responses")
     add("--critique_length", 200, "rm: maximum tokens of a critique")
-    add("--free_critiques", False, "rm: sample critiques without a grammar")
-    add("--eval_samples", 256, "held-out prompts; of --annotations all records are used")
+    add("--free_critiques", False, "rm: generate critiques without a grammar")
+    add("--eval_samples", 256, "number of held-out prompts; --annotations uses all its records")
     add("--out", "page.html", "page: the file to write")
     task, args = tasks.parse(parser, "eval")
     if args.what == "rm" and not (args.annotations or hasattr(task, "critique")):
@@ -85,8 +85,9 @@ def records_of_rule(task, args, source) -> list[dict]:
     tokenizer, model = policy.load(source, policy.device())
     heldout = tasks.short_enough(tasks.load(task, args)[1], tokenizer, model, args)
     heldout = heldout[: args.eval_samples]
-    prompts, options = [e.prompt for e in heldout], dict(desc="responses", bf16=args.bf16)
-    texts, _ = respond_together(model, tokenizer, prompts, args.response_length, **options)
+    prompts, length = [example.prompt for example in heldout], args.response_length
+    options = dict(temperature=args.temperature, bf16=args.bf16, desc="responses")
+    texts, _ = respond_together(model, tokenizer, prompts, length, **options)
     records = []
     for example, text, one in zip(heldout, texts, critics.rule_critic(task)(heldout, texts)):
         kinds = task.kinds(example, text) if hasattr(task, "kinds") else []

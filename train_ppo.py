@@ -54,14 +54,14 @@ def parse_args():
 
 def add_algorithm_flags(add):
     at_least_0, share = cli.between(0, 1e6), cli.between(0, 1)
-    where = "rewards go to the spans' tokens, or as sums to the end of sentences or responses"
+    where = "rewards stay on tokens (span), or are summed per step (prm) or response (scalar)"
     add("--reward", "span", where, ("span", "prm", "scalar"))
     add("--span_weights", "uniform", "weights of the tokens of a span", tuple(SPAN_WEIGHTS))
     add_step_flags(add, num_ppo_epochs=4)
     add("--missing_eos_penalty", 1.0, "penalty of a response without EOS", at_least_0)
     add("--kl_coef", 0.05, "initial coefficient of the KL penalty", at_least_0)
     add("--kl_estimator", "full", "estimator of the KL penalty; full is exact", KL_KINDS)
-    add("--kl_target", None, "KL per response that kl_coef is steered to", cli.positive(float))
+    add("--kl_target", None, "target KL of a response; kl_coef adapts to it", cli.positive(float))
     add("--kl_horizon", 10000.0, "number of responses over which kl_coef adapts")
     add("--cliprange", 0.2, "clip range of the ratio")
     add("--cliprange_value", 0.2, "clip range of the value function")
@@ -185,8 +185,8 @@ def global_batch(rollout, feedback, delta, placed, old):
 
 def check_reference(step, kl):
     if step == 1 and not kl.abs().max() <= 1e-3:
-        worst = kl.abs().max()
-        raise RuntimeError(f"policy and reference differ before the first update: KL {worst:.2g}")
+        fault = f"policy and reference differ before the first update (KL {kl.abs().max():.2g})"
+        raise RuntimeError(f"{fault}: is there dropout, or do the two compute in different dtypes?")
 
 
 def update(actor, optimizer, rollout, batch, args) -> dict[str, float]:
@@ -264,10 +264,10 @@ def means(rows: list[dict]) -> dict[str, float]:
 
 
 def check_first_ratio(error, bf16):
-    """Before any step rho is 1 within rounding, or score() and the update compute other log pi.
+    """Checks that rho is 1 within rounding before the first optimiser step on a rollout.
 
-    error: mean |log rho| over the global minibatch. bf16 logits of 16 to 32 have steps of 0.125, so
-    there a large error is a warning, given once.
+    Otherwise score() and the update compute different log-probabilities. error: the mean |log rho|
+    of that minibatch. bf16 logits of 16 to 32 are multiples of 0.125, so bf16 only warns, once.
     """
     if not bf16 and not error <= 1e-4:
         fault = f"the first ratio of a step must be 1, but the mean |log ratio| is {error:.2g}"

@@ -1,7 +1,7 @@
 """Dual-feedback annotation by a model behind a server: it reasons, criticises, and then quotes.
 
-Every span is one that the critique supports (Text2Grad, sec. 3.1), and every quote occurs in the
-response. An invalid answer is sent back with its fault.
+The prompt asks for quotes that the critique supports (Text2Grad, sec. 3.1); the code checks only
+that they occur in the response. An invalid answer is sent back with the reason, to be corrected.
 """
 
 import asyncio
@@ -182,13 +182,13 @@ class Annotator:
                 refusal = error
                 continue
             if len(self.options) > 1 and options is not self.options[0]:
-                tqdm.write(f"the server refuses some options; left are {', '.join(options)}")
+                tqdm.write(f"the server refuses some options; now using {', '.join(options)}")
             self.options = [options]
             return answer
         raise refusal
 
     async def ask_within_budget(self, messages, options) -> server.Answer:
-        """Asks as soon as the worst case fits the budget; an answer without usage costs as much."""
+        """Asks once the worst case fits the budget, and charges it if the answer has no usage."""
         request = {"model": self.args.model, "messages": messages, **options}
         worst = Tokens(len(json.dumps(request)), self.args.max_tokens)  # a token is a byte or more
         while price(sum([*self.pending, worst], self.spent), self.args) > self.args.budget:

@@ -34,7 +34,7 @@ def read_feedback_on(records, path) -> list[Feedback | None]:
         feedback_on[record.get("prompt"), record.get("response")] = record["feedback"]
     feedback = [feedback_on.get((record["prompt"], record["response"])) for record in records]
     readable = len(feedback) - feedback.count(None)
-    print(f"{path}: feedback on {readable} of {len(feedback)} responses; the rest is unreadable")
+    print(f"{path}: feedback on {readable} of {len(records)}; the others count as unreadable")
     return feedback if readable else fail(f"{path} has no feedback on these prompts and responses")
 
 

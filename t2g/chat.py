@@ -85,14 +85,14 @@ def first_of_control(tokenizer, size) -> re.Pattern:
 
 
 def marked(tokenizer, texts) -> tuple[str, list[str]]:
-    """A character that no text has, and the texts with it inside each spelt control token."""
+    """A character that no text contains, and the texts with it inserted into control tokens."""
     mark = next(c for c in map(chr, range(0xE000, 0xF900)) if not any(c in text for text in texts))
     first = first_of_control(tokenizer, len(tokenizer))
     return mark, [first.sub(rf"\g<0>{mark}", text) for text in texts]
 
 
 def encode(tokenizer, texts, mark) -> list[list[int]]:
-    """Token ids of texts; no token reaches over a mark, which is left out."""
+    """Token ids of texts, cut at each mark, so that no token spans it; the marks are removed."""
     pieces = [text.split(mark) for text in texts]
     flat = [piece for parts in pieces for piece in parts]
     ids = iter(tokenizer(flat, add_special_tokens=False)["input_ids"] if flat else [])

@@ -72,8 +72,9 @@ def load(folder, model, optimizers=()) -> dict:
                 sharded = mine is files and parts[0].ndim and not name.startswith("random.")
                 tensors[name] = dist.own_chunk(torch.cat(parts)).clone() if sharded else parts[0]
     except (OSError, SafetensorError, ValueError, LookupError) as error:
-        remedy = "move it away to resume from an earlier one"
-        fail(f"{folder} is not a valid checkpoint ({type(error).__name__}); {remedy}")
+        damaged = folder.parent if folder.name == "state" else folder
+        remedy = f"move {damaged} away and run the same command again"
+        fail(f"{folder} is not a valid state ({type(error).__name__}); {remedy}")
     restore(tensors, folder, model, optimizers)
     torch.set_rng_state(tensors["random.cpu"])
     if "random.cuda" in tensors and torch.cuda.is_available():
@@ -98,7 +99,7 @@ def restore(tensors, path, model, optimizers):
     weights = {f"model.{name}": weight for name, weight in trainable(model).items()}
     shapes = {name: dist.local(weight).shape for name, weight in weights.items()}
     if shapes != {name: x.shape for name, x in tensors.items() if name.startswith("model.")}:
-        fail(f"{path} belongs to another model; move its folder away to begin anew")
+        fail(f"{path} belongs to another model; move the folder of the run away to begin anew")
     with torch.no_grad():
         for name, weight in weights.items():
             dist.local(weight).copy_(tensors[name])
@@ -162,7 +163,8 @@ def resume(actor, optimizer, args, examples) -> dict:
     if not step:
         return start
     folder = Path(args.output_dir) / f"checkpoint-{step}"
-    meta = read_json(folder / "state" / "meta.json")
+    remedy = f"move {folder} away and run the same command again"
+    meta = read_json(folder / "state" / "meta.json", remedy)
     if meta.get("data_hash") != start["data_hash"]:
         if args.resume in ("auto", "none"):
             remedy = f"restore them, go on with --resume {folder}, or begin anew with --resume none"

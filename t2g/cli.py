@@ -1,4 +1,4 @@
-"""Command-line helpers: one-line flags, one-sentence errors, and folders and files of one's own."""
+"""Command-line helpers: flags, one-sentence errors, users' .py files, output folders and locks."""
 
 import argparse
 import errno
@@ -85,13 +85,13 @@ def positive(kind):
     return number
 
 
-def between(low, high):
-    """An argument type: a number in [low, high]."""
+def between(low, high, kind=float):
+    """An argument type: a number of this kind in [low, high]."""
 
     def number(text):
-        if not low <= float(text) <= high:
+        if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        return float(text)
+        return kind(text)
 
     return number
 
@@ -161,7 +161,7 @@ def try_lock(file) -> bool:
 
 
 def warn_unsupported(what, error):
-    """Warns, once, of what the file system lacks, as some of clusters do; raises other errors."""
+    """Warns once if the file system lacks a feature, as on some clusters; raises other errors."""
     if error.errno not in UNSUPPORTED:
         raise error
     warnings.warn(f"this file system has no {what} ({error.strerror})", stacklevel=2)
@@ -185,7 +185,7 @@ def friendly_errors():
         raise SystemExit(130) from None
     except Exception as error:
         if is_disk_full(error):
-            remedy = "free some space and run the same command again"
+            remedy = "free some space or choose a writable folder, and run the command again"
             fail(f"cannot write to the disk ({error}); {remedy}")
         if isinstance(error, MEMORY_FULL) or re.search(MEMORY_FULL_TEXT, str(error)):
             remedy = "halve --per_device_train_batch_size and double --gradient_accumulation_steps"

@@ -1,4 +1,4 @@
-"""Speed on a CPU: freed memory kept; with AVX-512 matrix products by oneDNN, weights packed.
+"""Speeds up a CPU: freed memory is kept and, with AVX-512, oneDNN multiplies the matrices.
 
 torch's own fp32 products use AVX-512 on Intel alone; oneDNN's use it wherever a CPU has it. Under
 autocast only products are in bf16, because bf16 attention is slower. CPUs without AVX-512 keep
@@ -18,9 +18,9 @@ from transformers.masking_utils import sdpa_mask
 
 
 def use(model):
-    """Returns the same model; without a GPU the process keeps freed memory if there is enough.
+    """Speeds up a model on a computer without a GPU, in place, and returns it.
 
-    If the CPU has AVX-512, its linear layers use oneDNN, too.
+    The process keeps freed memory if memory is ample; with AVX-512, linear layers use oneDNN.
     """
     if torch.cuda.is_available():
         return model

@@ -22,11 +22,11 @@ BUILT_IN = ("rm", "rule", "openai")
 
 def add_flags(add):
     add("--critic", "rm", "rm: reward model; rule: the task's program; openai: a server; or a .py")
-    add("--reward_model", None, "a run, folder, hub id, .gguf file, or name on the server")
+    add("--reward_model", None, "rm: run, folder, hub id or .gguf file; openai: name on the server")
     add("--base_url", None, "openai: server, such as http://localhost:8000/v1")
     add("--critique_length", 200, "maximum tokens of a critique")
-    add("--free_critiques", False, "rm and openai: sample critiques without a grammar")
-    add("--replicate_frozen", False, "reference and reward model unsharded: faster, more memory")
+    add("--free_critiques", False, "rm and openai: generate critiques without a grammar")
+    add("--replicate_frozen", False, "do not shard reference and reward model: faster, more memory")
 
 
 def stages_before(args) -> list[str]:

@@ -76,7 +76,7 @@ def examples(data, reader) -> dict:
         elif not example or not (example.prompt.strip() and example.reference.strip()):
             dropped["they lack a prompt or a reference"] += 1
         elif kept.setdefault(example.prompt, example) is not example:
-            dropped["an earlier one has the same source"] += 1
+            dropped["an earlier row has the same prompt"] += 1
     if dropped:
         reasons = ", ".join(f"{count} ({reason})" for reason, count in dropped.items())
         print(f"{len(kept)} of {len(rows)} rows of {data} are usable; dropped: {reasons}")

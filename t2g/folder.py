@@ -78,7 +78,7 @@ def is_finished(folder) -> bool:
 
 
 def rewind(folder, checkpoint, max_steps):
-    """Makes a checkpoint the last of its run; moves later ones and records to left-N."""
+    """Makes a checkpoint the last of its run: moves later ones to left-N, and copies logs there."""
     if checkpoint not in checkpoints(folder):
         wanted = "name one of its folders checkpoint-STEP"
         fail(f"--resume {checkpoint} is no checkpoint of --output_dir {folder}: {wanted}")

@@ -64,8 +64,8 @@ def parse_cut(z: str) -> Feedback | None:
 class FeedbackGrammar:
     """Keeps greedy samples in the grammar: row i becomes feedback on responses[i].
 
-    A row that has not begun its quotes must do so from token `last_start` on: there is then room
-    for " " + HEAD, because a token is at least one byte, and parse_cut() reads a cut rest.
+    A row without quotes by token `last_start` must begin them there: " " + HEAD still fits, because
+    a token has at least one byte. parse_cut() reads quotes that the length limit cuts off.
     """
 
     def __init__(self, tokenizer, model, responses, length):

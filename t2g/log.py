@@ -26,10 +26,10 @@ METRICS = {
     "kl_coef": "coefficient of the KL penalty in r_t = placed delta_t - kl_coef KL_t",
     "entropy": "-sum over v of p(v) log p(v) in nats, mean over tokens",
     "shift_good": "change of log pi over the update in nats, mean over tokens with delta > 0",
-    "shift_rest": "the same over tokens with delta = 0",
-    "shift_poor": "the same over tokens with delta < 0",
-    "shift_poor_above": "the same over poor tokens of responses whose reward is above the mean",
-    "shift_good_below": "the same over good tokens of the other responses",
+    "shift_rest": "change of log pi over the update in nats, mean over tokens with delta = 0",
+    "shift_poor": "change of log pi over the update in nats, mean over tokens with delta < 0",
+    "shift_poor_above": "shift_poor, in nats, over responses whose reward is above the mean",
+    "shift_good_below": "shift_good, in nats, over responses whose reward is not above the mean",
     "shift_rank": "Spearman's rank correlation of delta with the change of log pi, over tokens",
     "approx_kl": "k3 estimate of KL(old policy, policy) in nats, mean over tokens of the update",
     "clipfrac": "share of tokens where PPO's clip binds, mean over the update",
@@ -111,11 +111,11 @@ def truncate(path, step):
     write_text(path, "".join(kept))
 
 
-def read_json(path) -> dict:
+def read_json(path, remedy="repair it or move its folder away") -> dict:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        fail(f"{path} is damaged ({error}); repair it or move its folder away")
+        fail(f"{path} is damaged ({error}); {remedy}")
 
 
 def read_text(path) -> str:

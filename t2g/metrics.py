@@ -15,8 +15,8 @@ from t2g.rollout import respond
 def evaluate(task, model, tokenizer, examples, args, desc, respond=respond) -> dict[str, float]:
     """The task's scores and eos_rate, means over examples, sampled and again greedy. Collective.
 
-    A generator of its own keeps measuring from changing the run. respond may be any function with
-    the arguments of rollout.respond().
+    It uses a random generator of its own, so that measuring does not change the run. respond may be
+    any function with the arguments of rollout.respond().
     """
     generator = torch.Generator(dist.device()).manual_seed(args.seed + dist.rank())
     count, examples, means = len(examples), dist.share(examples), {}

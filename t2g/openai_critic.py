@@ -1,8 +1,8 @@
 """A critic behind an OpenAI-compatible server: --critic openai --base_url URL --reward_model NAME.
 
-Unless --free_critiques is given, a grammar goes along, for vLLM; a server that refuses it goes
-without. The server's context must hold everything: without its tokenizer no prompt can be
-shortened.
+Unless --free_critiques is given, requests carry a grammar, which vLLM supports; if the server
+refuses it, they are sent without. Prompts are not shortened, because the server's tokenizer is
+unknown here, so its context must hold prompt, response and critique.
 """
 
 from t2g import server
@@ -38,7 +38,7 @@ def openai_critic(base_url, model, critique_length=200, timeout=600.0, max_retri
             return await server.ask(client, **request, extra_body=grammar)
         except server.Refused:
             answer = await server.ask(client, **request)  # fails if more than that is wrong
-        print_once("the server takes no grammar, so its critiques are free")
+        print_once("the server takes no grammar, so critiques may be unreadable or quote wrongly")
         refused = True
         return answer
 

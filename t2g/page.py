@@ -26,7 +26,7 @@ NO_SETTING = RESUME_IGNORES | {"seed", "batch_size"}  # the latter follows from 
 
 
 class Samples:
-    """Rank 0 keeps a few responses of a dozen steps, with the numbers of their tokens.
+    """Rank 0 saves a few responses of a dozen steps, with delta, KL, V and so on of each token.
 
     A resumed run keeps the samples up to keep_until, the step that it resumes from.
     """

@@ -241,7 +241,7 @@ def check_keys(path, report):
         if keys:
             wrong.append(f"{len(keys)} {kind} ({', '.join(keys[:3])})")
     if wrong:
-        fail(f"the weights in {path} are not those of its model: {'; '.join(wrong)}")
+        fail(f"the weights of {path} do not fit its config: {'; '.join(wrong)}; save it again")
 
 
 def pretrained(path: str) -> tuple[str, dict]:

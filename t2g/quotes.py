@@ -49,7 +49,7 @@ def find(text: str, quote: str) -> tuple[str, list[tuple[int, int]]]:
     if whole := _whole_words(text, exact):
         return "exact", whole
     quote = " ".join(quote.split())
-    if len(quote) > 20 * len(text):  # too long even for characters that become eighteen
+    if len(quote) > 20 * len(text):  # NFKC makes at most 18 characters of one
         return "lost", []
     plain_text, origin = _normalise(text)
     plain_quote, _ = _normalise(quote)
@@ -99,7 +99,7 @@ def _in_words(char):
 
 @lru_cache(maxsize=32)  # all quotes of a response are searched for in the same text
 def _normalise(text) -> tuple[str, list[tuple[int, int]]]:
-    """The text as rule 1 compares it, and the original range of each of its characters."""
+    """The text as rule 2 compares it, and the original range of each of its characters."""
     skipped = set()
     for pattern in (EMPHASIS, INVISIBLE, BESIDE):
         for match in pattern.finditer(text):

@@ -49,7 +49,7 @@ def client(base_url, timeout, max_retries) -> openai.AsyncOpenAI:
     base_url = base_url or os.environ.get("OPENAI_BASE_URL")
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     if base_url and not ADDRESS.match(base_url):
-        fail("--base_url is not an address such as http://localhost:8000/v1")
+        fail("--base_url, or OPENAI_BASE_URL, is not an address such as http://localhost:8000/v1")
     if not base_url and not key:
         fail("OpenAI needs a key: set OPENAI_API_KEY, or name another server with --base_url")
     if not (key.isascii() and key.isprintable()):

@@ -1,4 +1,4 @@
-"""Intervals of runs and of responses, and ROUGE: for measurements outside of training."""
+"""Confidence intervals over runs and over responses, and the ROUGE score of a text."""
 
 import numpy as np
 

@@ -37,7 +37,7 @@ def add_flags(add, validation_share=0.0):
     add("--gradient_accumulation_steps", 1, "microbatches per optimiser step and process")
     add("--max_length", None, "maximum tokens of a text; the context if not given", positive(int))
     add("--optimizer", "adamw", "muon is for models from scratch", ("adamw", "muon"))
-    add("--weight_decay", 0.0, "decay of the weights per step, as a multiple of the learning rate")
+    add("--weight_decay", 0.0, "decay per step, relative to the learning rate", between(0, 1e6))
     add("--max_grad_norm", 1.0, "maximum norm of the gradient; longer ones are clipped")
     adapters.add_flags(add)
     dist.add_flags(add)
@@ -48,10 +48,10 @@ def add_flags(add, validation_share=0.0):
 
 
 def encode_pairs(tokenizer, pairs) -> list[tuple[list[int], list[int]]]:
-    """Token ids of pairs (prompt, completion); a completion ends with the token of a turn's end.
+    """Token ids of pairs (prompt, completion); a completion ends with the template's end of turn.
 
-    A completion is encoded behind its chat, unless a token would reach over both, because
-    SentencePiece puts a space before a text.
+    Prompt and completion are encoded as one text, because SentencePiece would put a space before a
+    completion on its own; they are encoded apart only if a token would span their border.
     """
     space, end = turn_edges(tokenizer)
     mark, texts = marked(tokenizer, [text for pair in pairs for text in pair])
@@ -152,7 +152,7 @@ class Objective(NamedTuple):
     """What train() minimises: a mean over the units (tokens, texts, pairs) of an optimiser step."""
 
     unit: str  # the metric under which the number of units is logged
-    collate: Callable  # (rows, pad_token_id, device) -> microbatch, starts with those of as_rollout
+    collate: Callable  # (rows, pad_token_id, device) -> microbatch, a tuple (Rollout, ...)
     count: Callable  # (*microbatch) -> number of its units
     loss: Callable  # (model, *microbatch, args) -> sum of losses, and sums of other metrics
     metrics: dict | None = None  # what its metrics mean, if t2g/log.py does not know them

@@ -23,7 +23,7 @@ def session(cpu_offload=False, run_first=None):
     one rank, SystemExit included, ends all of them: they would wait for it in a collective.
     """
     if cpu_offload and not ("WORLD_SIZE" in os.environ and torch.cuda.is_available()):
-        fail("--cpu_offload moves weights off a GPU and needs torchrun; leave it out")
+        fail("--cpu_offload needs a GPU and torchrun; start it with torchrun, or leave it out")
     if "WORLD_SIZE" not in os.environ or distributed.is_initialized():
         yield run_first() if run_first else None
         return

@@ -116,7 +116,7 @@ def short_enough(examples, tokenizer, model, args) -> list[Example]:
         why = "--max_prompt_length" if limit < room else f"the context of {context} less a response"
         counts = f"{len(kept)} of {len(examples)} prompts have at most {limit} tokens ({why})"
         if not kept:
-            fail(f"{counts}, so nothing is left")
+            fail(f"{counts}, so none is left; shorten the prompts or raise this limit")
         print(f"{counts}; the others are dropped")
     return kept
 

@@ -77,8 +77,8 @@ def check(args, script):
     model = getattr(args, "model", None) or getattr(args, "policy", None)
     is_local = script not in ("annotate", "eval")  # these ask servers, or measure any model
     if model and is_local and not Path(model).exists():
-        hint = "name the --task of a hub's model, such as summarize"
-        fail(f"{model} is no folder, and the toy's defaults suit its own small models: {hint}")
+        hint = "choose another --task for it, such as summarize"
+        fail(f"{model} is no folder, and --task toy trains only its own small models; {hint}")
 
 
 def load(args):

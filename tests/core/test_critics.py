@@ -154,6 +154,10 @@ def test_records_are_judged_by_their_own_example_or_by_the_task_s(tmp_path, call
     write(tmp_path / "in.jsonl", [{"id": "a", "prompt": "Sub.", "response": "x"}])
     call(*given, tmp_path / "task.jsonl")
     assert read_jsonl(tmp_path / "task.jsonl")[0]["critique"] == "x fails few"
+    write(tmp_path / "in.jsonl", [records[0], {"id": "a", "prompt": "Sub.", "response": "x"}])
+    call(*given, tmp_path / "both.jsonl")
+    critiques = [record["critique"] for record in read_jsonl(tmp_path / "both.jsonl")]
+    assert critiques == ["r0 fails 0", "x fails few"]
 
 
 def test_a_server_reads_the_log_of_the_unit_tests_and_the_task_s_criteria(

@@ -5,11 +5,13 @@ import fcntl
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -245,6 +247,19 @@ def test_a_damaged_file_is_refused_and_nothing_is_lost(stopped, flags, name, dam
     assert code == 2 and printed.count("error:") == 1 and "move" in printed
     assert "/" in name or f"{name} is damaged" in printed
     assert "Traceback" not in printed and (stopped / "metrics.jsonl").read_text() == metrics
+
+
+@pytest.mark.parametrize(("name", "damage"), DAMAGES[2:5])
+def test_a_run_goes_on_from_the_checkpoint_before_one_that_is_moved_away_as_told(
+    stopped, flags, whole, tmp_path, name, damage
+):
+    damage(stopped / name)
+    told = re.search(r"; move (\S+) away", run(*flags)[1])[1]
+    Path(told).rename(tmp_path / "damaged")
+    code, printed = run(*flags)
+    assert (
+        code == 0 and "resuming after step 2" in printed and output_of(stopped) == output_of(whole)
+    )
 
 
 def test_a_full_disk_ends_the_run_with_a_sentence_and_loses_nothing(

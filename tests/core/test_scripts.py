@@ -127,8 +127,10 @@ def test_everything_is_evaluated(toy_run, rule_run, tmp_path):
     runs = [str(toy_run / "sft"), str(toy_run / "ppo")]
     assert list(last_json(run(f"eval policy {' '.join(runs)} --eval_samples 8"))) == runs
     flags = f"{toy_run / 'rm'} --eval_samples 8 --critique_length 20"
-    card = last_json(run(f"eval rm {flags}", policy=toy_run / "sft"))
-    assert set(card) >= {"good", "poor", "json_valid", "verbatim"}
+    printed = run(f"eval rm {flags}", policy=toy_run / "sft")
+    assert set(last_json(printed)) >= {"good", "poor", "json_valid", "verbatim"}
+    assert printed == run(f"eval rm {flags} --temperature 1.0", policy=toy_run / "sft")
+    assert printed != run(f"eval rm {flags} --temperature 0.01", policy=toy_run / "sft")
     table = last_json(run(f"eval seeds {rule_run} {rule_run}"))
     assert table["coverage"]["after"]["seeds"] == 2
     page = tmp_path / "both.html"
@@ -185,6 +187,8 @@ BAD_FLAGS = {  # command: what the sentence names
     "train_ppo --task qa --critic rule": "no rule",
     "train_ppo --critic rule --policy none.gguf": "none.gguf",
     "train_sft --max_length -1": "--max_length",
+    "train_sft --weight_decay 0 --max_length -1": "--max_length",
+    "annotate --max_retries -1": "between 0 and 1000",
     "eval seeds": "two runs",
 }
 

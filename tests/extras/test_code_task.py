@@ -12,7 +12,6 @@ from extras.code import task as code
 from t2g import data, tasks
 from t2g.log import read_jsonl
 
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 linux = pytest.mark.skipif(sys.platform != "linux", reason="programs run on Linux only")
 KODCODE = {
     "question": "Double a number.", "solution": "def double(x):\n    return 2 * x",
@@ -180,11 +179,8 @@ def test_annotate_judges_records_by_unit_tests_of_their_own(serve, tmp_path, cal
     ("name", "form", "share"),
     [("kodcode_demo/rl.jsonl", problems.kodcode, 1), ("mbpp/mbpp.jsonl", problems.mbpp, 0.999)],
 )
-def test_real_solutions_pass_their_tests(name, form, share, every):
-    path = DATA / name
-    if not path.is_file():
-        pytest.skip(f"the real data is not here: {path}")
-    rows = data.read_rows(str(path))
+def test_real_solutions_pass_their_tests(public_data, name, form, share, every):
+    rows = data.read_rows(str(public_data(name)))
     examples = [one for one in map(form, rows) if isinstance(one, tasks.Example)][::every]
     examples = examples[:5] if every > 1 else examples
     passed = [code.score(example, example.reference)["pass"] for example in examples]

@@ -1,7 +1,5 @@
 """Published human feedback as records for a reward model: made-up rows, and real ones if there."""
 
-from pathlib import Path
-
 import pytest
 
 from extras.human.records import joined, longest_kept, records
@@ -10,7 +8,6 @@ from t2g.feedback import Feedback
 from t2g.log import read_jsonl
 from t2g.notes import read_usable, write_whole
 
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 DEFACTO = {
     "article": "Deschamps praised his side in Paris. He has coached France since 2012.",
     "candidate": "France coach Didier Deschamps praised his 23 players in Paris.",
@@ -149,11 +146,8 @@ SHARES = [("defacto/train", 0.21), ("defacto/val", 0.19), ("finegrained_qa/first
 
 
 @pytest.mark.parametrize(("name", "share"), SHARES)
-def test_real_feedback_stands_in_its_responses_to_the_letter(name, share):
-    path = DATA / f"{name}.jsonl"
-    if not path.is_file():
-        pytest.skip(f"the real data is not here: {path}")
-    found = records(read_jsonl(path), name)
+def test_real_feedback_stands_in_its_responses_to_the_letter(public_data, name, share):
+    found = records(read_jsonl(public_data(f"{name}.jsonl")), name)
     assert all(len(record["kinds"]) == len(record["poor_spans"]) for record in found)
     poor = sum(len(quote) for record in found for quote in marked(record, -1))
     assert abs(poor / sum(len(record["response"]) for record in found) - share) < 0.01

@@ -1,7 +1,5 @@
 """Alignment against spans that people marked: made-up ones, and real ones if the data is there."""
 
-from pathlib import Path
-
 import pytest
 from annotating import write
 
@@ -9,7 +7,6 @@ from extras.human import spans as human_spans
 from t2g.align import token_offsets
 from t2g.log import read_jsonl
 
-QA = Path(__file__).resolve().parents[3] / "shared/data/finegrained_qa/first250.jsonl"
 TEXT = "Ana is 27, lives in Porto and is 27 indeed. She said “yes”."
 ERROR = {"start": 0, "end": 3, "error type": "Irrelevant"}
 ROWS = [
@@ -20,10 +17,8 @@ ROWS = [
 
 
 @pytest.fixture(scope="module")
-def answers():
-    if not QA.is_file():
-        pytest.skip(f"the real data is not here: {QA}")
-    return human_spans.read_marked(read_jsonl(QA), "rows")
+def answers(public_data):
+    return human_spans.read_marked(read_jsonl(public_data("finegrained_qa/first250.jsonl")), "rows")
 
 
 def test_rows_of_both_forms_are_read():
