@@ -58,6 +58,8 @@ def parse_args():
     args.critic = args.critic or ("openai" if args.model or args.base_url else "rule")
     if args.critic == "openai" and not args.model:
         cli.fail("--critic openai needs --model, the name of the annotator on the server")
+    if args.critic == "rule" and not hasattr(task, "critique"):
+        cli.fail(f"the task {args.task} has no rule; name an annotator on a server by --model")
     if args.severity and args.critic != "rule":
         cli.fail("--severity needs --critic rule")
     if args.policy and args.responses:
@@ -73,6 +75,8 @@ def main():
     if args.responses:
         dist.first_only()
     out = Path(args.out or f"runs/{task.NAME}/annotations.jsonl")
+    if out.suffix == ".gz":
+        cli.fail("--out is written line by line, not gzipped; choose a name that ends in .jsonl")
     if args.responses and out.resolve() == Path(args.responses).resolve():
         cli.fail("--out is the file of --responses; choose another --out")
     if out.exists() and not (args.critic == "openai" and out.is_file()):

@@ -49,6 +49,10 @@ def parse_args():
     args.output_dir = args.output_dir or f"runs/{task.NAME}/ppo"
     args.batch_size = dist.batch_size(args) * args.num_mini_batches
     args.save_steps = args.save_steps or max(1, min(20, args.max_steps // 10))
+    if args.kl_target and not args.kl_coef:
+        cli.fail("--kl_target multiplies --kl_coef, which must therefore be above 0")
+    if args.kl_target and args.batch_size >= 5 * args.kl_horizon:
+        cli.fail(f"--kl_horizon must be above a fifth of a step's {args.batch_size} responses")
     return task, args
 
 

@@ -31,6 +31,8 @@ def main():
         if hasattr(task, "sft_pairs"):
             pairs = [tasks.Example(*pair, {}) for pair in task.sft_pairs(args, examples)]
             examples = list(map(tasks.valid_example, pairs))
+        if not any(example.reference.strip() for example in examples):
+            cli.fail(f"the task {args.task} has no references to learn; start from a chat model")
         pairs = [(example.prompt, example.reference) for example in examples]
         saved = supervised.finetune(model, tokenizer, pairs, args, desc="starting policy")
         print(f"starting policy: {saved}")

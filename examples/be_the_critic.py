@@ -2,7 +2,7 @@
 
     python examples/be_the_critic.py                      # samples a response and asks you
     python examples/be_the_critic.py --good "WORDS" --poor "WORDS; WORDS" --seed 3
-    python examples/be_the_critic.py --lam 0.95           # tokens also answer for what follows
+    python examples/be_the_critic.py --lam 0.95           # tokens also share in later rewards
 
 The policy is runs/toy/sft; if it is missing, it is trained first, in about a minute.
 
@@ -36,7 +36,7 @@ def parse_args():
     add("--response_length", 64, "maximum tokens of the response")
     add("--good", None, "words of the response that are good, separated by semicolons")
     add("--poor", None, "words that are poor")
-    add("--lam", 0.0, "lambda of GAE; 0: each token answers for itself", cli.between(0, 1))
+    add("--lam", 0.0, "lambda of GAE; 0: no credit for later tokens", cli.between(0, 1))
     add("--learning_rate", 0.5, "learning rate of plain SGD")
     return tasks.parse(parser, "be_the_critic.py")
 
@@ -58,8 +58,9 @@ def main():
     stages.ensure(["sft"], args, root, args.policy)
     tokenizer, model = policy.load(args.policy or root / "sft", policy.device())
 
-    example = random.Random(args.seed).choice(tasks.load(task, args)[1])
-    rollout = sample(model, tokenizer, [example.prompt], args.response_length)
+    heldout = tasks.short_enough(tasks.load(task, args)[1], tokenizer, model, args)
+    example = random.Random(args.seed).choice(heldout)
+    rollout = sample(model, tokenizer, [example.prompt], args.response_length, bf16=args.bf16)
     ids, text, mask = rollout.ids(0), rollout.texts[0], rollout.mask
     print(f"\nprompt:   {example.prompt}\nresponse: {text}\n", flush=True)
 
@@ -97,7 +98,7 @@ def main():
     moved = shift(after.logprobs - before.logprobs, delta, mask)
     means = [f"{kind} {moved.get(f'shift_{kind}', 0):+.3f}" for kind in ("good", "poor", "rest")]
     print(f"\nmean change of log pi: {', '.join(means)} nats")
-    print("A token whose probability is near 1 has no rival and hardly moves upwards.")
+    print("A token whose probability is near 1 can hardly become more likely.")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """One PPO step with token rewards, from a critique to a gradient; read it from top to bottom.
 
     python examples/tour.py       # two pages of small tables, which docs/GUIDE.md explains
-    python -i examples/tour.py    # the same, and then every tensor is at hand, as in first.rewards
+    python -i examples/tour.py    # the same; then look at any tensor, such as first.rewards
 
 It shows the eight tokens of "Ana is 27, lives in Porto." and a critique of them, with the functions
 of the project. The first seven numbered parts are the steps of the loop in train_ppo.py. The model

@@ -1,8 +1,8 @@
 """The rules and the typical mistakes of the exercises; grade.py applies them to a submission.
 
 A rule is worth one point: a sentence, the part of the answer that it is about, and cases. The right
-answers are those of the project's own functions, and so are the mistakes: they are what these
-functions answer to another question, such as one without the mask. No solution stands here.
+answers come from the project's own functions. So do the mistakes: each is what such a function
+returns for changed arguments, for example without the mask. This file contains no solution.
 """
 
 import itertools

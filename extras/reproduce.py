@@ -68,7 +68,10 @@ def main():
     rows = {name: row for name, row in recipe["rows"].items() if name in (args.rows or [name])}
     seeds = args.seeds or recipe.get("seeds", [0, 1, 2])
     root = Path(args.output_dir or f"runs/reproduce/{Path(args.recipe).stem}")
-    by_seed = [jobs_of(recipe, rows, s, root) for s in seeds]
+    try:
+        by_seed = [jobs_of(recipe, rows, s, root) for s in seeds]
+    except KeyError as error:
+        fail(f"{args.recipe} uses {error}, which is neither one of its stages nor one of its words")
     if args.dry_run:
         return show(recipe, rows, by_seed[0])
     if args.plan:
@@ -148,7 +151,7 @@ def run_all(jobs, at_once):
     finally:
         pool.shutdown(cancel_futures=True)
     if failed:
-        fail(f"{', '.join(failed)} failed; see the logs. The same command goes on with the rest")
+        fail(f"{', '.join(failed)} failed; see the logs. The same command runs what is left")
 
 
 def run_job(job, needs, at_once):
@@ -156,7 +159,8 @@ def run_job(job, needs, at_once):
     if any(need.result() for need in needs):
         return job
     threads = str(max(1, (os.cpu_count() or 1) // at_once))
-    env = os.environ | {"OMP_NUM_THREADS": threads, "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    env = os.environ | {"OMP_NUM_THREADS": threads, "PYTHONPATH": path}
     start, log_file = time.perf_counter(), job.folder / f"{job.name}.log"
     with open(log_file, "w", encoding="utf-8") as log:
         for line in job.commands:
@@ -177,7 +181,8 @@ def argv(line) -> list[str]:
     >>> argv("torchrun --nproc_per_node 8 -m extras.a")
     ['-m', 'torch.distributed.run', '--nproc_per_node', '8', '-m', 'extras.a']
     """
-    words = [str(ROOT / word) if word.endswith(".py") else word for word in shlex.split(line)]
+    words = shlex.split(line)
+    words = [str(ROOT / w) if w.endswith(".py") and (ROOT / w).is_file() else w for w in words]
     return ["-m", "torch.distributed.run", *words[1:]] if words[0] == "torchrun" else words
 
 

@@ -6,6 +6,7 @@ checkpoint. A state has one file per rank.
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -187,8 +188,15 @@ def size_of(module) -> float:
 
 
 def hash_of(examples) -> str:
-    text = json.dumps([list(example) for example in examples], default=str)
+    text = json.dumps([list(example) for example in examples], default=stable)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def stable(value):
+    """The same text in each process, unlike str() of a set, or of an object with its address."""
+    if isinstance(value, set | frozenset):
+        return sorted(map(str, value))
+    return re.sub(" at 0x[0-9a-f]+", "", str(value))
 
 
 def state_files(folder, processes) -> list[Path]:

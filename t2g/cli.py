@@ -188,9 +188,10 @@ def friendly_errors():
             remedy = "free some space or choose a writable folder, and run the command again"
             fail(f"cannot write to the disk ({error}); {remedy}")
         if isinstance(error, MEMORY_FULL) or re.search(MEMORY_FULL_TEXT, str(error)):
+            shorter = "lower --max_prompt_length or --response_length"
             remedy = "halve --per_device_train_batch_size and double --gradient_accumulation_steps"
             remedy += ", or use --gradient_checkpointing, --lora_r or --bf16"
-            fail(f"out of memory; lower --max_prompt_length or, in training, {remedy}")
+            fail(f"out of memory; {shorter} or, in training, {remedy}")
         if isinstance(error, OSError) and error.filename:
             fail(f"{error.filename} cannot be used ({error.strerror}); choose another path")
         raise

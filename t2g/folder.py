@@ -18,7 +18,7 @@ from t2g.log import METRICS, read_json, truncate, write_json
 from t2g.policy import checkpoints, latest_checkpoint, step_of
 
 RESUME_IGNORES = {  # flags that may differ between a run and its continuation
-    *("argv", "resume", "output_dir", "save_steps", "save_total_limit", "tensorboard"),
+    *("argv", "launcher", "resume", "output_dir", "save_steps", "save_total_limit", "tensorboard"),
     *("eval_samples", "gradient_checkpointing", "cpu_offload", "replicate_frozen"),
 }
 BATCH_FACTORS = {"per_device_train_batch_size", "gradient_accumulation_steps"}
@@ -32,12 +32,16 @@ def run_folder(args):
     what came of it. Collective.
     """
     folder = Path(args.output_dir).resolve()
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    resume = "auto" if restarted else getattr(args, "resume", "auto")
+    for flag in ("policy", "model"):
+        start = getattr(args, flag, None)
+        if start and os.path.exists(start) and Path(start).resolve().is_relative_to(folder):
+            fail(f"--{flag} {start} lies in --output_dir {folder}; choose another --output_dir")
     with ExitStack() as stack:
         if dist.rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
             stack.callback(os.close, lock(folder))
+            restarted = was_restarted(folder)
+            resume = "auto" if restarted else getattr(args, "resume", "auto")
             if restarted and is_finished(folder):
                 raise SystemExit(0)
             if resume == "none" or not resumable(folder, args, resume):
@@ -47,6 +51,14 @@ def run_folder(args):
                     stack.callback(os.close, lock(fresh_folder(folder)))
         dist.barrier()
         yield folder
+
+
+def was_restarted(folder) -> bool:
+    """Whether this process is a restart by torchrun, whose earlier start has begun the run."""
+    config = folder / "config.json"
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0 or not config.is_file():
+        return False
+    return read_json(config).get("launcher") == os.getppid()
 
 
 def resumable(folder, args, resume) -> bool:
@@ -110,7 +122,8 @@ def open_log(folder, args, more_metrics=(), tensorboard=False, keep_until=0):
     if dist.rank() > 0:
         return lambda step, metrics: None
     truncate(folder / "metrics.jsonl", keep_until)  # first, because it marks the folder as a run
-    write_json(folder / "config.json", {"argv": sys.argv, **vars(args)})
+    program = {"argv": sys.argv, "launcher": os.getppid()}
+    write_json(folder / "config.json", program | vars(args))
     file, known = open(folder / "metrics.jsonl", "a", encoding="utf-8"), {*METRICS, *more_metrics}
     board = None
     if tensorboard:

@@ -129,6 +129,8 @@ def repair_last_line(path: Path):
     try:
         json.loads(last or b"{}")
     except ValueError:
+        if not last.startswith(b"{"):
+            fail(f"{path} is not a file of annotations; choose another --out")
         os.truncate(path, path.stat().st_size - len(last))
         print(f"the half-written last line of {path} was cut off", flush=True)
         return

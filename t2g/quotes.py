@@ -56,7 +56,7 @@ def find(text: str, quote: str) -> tuple[str, list[tuple[int, int]]]:
     unwrapped = plain_quote.strip("\"' ")
 
     def places_of(wanted):
-        ranges = _occurrences(plain_text, wanted) if wanted else []
+        ranges = _occurrences(plain_text, wanted) if wanted.strip() else []
         return list(dict.fromkeys((origin[start][0], origin[end - 1][1]) for start, end in ranges))
 
     normalised = places_of(plain_quote) or places_of(unwrapped)

@@ -92,7 +92,10 @@ def read(body: bytes) -> Answer | None:
         counts = [usage.get(key) for key in Tokens._fields]
         counted = all(type(count) in (int, float) and 0 <= count < 1e9 for count in counts)
         tokens = Tokens(*map(int, counts)) if counted else None  # some servers write 12.0
-        return Answer(choice["message"].get("content") or "", choice.get("finish_reason"), tokens)
+        text = choice["message"].get("content") or ""
+        if isinstance(text, list):  # of parts, as some servers write it
+            text = "".join(part["text"] for part in text if part.get("type") == "text")
+        return Answer(text + "", choice.get("finish_reason"), tokens)  # a TypeError if no string
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
 

@@ -35,7 +35,7 @@ def parse(doc, name, add_own_flags, toy):
     add = cli.flags(parser)
     tasks.add_flags(add)
     critics.add_flags(add)
-    add("--policy", None, "starting policy: run, folder, hub id or .gguf file; sft if not given")
+    add("--policy", None, "starting run, folder, hub id or .gguf file; sft beside the run if none")
     add("--output_dir", None, f"folder of the run; runs/TASK/{name} if not given")
     add_own_flags(add)
     task, args = tasks.parse(parser, name, toy=toy)
@@ -132,7 +132,7 @@ def text_reward(tokenizer, text, feedback) -> float:
 
 
 def fitting_revision(model, tokenizer, prompt, response, feedback, length) -> str | None:
-    """Returns revision_prompt(), its prompt shortened in the middle for a response of length.
+    """Returns revision_prompt(), its prompt shortened to leave room for `length` new tokens.
 
     Returns None if there is no readable feedback, or if the text does not fit even so.
     """

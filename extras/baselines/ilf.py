@@ -38,7 +38,7 @@ def main():
         num_prompts = len({example.prompt for example in examples})
         shared = critic, tokenizer, model, args
 
-        # 1. Responses. One without a readable critique, or with too long a one, cannot be revised.
+        # 1. Responses. Those whose critique is unreadable or too long cannot be revised.
         sampled, stats = common.sample_and_score(examples, *shared)
         first, prompts = [], []
         for row in sampled:

@@ -51,6 +51,7 @@ def main():
     task, args = tasks.parse(parser, "eval")
     root, examples = Path(args.runs[0]).parent, tasks.load(task, args)[1]
     args.replicate_frozen, args.cpu_offload = True, False  # ranks ask the critic as often as needed
+    args.output_dir = args.runs[0]  # critics look for their models beside it
     scores = {}
     earlier = partial(stages.ensure, critics.stages_before(args), args, root)
     with torchrun.session(run_first=earlier):

@@ -1,9 +1,9 @@
-"""A scalar reward model, a baseline: one number for a response where train_rm.py's says where.
+"""A scalar reward model, a baseline: one number for a response, without a critique or quotes.
 
     score(x, y) = w . h_last(x, y) + b        the value head at the text's last token (policy.py)
     L = E[ (score(x, y) - s)^2 ]              s: the sum of delta_t over y, from the annotations
 
-The command trains it; as a critic, the file gives the score of each response and no critique. The
+The command trains it; as a critic, this file returns the score of each response as its reward. The
 tokens are those of the reward model's tokenizer. Long prompts are shortened in the middle.
 
 python -m extras.baselines.scalar_rm                             # the toy, into runs/toy/rm_scalar

@@ -48,7 +48,7 @@ def add_flags(add):
     add("--tensorboard", False, "also write TensorBoard files")
     add("--divergence", "reverse_kl", "D, from policy to teacher", tuple(DIVERGENCES))
     add("--tokens", "all", "which tokens learn: all, or those of poor spans", ("all", "poor"))
-    rate = "step of the teacher towards the policy: 1 is the policy, 0 the starting policy"
+    rate = "r in teacher <- (1 - r) teacher + r policy, after each step; 0: never updated"
     add("--teacher_update_rate", 0.05, rate, cli.between(0, 1))
     add_step_flags(add, num_ppo_epochs=1)
     dist.add_flags(add)

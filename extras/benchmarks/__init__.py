@@ -18,7 +18,7 @@ from t2g import cli, data, policy, statistics, tasks
 from t2g.rollout import respond
 
 
-def parser(doc, task=False):
+def parser(doc, task=False, samples=True):
     """Returns a parser with the flags of all benchmarks, and its add() of cli.flags.
 
     task adds the flags that choose held-out prompts of a task.
@@ -33,7 +33,8 @@ def parser(doc, task=False):
     else:
         add("--seed", 0, "random seed", int)
         add("--bf16", False, "matrix products in bf16, weights in fp32")
-    add("--temperature", 0.0, "sampling temperature; 0 is greedy", cli.between(0, 2))
+    if samples:
+        add("--temperature", 0.0, "sampling temperature; 0 is greedy", cli.between(0, 2))
     return parser, add
 
 

@@ -27,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 from extras import benchmarks
-from t2g import cli, policy, tasks
+from t2g import chat, cli, policy, tasks
 from t2g.log import write_text
 
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
@@ -90,7 +90,7 @@ def converse(model, tokenizer, question, args) -> list[str]:
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0}
     for turn in question["turns"]:
         messages.append({"role": "user", "content": turn})
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        text = chat.render(tokenizer, *messages, add_generation_prompt=True)
         batch = tokenizer([text], add_special_tokens=False, return_tensors="pt").to(model.device)
         ids, mask = batch["input_ids"], batch["attention_mask"]
         room = min(args.response_length or LENGTH, context - ids.shape[1])

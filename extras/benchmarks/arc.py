@@ -20,7 +20,7 @@ from t2g.data import needed
 
 @cli.friendly_errors()
 def main():
-    parser, add = benchmarks.parser(__doc__)
+    parser, add = benchmarks.parser(__doc__, samples=False)
     parser.add_argument("model", help="a run, a model's folder, a .gguf file or a hub id")
     add("--data", "arc.jsonl", "the questions; arc_local.yaml describes the file")
     add("--letters", False, "list the options in the question and compare their letters")

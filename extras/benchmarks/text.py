@@ -52,7 +52,7 @@ def main():
         if judge and any(texts):
             scores[name]["perplexity"] = perplexity(texts, *judge, args.bf16)
         if first:
-            change = {metric: columns[metric] - first[metric] for metric in first}
+            change = {name: columns[name] - first[name] for name in first if name in columns}
             differences[name] = {metric: benchmarks.interval(x) for metric, x in change.items()}
         first = first or columns
     versions = {"bleu": signature, "bert_score": scorer.hash if scorer else None}

@@ -12,7 +12,7 @@ Each pair is judged in both orders. The score of a prompt is the mean of its two
     win_rate          mean score of the prompts
     ties              share of verdicts that are ties
     inconsistent      share of prompts whose two verdicts contradict each other
-    first_position    share of the other verdicts that prefer the first response; unbiased: 1/2
+    first_position    share of verdicts, ties aside, for the response shown first; unbiased: 1/2
 
 Readable verdicts are kept in --out. The same command resumes, and asks again for the others.
 Choose a judge that did not annotate the training data: a policy may please its own teacher.

@@ -24,7 +24,7 @@ from signal import SIGKILL
 from struct import pack
 
 MAX_PROCESSES = 64  # of a program at a time, threads included
-MAX_FILE_MB, MAX_FILES = 16, 4096  # of a file; with namespaces of all files, and their number
+MAX_FILE_MB, MAX_FILES = 16, 4096  # size of a file; with namespaces, total size and number
 MAX_OUTPUT = 65536  # bytes that are kept of stdout and of stderr, the last ones
 GRACE = 0.2  # seconds from the timeout, when stderr receives the program's stack, to the kill
 USERS = range(61184, 65520)  # ids that systemd reserves for short-lived users

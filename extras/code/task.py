@@ -56,13 +56,14 @@ DEFAULTS = {
 
 
 def add_flags(add):
-    add("--allow_code_execution", False, "run in a sandbox what the policy writes")
+    add("--allow_code_execution", False, "allow running the policy's programs, in a sandbox")
 
 
 def check(args, script):
     """Asks for permission where programs run, and prints what protects the machine."""
-    what = getattr(args, "what", None)
-    runs = script == "train_ppo" or what == "policy" or (what == "rm" and not args.annotations)
+    idle = ("train_sft", "train_rm", "scalar_rm", "extras.human.page", "be_the_critic.py")
+    what = getattr(args, "what", None if script in idle else "policy")
+    runs = what == "policy" or (what == "rm" and not args.annotations)
     if script == "annotate":
         runs = args.critic == "rule" or not (args.critic or args.model or args.base_url)
     if runs and not args.allow_code_execution:
@@ -74,8 +75,7 @@ def check(args, script):
             fail(f"no program can run here: {error}")
         limits = "limits of time, memory, files and processes"
         print("programs run in a sandbox:", ", ".join([*active, limits]))
-        missing = [name for name in sandbox.PROTECTIONS if name not in active]
-        if missing:
+        if missing := [name for name in sandbox.PROTECTIONS if name not in active]:
             advice = "(use a container or a user without rights)"
             print("warning: this machine cannot guarantee", ", ".join(missing), advice)
 
@@ -182,8 +182,8 @@ def judge(example, response) -> tuple[Feedback, list[str]]:
     definition = called(example, program, failed)
     wrong, right = lines_at_fault(program, definition, frames, kind), []
     if kind == "wrong answer" and frames:
-        before = [n for n in unit_tests.tree_of(tests_of(example)).body if n.end_lineno < failed]
-        held = sum(isinstance(node, ast.Assert) for node in before)
+        nodes = ast.walk(unit_tests.tree_of(tests_of(example)))
+        held = sum(isinstance(node, ast.Assert) and node.end_lineno < failed for node in nodes)
         right = lines_that_ran(definition, held > 0)
         sentence += f" It runs, and {held} assertions hold."
     poor = quotes(response, program, wrong)
@@ -227,7 +227,7 @@ def lines_at_fault(program, definition, frames, kind) -> list[tuple[int, int]]:
 
 
 def called(example, program, line=0):
-    """Returns the definition that this line of the tests calls, else any line, else the last."""
+    """Returns the definition that this line of the tests calls, or any line, or the last one."""
     found = {node.name: node for node in ast.walk(program.tree) if isinstance(node, DEFINITIONS)}
     tests = unit_tests.tree_of(tests_of(example))
     for part in [*reversed(statements(tests, line)), tests]:  # the innermost statement first

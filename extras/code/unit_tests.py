@@ -169,7 +169,8 @@ class ShowValues(ast.NodeTransformer):
     """Gives assert f(2) == 4 the message "f(2) is 5, not 4"; drops imports of all of solution."""
 
     def visit_ImportFrom(self, node):
-        return None if node.module == "solution" and node.names[0].name == "*" else node
+        everything = node.module == "solution" and node.names[0].name == "*"
+        return ast.Pass() if everything else node  # not None, because a block must not be empty
 
     def visit_Assert(self, node):
         compared = isinstance(node.test, ast.Compare) and len(node.test.ops) == 1

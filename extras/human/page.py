@@ -55,7 +55,7 @@ def tokens_of(tokenizer, ids, text) -> list:
 
 
 def write_page(path, records, tokenizer=None, ids=None):
-    """Writes the page of some records. ids, the token ids of each response, may be unknown."""
+    """Writes the page on which records are marked. ids: the token ids of each response, or None."""
     items = []
     for n, record in enumerate(records):
         text = record["response"]
@@ -75,7 +75,7 @@ def main():
     add = cli.flags(parser)
     tasks.add_flags(add)
     add("--responses", None, "records to mark, as annotate.py takes (default: samples of a policy)")
-    add("--policy", None, "run, folder, hub id or .gguf file (default: sft in runs/TASK)")
+    add("--policy", None, "sampled (default: sft in runs/TASK); with --responses, gives the tokens")
     add("--samples", 20, "responses to sample")
     add("--response_length", 64, "maximum tokens of a sampled response")
     add("--temperature", 1.0, "temperature of the policy")

@@ -1,11 +1,11 @@
-"""Measures on spans that people marked whether quotes mark the same places, and how fast.
+"""Measures whether quotes find the spans that people marked, and how long the search takes.
 
     python -m extras.human.spans --data FILE [TOKENIZER ...]
 
 Each line of FILE is {"response": text, "spans": [[start, end], ...]} or a row of FineGrainedRLHF's
-QA feedback. Each span is given back as a quote, verbatim and misquoted. A tokenizer is a folder, a
-hub id or a .gguf file; its own offsets name the tokens that a quote should mark. The last line is
-one JSON object.
+QA feedback. The text of each span is searched for as a quote, verbatim and with typical mistakes. A
+tokenizer is a folder, a hub id or a .gguf file; its own offsets say which tokens a quote should
+mark. The last line is one JSON object.
 """
 
 import json
@@ -188,7 +188,8 @@ def time_alignment(responses, tokenizer, tokens, typo=False, spans=20, rounds=30
     """
     rng = random.Random(0)
     text = " ".join(marked.text for marked in responses)
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"][:tokens]
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = (ids * (tokens // len(ids) + 1))[:tokens]  # repeated, if the responses are few
     words, quotes = response_text(tokenizer, ids).split(), []
     for _ in range(spans):
         start = rng.randrange(len(words))

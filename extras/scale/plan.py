@@ -42,7 +42,7 @@ def main():
     script = sys.argv.pop(1) if named else "train_ppo.py"
     task, args = parse_stage(script, sys.argv[1:])
     use_new_model(task, args)
-    print("this takes up to a minute", flush=True)
+    print("planning takes up to a minute", flush=True)
     plan = estimate(args, count, machine, script)
     print(f"{name}, prompts of {prompt_length(args)} tokens; for each process:")
     titles = {"memory": "GiB that stay", "peak": "GiB that a phase adds", "hours": "hours"}
@@ -125,7 +125,7 @@ def estimate(args, processes, machine, script="train_ppo.py") -> dict:
 
 
 def flags_that_fit(args, processes, machine, script="train_ppo.py", available=1) -> list[str]:
-    """The first flags of savers() that make the run fit, all together; [] if all do not suffice."""
+    """The shortest prefix of savers() with which the run fits; [] if all of them do not suffice."""
     flags, args = [], copy.copy(args)
     for flag, changed in savers(args, processes, machine, available):
         flags += flag

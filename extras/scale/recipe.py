@@ -2,8 +2,8 @@
 
 python -m extras.reproduce --recipe slf5k_8b --plan 8xH100-80
 
-What plan.py assumes holds here. GPU hours count the GPUs that a command uses. An annotator is
-assumed to answer at the first try.
+The assumptions of plan.py hold here, too. GPU hours count the GPUs that a command uses. An
+annotator is assumed to answer at the first attempt.
 """
 
 import contextlib

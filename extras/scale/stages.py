@@ -1,6 +1,6 @@
 """What a stage keeps in memory, what each of its phases adds, and how long they take.
 
-All is of one process. Training stages shard their models over the processes; stages that only
+Figures are per process. Training stages shard their models over the processes; stages that only
 sample hold a whole model in each process and share out the prompts. See plan.py.
 """
 
@@ -234,10 +234,11 @@ def reflection(stage, args):
 
 
 def benchmark(stage, args):
-    """A response to each question."""
-    source = args.models[0] if hasattr(args, "models") else args.model
+    """A response of each model to each question."""
+    sources = args.models if hasattr(args, "models") else [args.model]
     count = getattr(args, "num_problems", None) or getattr(args, "eval_samples", QUESTIONS)
-    whole_model(stage, source, count * getattr(args, "num_samples", 1))
+    for source in sources:
+        whole_model(stage, source, count * getattr(args, "num_samples", 1))
 
 
 STAGES = {

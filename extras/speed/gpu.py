@@ -10,11 +10,12 @@ one part at most, and the rows of that part are in DIR/PART.jsonl. The exit code
 a check failed.
 
 torch, transformers, peft, scipy, matplotlib and tqdm suffice. Only news also needs rouge-score and
-sacrebleu, and is skipped without them. Without rapidfuzz, quotes that are not in the text count as
-lost, which lowers the figures of human a little.
+sacrebleu, and human llguidance; without these they are skipped. Without rapidfuzz, quotes that are
+not in the text count as lost, which lowers the figures of human a little.
 """
 
 import argparse
+import contextlib
 import importlib
 import importlib.util
 import json
@@ -34,7 +35,7 @@ from t2g import checkpoint, cli
 from t2g.log import read_jsonl, write_json, write_text
 
 HERE = Path(__file__).resolve().parents[2]
-NEWS = ("rouge_score", "sacrebleu")
+NEWS, CRITIC = ("rouge_score", "sacrebleu"), ("llguidance",)
 MARKS = {None: "", True: "passed", False: "**failed**"}
 
 
@@ -54,7 +55,7 @@ PARTS = {
     "speed": Part("Speed in bf16, random weights", "gpu_speed", 180),
     "peers": Part("Sampling by transformers' own functions", "gpu_speed", 90),
     "news": Part("SmolLM2 on news", "gpu_jobs", 400, ("model", "data"), NEWS),
-    "human": Part("Critics against people's feedback", "gpu_jobs", 300, ("model", "data")),
+    "human": Part("Critics against people's feedback", "gpu_jobs", 300, ("model", "data"), CRITIC),
 }
 
 
@@ -132,9 +133,9 @@ def run_part(name, args, out, end) -> dict:
         except subprocess.TimeoutExpired:
             pass  # code stays None
         finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            with contextlib.suppress(ProcessLookupError):  # the group has ended
+                os.killpg(process.pid, signal.SIGKILL)  # it may outlive its first process
+            process.wait()
         log.seek(0)
         note = "" if code == 0 else log.read()[-1500:]
     state = {0: "done", None: "cut off"}.get(code, "failed")

@@ -8,8 +8,8 @@ MODEL is a folder, a hub id or a .gguf file. The work: 8 prompts of about 60 tok
 each, 4 epochs of 2 minibatches of 4. Ours is train_ppo.py as users start it, so it also criticises,
 aligns and logs; bf16 is left out on CPUs that emulate it. The peer computes in fp32, and its update
 includes the forward passes that ours counts as score. In each turn every program runs once in its
-own process; its first step does not count. Ratios are the peer's seconds by ours (memory: ours by
-the peer's), medians over turns.
+own process; its first step does not count. A ratio is the peer's seconds divided by ours (for
+memory, ours divided by the peer's), the median over turns.
 """
 
 import json
@@ -47,7 +47,7 @@ def main():
     add = cli.flags(parser)
     add("--peer", None, "the Python of the peer's environment; without it no ratios to the peer")
     add("--turns", 3, "how often every program runs")
-    add("--steps", 3, "steps of each program in a turn, one more than is counted")
+    add("--steps", 3, "steps of each program in a turn; the first one is not counted")
     args = parser.parse_args()
     if args.steps < 2:
         cli.fail("--steps must be 2 or more, because the first one is left out")
@@ -129,7 +129,7 @@ def summary(turns, peers=None) -> dict:
 
 
 def compare_sampling(work, model, tokenizer, turns) -> dict:
-    """The seconds of transformers' generate by those of sample(), medians over turns."""
+    """Seconds of transformers' generate divided by those of sample(), medians over turns."""
     load, medians = AutoModelForCausalLM.from_pretrained, {}
     plain = load(work / "model", dtype=torch.float32).to(model.device)
     dtypes = (False,) if cpu.emulates_bf16() else (False, True)

@@ -1,6 +1,6 @@
 """Dense labels, an ablation of the paper: labels spread until 70% of the words have one.
 
-It wraps another critic, or rewrites annotations for a reward model to learn from:
+It wraps another critic (the default, rm, must be trained first), or rewrites annotations:
 
 python train_ppo.py --critic extras/studies/dense.py --output_dir runs/toy/ppo_dense
 python -m extras.studies.dense runs/toy/annotations.jsonl runs/toy/dense.jsonl
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from extras.studies.noisy import wrapped
 from t2g.align import resolve
-from t2g.cli import friendly_errors
+from t2g.cli import fail, friendly_errors
 from t2g.critics import quote_of
 from t2g.feedback import Feedback, Span
 from t2g.notes import read_annotations, write_whole
@@ -69,6 +69,8 @@ def main():
     parser.add_argument("annotations", help="records as annotate.py writes them")
     parser.add_argument("out", help="the file of the records with dense labels")
     args = parser.parse_args()
+    if Path(args.out).resolve() == Path(args.annotations).resolve():
+        fail("out is the file of the annotations; choose another, so that no label is lost")
     records = read_annotations(args.annotations)
     for record in records:
         record.pop("kinds", None)  # one per quote of the record, and the quotes change

@@ -15,6 +15,7 @@ import re
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from t2g.cli import between, positive
 from t2g.critics import quote_of
 from t2g.feedback import Feedback
 from t2g.tasks import Example
@@ -40,8 +41,14 @@ DEFAULTS = {"train_sft": SFT, "train_ppo": PPO, "eval": dict(eval_samples=64)}
 
 
 def add_flags(add):
-    add("--length", 0, "tokens of a response; 0: 50, 150 and 400", int)
-    add("--spans", "all", "items that the rule marks in a response, a number or all")
+    length = "tokens of a response, two per item; 0 mixes 50, 150 and 400"
+    add("--length", 0, length, between(0, 2 * MAX_ITEMS, int))
+    add("--spans", "all", "items that the rule marks in a response, a number or all", spans)
+
+
+def spans(text: str) -> str:
+    """An argument type: "all", or a number above 0."""
+    return text if text == "all" else str(positive(int)(text))
 
 
 def load(args):

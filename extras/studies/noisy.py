@@ -4,7 +4,7 @@ It wraps another critic and spoils each of its quotes with a given probability:
 
     flip      a good quote becomes poor, a poor quote becomes good
     drop      the quote is removed
-    shift     the quote moves by its own length, left or right, within the text
+    shift     the quote moves left or right by its length; at an edge it may stay
     random    the quote moves to a random place of the text
 
 python train_ppo.py --critic extras/studies/noisy.py --noise flip:0.3 --output_dir runs/toy/ppo_flip

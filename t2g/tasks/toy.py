@@ -75,7 +75,7 @@ def check(args, script):
     if args.data:
         fail("the toy makes its own posts; use --data with another --task, such as summarize")
     model = getattr(args, "model", None) or getattr(args, "policy", None)
-    is_local = script not in ("annotate", "eval")  # these ask servers, or measure any model
+    is_local = script not in ("annotate", "eval", "benchmark", "extras.human.page")  # train nothing
     if model and is_local and not Path(model).exists():
         hint = "choose another --task for it, such as summarize"
         fail(f"{model} is no folder, and --task toy trains only its own small models; {hint}")

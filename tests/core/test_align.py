@@ -203,7 +203,7 @@ def test_a_quote_that_is_short_blank_or_different_is_lost():
     for other in ("The dog never sleeps at night.", "The cat is 72, sleeps by day", text + text):
         assert find(text, other) == LOST
     assert find("!?#$ %&()= +-*/ <>", "!?#$ %&()= +.*/ <>") == LOST, "no words, no place is close"
-    for blank in ("", "\n\t ", "\u3000"):
+    for blank in ("", "\n\t ", "\u3000", "\u200b \ufeff"):
         assert find("", blank) == find("a b\n\u3000\u00a0c", blank) == find("", "word") == LOST
 
 

@@ -1,5 +1,6 @@
 """Annotation by a server that fails in many ways: nothing is lost, paid twice or trusted."""
 
+import gzip
 import json
 import os
 import random
@@ -163,6 +164,13 @@ def test_an_answer_without_plausible_usage_costs_the_worst_case(serve, annotate)
     assert server.read(json.dumps(body).encode()).tokens == (3, 4)
 
 
+def test_a_server_may_write_its_text_in_parts():
+    parts = [{"type": "thinking", "text": "Hm."}, {"type": "text", "text": "Yes."}]
+    for content, text in ((parts, "Yes."), ("Yes.", "Yes."), (None, ""), (5, None), ([5], None)):
+        answer = server.read(json.dumps({"choices": [{"message": {"content": content}}]}).encode())
+        assert (answer and answer.text) == text
+
+
 # ---- the file ----------------------------------------------------------------------------------
 @pytest.mark.parametrize("cut", [1, 40, -1])
 def test_a_half_written_last_line_is_cut_off_and_asked_again(serve, annotate, tmp_path, cut):
@@ -178,7 +186,7 @@ def test_a_half_written_last_line_is_cut_off_and_asked_again(serve, annotate, tm
     assert len(log()) == count + 2 * (cut != -1)
 
 
-def test_a_file_of_other_records_or_of_another_process_is_refused(serve, annotate, tmp_path):
+def test_a_file_of_other_records_or_of_another_process_is_refused(serve, call, annotate, tmp_path):
     url, log = serve()
     written, asked = annotate(url, texts(2))[2], len(log())
     code, printed, after = annotate(url, [{**texts(2)[0], "response": "another one"}])
@@ -187,6 +195,11 @@ def test_a_file_of_other_records_or_of_another_process_is_refused(serve, annotat
         assert "another process" in annotate(url, texts(2))[1]
     write(tmp_path / "out.jsonl", [{"text": "a"}])
     assert "no id" in annotate(url, texts(2))[1] and len(log()) == asked
+    for content in (json.dumps([{"id": "a"}], indent=1).encode(), b"notes", gzip.compress(b"{}")):
+        (tmp_path / "out.jsonl").write_bytes(content)
+        code, printed = call(*flags(url, tmp_path, texts(2)))
+        assert code == 2 and "not a file of annotations" in printed
+        assert (tmp_path / "out.jsonl").read_bytes() == content
 
 
 def test_a_full_disk_ends_the_run_and_the_next_run_continues(serve, call, annotate, tmp_path):

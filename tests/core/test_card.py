@@ -1,5 +1,6 @@
 """The card of a critic: identities of its figures, and the files it reads."""
 
+import gzip
 import json
 import random
 import re
@@ -215,6 +216,9 @@ def test_critics_that_are_files_are_compared_by_their_responses(run, tmp_path):
     weak[3]["feedback"] = None
     weak = write(tmp_path / "weak.jsonl", weak[:2:-1])  # the first three are absent
     result = run(weak, "--annotations", truth)
+    packed = tmp_path / "weak.jsonl.gz"
+    packed.write_bytes(gzip.compress(weak.read_bytes()))
+    assert run(packed, "--annotations", truth) == result
     expected = card(records[:28], [None] * 4 + feedback[4:28])
     assert result == json.loads(json.dumps(expected)), "failed records of the truth are left out"
     both = run(weak, truth, "--annotations", truth)

@@ -138,6 +138,13 @@ def test_a_mistake_costs_points_and_is_named(grade, name, right, wrong, words):
     assert re.search(words, sentence), sentence
 
 
+def test_what_is_not_written_yet_costs_its_own_points_alone(grade):
+    full = "return torch.where(logprobs.isfinite(), logprobs.exp() * -x.log(), 0).sum(-1)"
+    source = STUDENT["kl_penalty"].replace(full, "raise NotImplementedError")
+    points, sentence = grade.judge("kl_penalty", defined(source, "kl_penalty"))
+    assert 0 < points < len(grade.RULES["kl_penalty"]) and sentence == "not written yet"
+
+
 def test_the_stubs_hold_no_solution_and_their_examples_are_right(grade):
     functions = [f for f in ast.parse(STUBS).body if isinstance(f, ast.FunctionDef)]
     assert [f.name for f in functions] == list(grade.RULES) == list(STUDENT)

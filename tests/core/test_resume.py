@@ -228,6 +228,30 @@ def lose_a_row_of_each_weight(file):
     save_file({name: x[:1].clone() if x.ndim else x for name, x in tensors}, file)
 
 
+def test_only_a_restart_of_the_launch_that_began_a_run_takes_it_for_its_own(
+    whole, flags, tmp_path, monkeypatch
+):
+    folder, aside = flags[-1], tmp_path / "ppo.1"
+    shutil.copytree(whole, folder, dirs_exist_ok=True)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert run(*flags)[0] == 0 and not aside.exists(), "the run had finished"
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"launcher": 0}))
+    assert run(*flags)[0] == 0 and aside.exists(), "the run of another launch is moved aside"
+    assert output_of(folder) == output_of(whole)
+
+
+def test_a_policy_in_the_folder_of_the_run_is_refused_before_anything_moves(whole):
+    code, printed = run(*FLAGS, "--policy", whole, "--output_dir", whole)
+    assert code == 2 and "choose another --output_dir" in printed
+    assert (whole / "result.json").is_file() and not whole.with_name("ppo.1").exists()
+
+
+def test_data_have_the_same_hash_in_each_process():
+    one, other = ([("p", "r", {"words": set(words), "o": object()})] for words in ([0, 8], [8, 0]))
+    assert str(one) != str(other) and checkpoint.hash_of(one) == checkpoint.hash_of(other)
+
+
 STATE = "checkpoint-4/state"
 DAMAGES = [  # a file of a run, and what happens to it
     ("config.json", lambda file: file.write_text("{")),

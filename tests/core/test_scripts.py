@@ -189,6 +189,9 @@ BAD_FLAGS = {  # command: what the sentence names
     "train_sft --max_length -1": "--max_length",
     "train_sft --weight_decay 0 --max_length -1": "--max_length",
     "annotate --max_retries -1": "between 0 and 1000",
+    "annotate --out notes.jsonl.gz": "gzipped",
+    "train_ppo --kl_target 6 --kl_coef 0": "--kl_coef",
+    "train_ppo --kl_target 6 --kl_horizon 10": "--kl_horizon",
     "eval seeds": "two runs",
 }
 
@@ -215,6 +218,22 @@ def test_unusable_data_folders_and_policies(refuse, toy_run, tmp_path):
     tokenizer.eos_token = None
     tokenizer.save_pretrained(tmp_path / "model")
     assert "no EOS token" in refuse(command, policy=tmp_path / "model", output_dir=ppo)
+
+
+BARE_TASK = """
+from t2g.tasks import Example
+METRICS = {}
+load = lambda args: ([Example("a", "", {})], [Example("b", "", {})])
+score = lambda example, response: {}
+"""
+
+
+def test_a_task_without_references_or_a_rule(refuse, toy_run, tmp_path):
+    task, start = tmp_path / "bare.py", toy_run / "sft"
+    task.write_text(BARE_TASK)
+    paths = dict(task=task, model=start, output_dir=tmp_path / "sft")
+    assert "no references" in refuse("train_sft", **paths)
+    assert "no rule" in refuse("annotate", task=task, policy=start, out=tmp_path / "notes.jsonl")
 
 
 USELESS = [

@@ -106,6 +106,14 @@ def test_what_ran_is_praised_and_more_of_it_if_some_assertions_hold():
 
 
 @linux
+def test_assertions_hold_inside_the_functions_of_pytest_too():
+    two = "assert f(2, 2) == 4\n\ndef test_b():\n    assert f(2, 3) == 5"
+    tests = f"try:\n    from solution import *\nexcept ImportError:\n    pass\n\ndef test_a():\n    {two}"
+    critique, quotes, _ = judge("def f(a, b):\n    c = a * b\n    return c", problem(tests))
+    assert critique.endswith("and 1 assertions hold.") and "c = a * b" in quotes
+
+
+@linux
 def test_a_line_that_occurs_twice_gets_a_quote_that_is_unique():
     program = "def f(a, b):\n    return a\n\ndef g(a, b):\n    return a"
     assert judge(program, before="It says\nreturn a\n\n")[1][1].endswith("return a")

@@ -115,6 +115,9 @@ PERMISSION = [  # script, flags, whether it runs programs
     ("annotate", {"critic": None, "model": "gpt", "base_url": None}, False),
     ("annotate", {"critic": "rule", "model": None, "base_url": None}, True),
     ("train_sft", {"model": None}, False),
+    ("scalar_rm", {}, False),
+    ("dpo", {"critic": "rule"}, True),
+    ("benchmark", {}, True),
 ]
 
 
