@@ -70,6 +70,8 @@ def add_algorithm_flags(add):
     add("--cliprange", 0.2, "clip range of the ratio")
     add("--cliprange_value", 0.2, "clip range of the value function")
     add("--vf_coef", 0.1, "weight of the value loss", at_least_0)
+    rate = "learning rate of the value head; that of the policy if not given"
+    add("--value_learning_rate", None, rate, cli.positive(float))
     add("--entropy_coef", 0.0, "weight of the entropy bonus", at_least_0)
     add("--gamma", 1.0, "discount factor", share)
     add("--lam", 0.95, "lambda of GAE", share)

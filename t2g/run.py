@@ -49,8 +49,11 @@ class Run:
     def __init__(self, args, task, tokenizer, actor, pool, heldout, folder):
         self.args, self.tokenizer, self.actor = args, tokenizer, actor
         self.pool, self.heldout, self.bad_steps = pool, heldout, 0
-        weights, rate = checkpoint.trainable(actor).values(), args.learning_rate
-        self.optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=0.0, fused=True)
+        rates = args.learning_rate, args.value_learning_rate or args.learning_rate
+        parts = checkpoint.trainable(actor.model), checkpoint.trainable(actor.value_head)
+        groups = [{"params": part.values(), "lr": rate} for part, rate in zip(parts, rates)]
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+        self.rates = rates
         self.meta = checkpoint.resume(actor, self.optimizer, args, pool)
         self.first, self.kl_coef = self.meta["step"] + 1, self.meta["kl_coef"]
         kept = self.meta["step"]
@@ -66,8 +69,8 @@ class Run:
         try:
             for step in self.bar:
                 done = (step - 1) / self.args.max_steps
-                self.learning_rate = self.args.learning_rate * (1 - done)
-                self.optimizer.param_groups[0]["lr"] = self.learning_rate
+                for group, rate in zip(self.optimizer.param_groups, self.rates):
+                    group["lr"] = rate * (1 - done)
                 self.clock = [now()]
                 yield step
         finally:
@@ -85,7 +88,7 @@ class Run:
 
     def log(self, step, metrics):
         """Writes the step's metrics, and ends the run if its gradients stay not finite."""
-        metrics |= seconds_of(self.clock) | {"learning_rate": self.learning_rate}
+        metrics |= seconds_of(self.clock) | {"learning_rate": self.optimizer.param_groups[0]["lr"]}
         self.write(step, metrics)
         self.bar.set_postfix_str(STATUS.format_map(defaultdict(float, metrics)))
         updates = self.args.num_ppo_epochs * self.args.num_mini_batches
