@@ -29,7 +29,7 @@ STEPS = 6
 FLAGS = (
     "--critic", "rule", "--max_steps", STEPS, "--per_device_train_batch_size", 2,
     "--eval_samples", 2, "--num_ppo_epochs", 2, "--response_length", 12, "--save_steps", 2,
-    "--kl_target", 0.5, "--kl_horizon", 20, "--save_total_limit", 9,
+    "--kl_target", 0.5, "--kl_horizon", 20, "--save_total_limit", 9, "--value_learning_rate", 0.01,
 )  # fmt: skip
 
 
@@ -90,6 +90,12 @@ def test_held_out_prompts_are_shown_before_the_first_update_and_after_each(whole
     kl = {row["step"]: [token["kl"] for token in row["tokens"]] for row in rows}
     assert sorted(kl) == list(range(STEPS + 1))
     assert set(kl[0]) == {0} and any(kl[STEPS]), "policy and reference are one at the start"
+
+
+def test_the_value_head_has_a_learning_rate_of_its_own(whole):
+    weights = load_file(policy.latest_checkpoint(whole) / "value_head" / "value_head.safetensors")
+    updates, policy_rate = 4 * STEPS, 1.7e-4  # a step of Adam is hardly larger than its rate
+    assert max(x.abs().max() for x in weights.values()) > 2 * updates * policy_rate
 
 
 @pytest.mark.parametrize("times", [3, pytest.param(10, marks=pytest.mark.slow)])
