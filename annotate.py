@@ -77,8 +77,8 @@ def main():
     out = Path(args.out or f"runs/{task.NAME}/annotations.jsonl")
     if out.suffix == ".gz":
         cli.fail("--out is written line by line, not gzipped; choose a name that ends in .jsonl")
-    if args.responses and out.resolve() == Path(args.responses).resolve():
-        cli.fail("--out is the file of --responses; choose another --out")
+    if args.responses:
+        cli.keep_input(out, args.responses, "--out")
     if out.exists() and not (args.critic == "openai" and out.is_file()):
         cli.fail(f"{out} exists already; move it away or choose another --out")
     out.parent.mkdir(parents=True, exist_ok=True)

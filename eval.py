@@ -19,6 +19,7 @@ from t2g.rollout import respond_together
 from t2g.statistics import interval
 
 EXAMPLES_SHOWN = 3
+ANNOTATIONS = (".jsonl", ".jsonl.gz")  # how the names of files of annotations end
 
 
 @cli.friendly_errors()
@@ -64,7 +65,7 @@ def reward_models(task, args) -> dict:
     """Returns the card of a critic, or {critic: card} of several; see t2g/card.py."""
     root = Path("runs", task.NAME)
     names = args.runs or [str(root / "rm")]
-    models = [name for name in names if not name.endswith((".jsonl", ".jsonl.gz"))]
+    models = [name for name in names if not name.endswith(ANNOTATIONS)]
     if args.annotations:
         source, records = args.policy or next(iter(models), None), read_usable(args.annotations)
     elif models == names:
@@ -97,7 +98,7 @@ def records_of_rule(task, args, source) -> list[dict]:
 
 def feedback_of(name, records, args):
     """Returns the feedback of a reward model or an annotations file; None is unreadable."""
-    if name.endswith((".jsonl", ".jsonl.gz")):
+    if name.endswith(ANNOTATIONS):
         return card.read_feedback_on(records, name)
     tokenizer, model = policy.load(name, policy.device())
     options = dict(critique_length=args.critique_length, free=args.free_critiques)

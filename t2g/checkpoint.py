@@ -73,14 +73,18 @@ def load(folder, model, optimizers=()) -> dict:
                 sharded = mine is files and parts[0].ndim and not name.startswith("random.")
                 tensors[name] = dist.own_chunk(torch.cat(parts)).clone() if sharded else parts[0]
     except (OSError, SafetensorError, ValueError, LookupError) as error:
-        damaged = folder.parent if folder.name == "state" else folder
-        remedy = f"move {damaged} away and run the same command again"
-        fail(f"{folder} is not a valid state ({type(error).__name__}); {remedy}")
+        fail(f"{folder} is not a valid state ({type(error).__name__}); {remedy(folder)}")
     restore(tensors, folder, model, optimizers)
     torch.set_rng_state(tensors["random.cpu"])
     if "random.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["random.cuda"])
     return reached
+
+
+def remedy(state) -> str:
+    """What to do about a damaged state: without its whole checkpoint an earlier one is resumed."""
+    damaged = state.parent if state.name == "state" else state
+    return f"move {damaged} away and run the same command again"
 
 
 def state_of(model, optimizers) -> dict:
@@ -164,17 +168,17 @@ def resume(actor, optimizer, args, examples) -> dict:
     if not step:
         return start
     folder = Path(args.output_dir) / f"checkpoint-{step}"
-    remedy = f"move {folder} away and run the same command again"
-    meta = read_json(folder / "state" / "meta.json", remedy)
+    state = folder / "state"
+    meta = read_json(state / "meta.json", remedy(state))
     if meta.get("data_hash") != start["data_hash"]:
         if args.resume in ("auto", "none"):
-            remedy = f"restore them, go on with --resume {folder}, or begin anew with --resume none"
-            fail(f"{folder} was made from other data; {remedy}")
+            choice = f"restore them, go on with --resume {folder}, or begin anew with --resume none"
+            fail(f"{folder} was made from other data; {choice}")
         print(f"the data are not those of {folder}; the run goes on with the new ones", flush=True)
     if abs(meta["start"] - start["start"]) > 1e-6 * meta["start"]:  # the reference is made from it
-        remedy = "restore it, or begin anew with --resume none"
-        fail(f"{folder} started from another --policy; {remedy}")
-    load(folder / "state", actor, [optimizer])
+        choice = "restore it, or begin anew with --resume none"
+        fail(f"{folder} started from another --policy; {choice}")
+    load(state, actor, [optimizer])
     print(f"resuming after step {step} of {args.output_dir}", flush=True)
     if meta["config"]["kl_coef"] == args.kl_coef:  # otherwise the user asks for another one
         start["kl_coef"] = meta["kl_coef"]

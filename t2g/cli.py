@@ -73,6 +73,12 @@ def flags(parser):
     return add
 
 
+def keep_input(out, source, flag):
+    """Fails if the file that a flag names to be written is the one that is read."""
+    if Path(out).resolve() == Path(source).resolve():
+        fail(f"{flag} is the file that is read; choose another {flag}, so that nothing is lost")
+
+
 def positive(kind):
     """An argument type: a number of this kind above 0."""
 

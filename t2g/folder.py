@@ -32,12 +32,9 @@ def run_folder(args):
     what came of it. Collective.
     """
     folder = Path(args.output_dir).resolve()
-    for flag in ("policy", "model"):
-        start = getattr(args, flag, None)
-        if start and os.path.exists(start) and Path(start).resolve().is_relative_to(folder):
-            fail(f"--{flag} {start} lies in --output_dir {folder}; choose another --output_dir")
     with ExitStack() as stack:
         if dist.rank() == 0:
+            check_start(args, folder)
             folder.mkdir(parents=True, exist_ok=True)
             stack.callback(os.close, lock(folder))
             restarted = was_restarted(folder)
@@ -51,6 +48,14 @@ def run_folder(args):
                     stack.callback(os.close, lock(fresh_folder(folder)))
         dist.barrier()
         yield folder
+
+
+def check_start(args, folder):
+    """Refuses a starting model inside the run's folder, which may be moved aside."""
+    for flag in ("policy", "model"):
+        start = getattr(args, flag, None)
+        if start and os.path.exists(start) and Path(start).resolve().is_relative_to(folder):
+            fail(f"--{flag} {start} lies in --output_dir {folder}; choose another --output_dir")
 
 
 def was_restarted(folder) -> bool:

@@ -49,11 +49,10 @@ class Run:
     def __init__(self, args, task, tokenizer, actor, pool, heldout, folder):
         self.args, self.tokenizer, self.actor = args, tokenizer, actor
         self.pool, self.heldout, self.bad_steps = pool, heldout, 0
-        rates = args.learning_rate, args.value_learning_rate or args.learning_rate
         parts = checkpoint.trainable(actor.model), checkpoint.trainable(actor.value_head)
-        groups = [{"params": part.values(), "lr": rate} for part, rate in zip(parts, rates)]
+        groups = [{"params": part.values()} for part in parts]  # steps() sets their rates
         self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
-        self.rates = rates
+        self.rates = args.learning_rate, args.value_learning_rate or args.learning_rate
         self.meta = checkpoint.resume(actor, self.optimizer, args, pool)
         self.first, self.kl_coef = self.meta["step"] + 1, self.meta["kl_coef"]
         kept = self.meta["step"]

@@ -86,8 +86,8 @@ def main():
         cli.fail("this runs what models write, in a sandbox: allow it by --allow_code_execution")
     if args.num_samples > 1 and not args.temperature:
         cli.fail("greedy samples are all the same: raise --temperature or drop --num_samples")
-    if args.samples and Path(args.samples).resolve() == Path(args.model).resolve():
-        cli.fail("--samples is the file of the programs; choose another --samples")
+    if args.samples:
+        cli.keep_input(args.samples, args.model, "--samples")
     task.check(args, "benchmark")
     problems = read_problems(args)
     if args.model.endswith(".jsonl"):

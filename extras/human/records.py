@@ -220,8 +220,7 @@ def main():
     only = "leave out responses without a fault"
     parser.add_argument("--with_faults", action="store_true", help=only)
     args = parser.parse_args()
-    if Path(args.out).resolve() == Path(args.file).resolve():
-        cli.fail("--out is the file that is read; choose another --out, so that no mark is lost")
+    cli.keep_input(args.out, args.file, "--out")
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     found = records(read_jsonl(args.file), args.file)
     if args.with_faults:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from extras.studies.noisy import wrapped
 from t2g.align import resolve
-from t2g.cli import fail, friendly_errors
+from t2g.cli import friendly_errors, keep_input
 from t2g.critics import quote_of
 from t2g.feedback import Feedback, Span
 from t2g.notes import read_annotations, write_whole
@@ -69,8 +69,7 @@ def main():
     parser.add_argument("annotations", help="records as annotate.py writes them")
     parser.add_argument("out", help="the file of the records with dense labels")
     args = parser.parse_args()
-    if Path(args.out).resolve() == Path(args.annotations).resolve():
-        fail("out is the file of the annotations; choose another, so that no label is lost")
+    keep_input(args.out, args.annotations, "out")
     records = read_annotations(args.annotations)
     for record in records:
         record.pop("kinds", None)  # one per quote of the record, and the quotes change
