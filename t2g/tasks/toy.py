@@ -62,8 +62,8 @@ DEFAULTS = {
     "train_rm": dict(learning_rate=0.015, max_steps=600, per_device_train_batch_size=32,
                      optimizer="muon", weight_decay=0.2, validation_share=0.02, eval_steps=100),
     "train_ppo": dict(learning_rate=5e-4, value_learning_rate=5e-3, max_steps=45,
-                      per_device_train_batch_size=32, num_mini_batches=2, num_ppo_epochs=2, response_length=40, eval_samples=256,
-                      kl_coef=0.15),
+                      per_device_train_batch_size=32, num_mini_batches=2, num_ppo_epochs=2,
+                      response_length=40, eval_samples=256, kl_coef=0.15),
     "eval": dict(response_length=40, eval_samples=256),
 }  # fmt: skip
 NUM_TRAIN, NUM_HELDOUT = 20000, 512
