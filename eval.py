@@ -4,7 +4,6 @@ python eval.py                                    # the toy's trained policy bes
 python eval.py policy runs/toy/sft runs/toy/ppo runs/toy/ppo_scalar
 python eval.py rm                                 # the card of the toy's reward model
 python eval.py rm CRITIC ... --annotations TRUTH.jsonl      # reward models or annotation files
-python eval.py seeds runs/toy/ppo runs/toy-1/ppo runs/toy-2/ppo     # mean and 95% interval
 python eval.py page runs/toy/ppo runs/toy/ppo_scalar        # one page that compares runs
 """
 
@@ -16,7 +15,6 @@ from t2g import card, cli, critics, dist, page, policy, stages, tasks, torchrun
 from t2g.metrics import evaluate
 from t2g.notes import read_usable
 from t2g.rollout import respond_together
-from t2g.statistics import interval
 
 EXAMPLES_SHOWN = 3
 ANNOTATIONS = (".jsonl", ".jsonl.gz")  # how the names of files of annotations end
@@ -26,7 +24,7 @@ ANNOTATIONS = (".jsonl", ".jsonl.gz")  # how the names of files of annotations e
 def main():
     parser = cli.parser(__doc__)
     parser.add_argument("what", nargs="?", choices=WHAT, default="policy", help="default: policy")
-    runs = "for policy: policies; for rm: reward models or annotations; for seeds, page: PPO runs"
+    runs = "for policy: policies; for rm: reward models or annotations; for page: PPO runs"
     parser.add_argument("runs", nargs="*", help=runs)
     add = cli.flags(parser)
     tasks.add_flags(add)
@@ -110,21 +108,6 @@ def feedback_of(name, records, args):
     return dist.collect(feedback, len(records))
 
 
-def seeds(task, args) -> dict:
-    """Returns {metric: {"before" or "after": interval()}} over runs."""
-    results = [page.read_run(run)["result"] for run in args.runs]
-    if len(results) < 2:
-        cli.fail("an interval needs two runs of train_ppo.py or more")
-    if any(result["after"].keys() != results[0]["after"].keys() for result in results):
-        cli.fail("these runs have different scores: name runs of one task")
-    table = {name: {} for name in results[0]["after"]}
-    for name, row in table.items():
-        for when in ("before", "after"):
-            row[when] = interval([result[when][name] for result in results])
-            print(f"{name:24}{when:8}", "{mean:.3f}  [{low:.3f}, {high:.3f}]".format(**row[when]))
-    return table
-
-
 def compare(task, args) -> dict:
     """Writes one page; runs that differ in nothing but the seed form one column."""
     return {"page": page.write_page(args.out, args.runs)}
@@ -145,7 +128,7 @@ def print_table(columns):
         print(f"{row:28}" + "".join(cells))
 
 
-WHAT = {"policy": policies, "rm": reward_models, "seeds": seeds, "page": compare}
+WHAT = {"policy": policies, "rm": reward_models, "page": compare}
 NEEDED = {"policy": ["sft", "ppo"], "rm": ["sft", "annotate", "rm"]}  # stages, if no run is named
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """SDPO, self-distillation from feedback, a baseline: the policy that has read the critique teaches.
 
-    L = sum_t D( pi(. | x, y_<t), pi_teacher(. | x, y, c, y_<t) ) / number of tokens
+    L = sum_t KL( pi(. | x, y_<t) || pi_teacher(. | x, y, c, y_<t) ) / number of tokens
                                                 Huebotter et al. 2026 (arXiv 2601.20802), eq. 1
 
 Rollout and critique are those of train_ppo.py. The teacher is an average of the policy's earlier
 weights. Its prompt shows the response and the words of the critique, and the policy learns the
 teacher's distribution at each token of the response, or of its poor spans alone (--tokens poor).
-Values are not used. Left out: other responses as demonstrations (each prompt is answered once),
+Values are not used. Left out: other divergences, other responses as demonstrations (each prompt is answered once),
 importance weights of later passes, and resuming.
 
 python -m extras.baselines.sdpo                                     # the toy, into runs/toy/sdpo
@@ -14,7 +14,6 @@ python -m extras.baselines.sdpo --task summarize --policy HUB_ID --data posts.js
 """
 
 import copy
-import math
 from collections import defaultdict
 from dataclasses import replace
 
@@ -37,7 +36,7 @@ TOY = dict(
     num_ppo_epochs=2, response_length=40
 )  # fmt: skip
 METRICS = {
-    "divergence": "D(policy, teacher that has read the critique) in nats, mean over tokens",
+    "divergence": "KL(policy || teacher that has read the critique) in nats, mean over tokens",
     "teacher_tokens": "tokens that the teacher read",
     "too_long": "share of responses whose critique does not fit the teacher's context",
 }
@@ -45,8 +44,6 @@ STATUS = "reward {reward:+.2f} kl {kl:.2f} divergence {divergence:.4f}"
 
 
 def add_flags(add):
-    add("--tensorboard", False, "also write TensorBoard files")
-    add("--divergence", "reverse_kl", "D, from policy to teacher", tuple(DIVERGENCES))
     add("--tokens", "all", "which tokens learn: all, or those of poor spans", ("all", "poor"))
     rate = "r in teacher <- (1 - r) teacher + r policy, after each step; 0: never updated"
     add("--teacher_update_rate", 0.05, rate, cli.between(0, 1))
@@ -83,7 +80,7 @@ def train(task, args, tokenizer, model, critic, pool):
     actor, teacher, reference = make_models(model, args)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
     folder = cli.fresh_folder(args.output_dir) if dist.rank() == 0 else None
-    log = open_log(folder, args, task.METRICS | METRICS, args.tensorboard)
+    log = open_log(folder, args, task.METRICS | METRICS)
     bar = trange(1, args.max_steps + 1, desc="SDPO", unit="step", disable=dist.rank() > 0)
     for step in bar:
         clock, rate = [now()], args.learning_rate * (1 - (step - 1) / args.max_steps)
@@ -163,20 +160,6 @@ def reverse_kl(logprobs, teacher_logprobs):
     return kl_penalty(logprobs, teacher_logprobs, "full")
 
 
-def forward_kl(logprobs, teacher_logprobs):
-    """Returns KL(q || p)."""
-    return reverse_kl(teacher_logprobs, logprobs)
-
-
-def jsd(logprobs, teacher_logprobs):
-    """Returns (KL(p || m) + KL(q || m)) / 2 with m = (p + q) / 2, at most log 2."""
-    middle = torch.logaddexp(logprobs, teacher_logprobs) - math.log(2)
-    return (reverse_kl(logprobs, middle) + reverse_kl(teacher_logprobs, middle)) / 2
-
-
-DIVERGENCES = {"reverse_kl": reverse_kl, "forward_kl": forward_kl, "jsd": jsd}  # SDPO, sec. 2.3
-
-
 def token_divergence(model, teacher, rollout, hindsight, args):
     """Returns the divergence (B, T) at each response token, with a gradient for the policy only."""
     with torch.no_grad(), autocast(args.bf16):
@@ -184,7 +167,7 @@ def token_divergence(model, teacher, rollout, hindsight, args):
     with autocast(args.bf16):
         logits, _ = response_logits(model, rollout)
     both = [vocabulary_logprobs(x, args.temperature) for x in (logits, teacher_logits)]
-    return DIVERGENCES[args.divergence](*both)
+    return reverse_kl(*both)
 
 
 def update(model, teacher, optimizer, rollout, hindsight, mask, args) -> dict[str, float]:

@@ -39,7 +39,7 @@ KNOWN = {  # models that recipes name: some need a licence on the hub, and plans
 }
 # The flags that change what a microbatch computes.
 FLAGS = ("bf16", "lora_r", "lora_alpha", "gradient_checkpointing", "temperature", "kl_estimator")
-FLAGS += ("entropy_coef", "cliprange", "cliprange_value", "vf_coef", "beta", "divergence")
+FLAGS += ("entropy_coef", "cliprange", "cliprange_value", "vf_coef", "beta")
 measured = {}  # rows of a recipe share passes
 
 

@@ -1,22 +1,16 @@
 """Dense labels, an ablation of the paper: labels spread until 70% of the words have one.
 
-It wraps another critic (the default, rm, must be trained first), or rewrites annotations:
+It wraps another critic; the default, rm, must be trained first.
 
 python train_ppo.py --critic extras/studies/dense.py --output_dir runs/toy/ppo_dense
-python -m extras.studies.dense runs/toy/annotations.jsonl runs/toy/dense.jsonl
-python train_rm.py --annotations runs/toy/dense.jsonl --output_dir runs/toy/rm_dense
 """
 
-import argparse
 import re
-from pathlib import Path
 
 from extras.studies.noisy import wrapped
 from t2g.align import resolve
-from t2g.cli import friendly_errors, keep_input
 from t2g.critics import quote_of
 from t2g.feedback import Feedback, Span
-from t2g.notes import read_annotations, write_whole
 
 SHARE = 0.7  # of the words (Text2Grad, table of ablations: about 70%)
 
@@ -61,23 +55,3 @@ def dense_feedback(text: str, feedback: Feedback) -> Feedback:
         last = start, end, score
     good, poor = ([quote_of(text, *place) for place in places[score]] for score in (1.0, -1.0))
     return Feedback(feedback.critique, good, poor)
-
-
-@friendly_errors()
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("annotations", help="records as annotate.py writes them")
-    parser.add_argument("out", help="the file of the records with dense labels")
-    args = parser.parse_args()
-    keep_input(args.out, args.annotations, "out")
-    records = read_annotations(args.annotations)
-    for record in records:
-        record.pop("kinds", None)  # one per quote of the record, and the quotes change
-        if feedback := record.pop("feedback"):
-            spread = dense_feedback(record["response"], feedback)
-            record |= {"good_spans": spread.good, "poor_spans": spread.poor}
-    write_whole(Path(args.out), records)
-
-
-if __name__ == "__main__":
-    main()
