@@ -64,21 +64,24 @@ def spoil(text: str, feedback: Feedback, kind: str, rate: float, rng) -> Feedbac
 
     A quote that stands nowhere in the text cannot move and stays as it is.
     """
-    good, poor = [], []
-    for quotes, same, other in ((feedback.good, good, poor), (feedback.poor, poor, good)):
-        for quote in quotes:
+    kept = {"good": [], "poor": []}
+    for label, opposite in (("good", "poor"), ("poor", "good")):
+        for quote in getattr(feedback, label):
             if rng.random() >= rate:
-                same.append(quote)
+                kept[label].append(quote)
             elif kind == "flip":
-                other.append(quote)
+                kept[opposite].append(quote)
             elif kind != "drop":
-                same.append(moved(text, quote, kind, rng))
-    return Feedback(feedback.critique, good, poor)
+                kept[label].append(moved(text, quote, label, kind, rng))
+    return Feedback(feedback.critique, **kept)
 
 
-def moved(text: str, quote, kind: str, rng):
-    """Returns a quote of equal length and severity from another place of the text."""
-    spans, _ = resolve(text, Feedback("", good=[quote]))
+def moved(text: str, quote, label: str, kind: str, rng):
+    """Returns a quote of equal length and severity from another place than the one that it marks.
+
+    label: "good" or "poor", for of a repeated quote these mark different places.
+    """
+    spans, _ = resolve(text, Feedback("", **{label: [quote]}))
     if not spans:
         return quote
     start, end, _ = spans[0]
