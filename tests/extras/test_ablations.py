@@ -1,17 +1,17 @@
 """Critics that wrap a critic: noisy.py makes errors of a given kind and rate, dense.py spreads labels."""
 
 import argparse
-import json
 import random
 
 import pytest
+from forking import output
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from extras.studies import dense, noisy
 from t2g.align import resolve
 from t2g.feedback import Feedback, Span, quoted
-from t2g.notes import read_annotations
+from t2g.notes import read_annotations, write_whole
 from t2g.tasks import Example, toy
 
 WORDS = "Ana lives in Porto since 1927 and likes old chess books".split()
@@ -138,12 +138,11 @@ def test_dense_feedback_marks_in_quotes_what_dense_marks_in_spans(data):
     assert marked(resolve(text, spread)[0]) == marked(by_spans)
 
 
-def test_annotations_are_rewritten_with_dense_labels(tmp_path, run_main):
+def test_annotations_are_rewritten_with_dense_labels(tmp_path):
     record = {"prompt": "p", "response": TEXT, "critique": "c", "kinds": ["wrong", "late"]}
     record |= {"good_spans": FEEDBACK.good, "poor_spans": FEEDBACK.poor, "status": "ok"}
-    failed = {"id": "1", "status": "failed"}
-    (tmp_path / "a.jsonl").write_text(json.dumps(record) + "\n" + json.dumps(failed) + "\n")
-    run_main(dense, tmp_path / "a.jsonl", tmp_path / "b.jsonl")
+    write_whole(tmp_path / "a.jsonl", [record, {"id": "1", "status": "failed"}])
+    output(f"extras.studies.dense {tmp_path}/a.jsonl {tmp_path}/b.jsonl")
     spread, other = read_annotations(tmp_path / "b.jsonl")
     assert spread["feedback"].critique == "c" and other["feedback"] is None
     quotes = [*spread["feedback"].good, *spread["feedback"].poor]

@@ -1,17 +1,17 @@
 """DPO: the loss by identities, log-probabilities by brute force, pairs, and the command."""
 
 import argparse
-import copy
 import json
 import math
 import random
 
 import pytest
 import torch
+from forking import output, refusal
 from hypothesis import given
 from hypothesis import strategies as st
-from running import noisy_examples, refused, run, save_start
 from torch.testing import assert_close
+from toys import noisy_examples, save_start
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from extras.baselines import dpo
@@ -26,14 +26,6 @@ PAIRS = [
 ]
 ARGS = argparse.Namespace(beta=0.3, bf16=False, per_device_train_batch_size=2, max_grad_norm=1e9)
 nats = st.floats(-300, 0)
-
-
-@pytest.fixture(scope="module")
-def fresh():
-    """Returns a new copy of the same tokenizer and small model at each call."""
-    torch.manual_seed(0)
-    tokenizer, model = toy.new_model(0)
-    return lambda: (tokenizer, copy.deepcopy(model).eval())
 
 
 def loss_of(*numbers, beta):
@@ -122,7 +114,7 @@ def test_two_steps_of_the_command_and_again_from_its_pairs(tmp_path):
     save_start(tmp_path)
     sampling = "--critic rule --num_prompts 6 --samples_per_prompt 3 --response_length 12"
     training = "--max_steps 2 --per_device_train_batch_size 2 --learning_rate 1e-3 --beta 0.2"
-    run(f"dpo {sampling} {training}", output_dir=tmp_path / "dpo")
+    output(f"extras.baselines.dpo {sampling} {training} --output_dir {tmp_path}/dpo")
     lines = read_jsonl(tmp_path / "dpo" / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2]
     assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
@@ -130,7 +122,7 @@ def test_two_steps_of_the_command_and_again_from_its_pairs(tmp_path):
     assert set(stats) >= {"ties", "unpaired", "unparsable", "seconds_rollout"}
     pairs = tmp_path / "dpo" / "pairs.jsonl"
     assert all(pair["chosen_reward"] > pair["rejected_reward"] for pair in read_jsonl(pairs))
-    run(f"dpo {training}", output_dir=tmp_path / "again", pairs=pairs)
+    output(f"extras.baselines.dpo {training} --output_dir {tmp_path}/again --pairs {pairs}")
     names = [tmp_path / name / "checkpoint-2" / "model.safetensors" for name in ("dpo", "again")]
     assert names[0].read_bytes() == names[1].read_bytes()
 
@@ -143,20 +135,21 @@ def test_dropout_does_not_part_policy_and_reference(fresh, tmp_path):
     policy.save(GPT2LMHeadModel(GPT2Config(**shape, **ids)), tokenizer, tmp_path / "sft", 1)
     pairs = [PAIRS[0] | {"chosen": "half an emoji \ud83d"}, PAIRS[1]]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    flags = "dpo --max_steps 1 --per_device_train_batch_size 2 --validation_share 0"
-    run(flags, output_dir=tmp_path / "dpo", pairs=tmp_path / "pairs.jsonl")
+    flags = "--max_steps 1 --per_device_train_batch_size 2 --validation_share 0"
+    paths = f"--output_dir {tmp_path}/dpo --pairs {tmp_path}/pairs.jsonl"
+    output(f"extras.baselines.dpo {flags} {paths}")
     [line] = read_jsonl(tmp_path / "dpo" / "metrics.jsonl")
     assert line["pair_margin"] == pytest.approx(0, abs=1e-5)
     assert read_jsonl(tmp_path / "dpo" / "pairs.jsonl")[0]["chosen"] == "half an emoji ?"
 
 
-def test_bad_pairs_and_flags_end_in_one_sentence(tmp_path, capsys):
+def test_bad_pairs_and_flags_end_in_one_sentence(tmp_path):
     save_start(tmp_path)
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "half.jsonl").write_text('{"prompt": "a", "chosen": "b"}\n')
 
     def sentence(flags):
-        return refused(capsys, f"dpo --output_dir {tmp_path}/dpo {flags}")
+        return refusal(f"extras.baselines.dpo --output_dir {tmp_path}/dpo {flags}")
 
     assert "must be at least 2" in sentence("--samples_per_prompt 1")
     assert "must hold a list" in sentence(f"--pairs {tmp_path}/empty.jsonl")

@@ -1,8 +1,8 @@
 """Published human feedback as records for a reward model: made-up rows, and real ones if there."""
 
 import pytest
+from forking import refusal
 
-from extras.human import records as human_records
 from extras.human.records import joined, longest_kept, records
 from t2g.align import resolve
 from t2g.feedback import Feedback
@@ -123,11 +123,11 @@ def test_what_people_filled_in_is_checked_and_the_invalid_rows_are_reported(caps
     assert "no row of rows has valid feedback" in refused(records, [faults["critique"]], "rows")
 
 
-def test_the_file_that_is_read_is_not_overwritten(run_main, tmp_path):
+def test_the_file_that_is_read_is_not_overwritten(tmp_path):
     path = tmp_path / "all.jsonl"
     write_whole(path, [DEFACTO, DEFACTO | {"feedback": {}}])
     before = path.read_text()
-    assert "choose another --out" in run_main(human_records, path, "--out", path)[1]
+    assert "choose another --out" in refusal(f"extras.human.records {path} --out {path}")
     assert path.read_text() == before
 
 
