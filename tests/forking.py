@@ -53,10 +53,10 @@ def train(prepare, script, flags, errors, rank):
     main(script, flags, errors=errors)
 
 
-def run_ranks(function, *args) -> list:
-    """Two ranks that call a function. Returns their exit codes."""
+def run_ranks(function, *args, seconds=600) -> list:
+    """Two ranks that call a function. Returns their exit codes as exit_codes() does."""
     port = free_port()
-    return exit_codes([started(as_rank, rank, port, function, *args) for rank in (0, 1)])
+    return exit_codes([started(as_rank, rank, port, function, *args) for rank in (0, 1)], seconds)
 
 
 def exit_codes(processes, seconds=600) -> list:

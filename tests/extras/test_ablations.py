@@ -40,6 +40,8 @@ def test_at_rate_one_each_kind_does_what_its_name_says():
                 assert new.score == old.score and 0 <= new.start < new.end <= len(TEXT)
     shifted = {places(spoil("shift", seed=seed))[0] for seed in range(20)}
     assert {TEXT[start:end] for start, end, _ in shifted} == {"s in", "since"[:4]}
+    nowhere = Feedback("c", ["Lisbon"])
+    assert noisy.spoil(TEXT, nowhere, "shift", 1.0, random.Random(0)) == nowhere
 
 
 @pytest.mark.parametrize("kind", noisy.KINDS)
@@ -51,11 +53,6 @@ def test_the_rate_is_the_share_of_quotes_that_are_spoilt(kind):
         kept += sum(quote in spoilt.good for quote in FEEDBACK.good)
         kept += sum(quote in spoilt.poor for quote in FEEDBACK.poor)
     assert kept / 4000 == pytest.approx(0.7, abs=0.04)
-
-
-def test_a_quote_that_stands_nowhere_stays():
-    feedback = Feedback("c", ["Lisbon"])
-    assert noisy.spoil(TEXT, feedback, "shift", 1.0, random.Random(0)) == feedback
 
 
 def test_errors_depend_on_the_seed_and_the_text_alone(tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 from annotating import write
-from forking import output, refusal, result_of, run
+from forking import output, result_of, run
 from jinja2 import Environment
 
 from extras.benchmarks import arc, win_rate
@@ -180,12 +180,6 @@ def test_answers_to_mt_bench_see_the_turns_before(tmp_path, model):
     ids = loaded.generate(**batch, max_new_tokens=6, do_sample=False)
     expected = tokenizer.decode(ids[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     assert choice["index"] == 0 and choice["turns"][1] == expected.strip()
-
-
-def test_prompts_of_another_form_are_refused(tmp_path, model):
-    questions = write(tmp_path / "q.jsonl", [{"question": "?"}])
-    sentence = refusal(f"{ANSWERS} {model} {tmp_path}/out.json --prompts {questions}")
-    assert "needs instruction" in sentence
 
 
 # ---- ARC ---------------------------------------------------------------------------------------

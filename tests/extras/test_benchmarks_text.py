@@ -6,7 +6,7 @@ import importlib.util
 import pytest
 import torch
 from annotating import write
-from forking import output, refusal, result_of
+from forking import output, result_of
 
 from extras.benchmarks import text
 from t2g import policy
@@ -93,21 +93,3 @@ def test_models_answer_the_same_held_out_prompts(tmp_path):
     assert set(one) == {"rouge_1", "rouge_2", "rouge_l", "bleu", "perplexity", *toy.METRICS}
     assert one["perplexity"]["value"] == pytest.approx(len(tokenizer), rel=1e-3)
     assert all(figure["value"] == 0 for figure in result["differences"][str(folders[1])].values())
-
-
-BAD = [
-    ("half.jsonl", "row 1 of half.jsonl needs reference"),
-    ("file.jsonl other.jsonl", "has not the references of"),
-    ("file.jsonl --bert_model ./folder", "choose one with --bert_layers"),
-    ("file.jsonl --bert_model nowhere/x/y --bert_layers 2", "cannot be loaded"),
-]
-
-
-@pytest.mark.parametrize(("arguments", "message"), BAD)
-def test_bad_input_is_one_sentence(tmp_path, monkeypatch, arguments, message):
-    pytest.importorskip("bert_score")
-    monkeypatch.chdir(tmp_path)
-    write(tmp_path / "file.jsonl", [{"response": "a", "reference": "b"}])
-    write(tmp_path / "other.jsonl", [{"response": "a", "reference": "c"}])
-    write(tmp_path / "half.jsonl", [{"response": "a"}])
-    assert message in refusal(f"extras.benchmarks.text {arguments}")

@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from forking import output, refusal
+from forking import output
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from extras.baselines import dpo
 from extras.baselines.common import Scored
-from t2g import policy, supervised
+from t2g import policy
 from t2g.log import read_jsonl
 from t2g.tasks import toy
 
@@ -80,21 +80,6 @@ def test_eos_is_learned_after_finished_responses_only(fresh):
     assert tokenizer.decode(rejected) == PAIRS[0]["rejected"]
 
 
-def test_a_step_is_the_same_however_its_pairs_are_split_into_microbatches(fresh):
-    gradients, metrics = [], []
-    for sizes in ([6], [1, 3, 2]):
-        tokenizer, model = fresh()
-        rows = referenced(tokenizer, model)
-        rows = iter([[*row[:3], row[3] + n, row[4]] for n, row in enumerate(rows)])  # weights vary
-        parts = [[next(rows) for _ in range(size)] for size in sizes]
-        microbatches = [dpo.collate(part, tokenizer.pad_token_id, "cpu") for part in parts]
-        metrics.append(supervised.train_step(model, microbatches, ARGS, dpo.PREFERENCE))
-        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-    for name in ("loss", "pairs", "pair_margin", "pair_accuracy", "grad_norm"):
-        assert metrics[0][name] == pytest.approx(metrics[1][name], rel=1e-4)
-    assert_close(gradients[0], gradients[1], atol=1e-6, rtol=1e-4)
-
-
 def test_the_best_response_is_preferred_to_the_worst_and_dropped_prompts_are_counted():
     example = toy.make_example(random.Random(1))
 
@@ -141,19 +126,3 @@ def test_dropout_does_not_part_policy_and_reference(fresh, tmp_path):
     [line] = read_jsonl(tmp_path / "dpo" / "metrics.jsonl")
     assert line["pair_margin"] == pytest.approx(0, abs=1e-5)
     assert read_jsonl(tmp_path / "dpo" / "pairs.jsonl")[0]["chosen"] == "half an emoji ?"
-
-
-def test_bad_pairs_and_flags_end_in_one_sentence(tmp_path):
-    save_start(tmp_path)
-    (tmp_path / "empty.jsonl").write_text("")
-    (tmp_path / "half.jsonl").write_text('{"prompt": "a", "chosen": "b"}\n')
-
-    def sentence(flags):
-        return refusal(f"extras.baselines.dpo --output_dir {tmp_path}/dpo {flags}")
-
-    assert "must be at least 2" in sentence("--samples_per_prompt 1")
-    assert "must hold a list" in sentence(f"--pairs {tmp_path}/empty.jsonl")
-    assert "needs rejected, a text" in sentence(f"--pairs {tmp_path}/half.jsonl")
-    one_token = "--critic rule --num_prompts 1 --samples_per_prompt 2 --response_length 1"
-    assert "none of 1 prompts gives a pair" in sentence(one_token)
-    assert not (tmp_path / "dpo").exists()

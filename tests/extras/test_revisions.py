@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from forking import output, refusal, result_of
+from forking import output, result_of
 from toys import noisy_examples, save_start
 
 from extras.baselines import common, ilf, reflection
@@ -116,15 +116,3 @@ def test_two_steps_of_ilf(untrained, tmp_path, monkeypatch):
     assert len(read_jsonl(tmp_path / "ilf" / "metrics.jsonl")) == 2
     first, second = json.loads((tmp_path / "ilf" / "sampling.json").read_text())
     assert first["samples"] == 4 and second["prompt_tokens"] > first["prompt_tokens"]
-
-
-@pytest.mark.parametrize("method", ["ilf --num_prompts 4", "sdpo --max_steps 1", "reflection"])
-def test_a_critic_without_words_is_refused(method, untrained, tmp_path):
-    critic = tmp_path / "one.py"
-    critic.write_text("def critic(task, args):\n    return lambda examples, y: [1.0] * len(y)\n")
-    command = f"extras.baselines.{method} --critic {critic} --response_length 5"
-    if method == "reflection":
-        command += f" --eval_samples 2 {tmp_path}/sft"
-    else:
-        command += f" --output_dir {tmp_path}/run"
-    assert "gives numbers" in refusal(command)

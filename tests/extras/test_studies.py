@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from forking import output, refusal, result_of
+from forking import output, result_of
 from toys import save_start
 
 import train_ppo
@@ -29,10 +29,6 @@ def test_each_detail_changes_a_step_of_training(detail, tmp_path, monkeypatch):
     output(f"extras.studies.deviations {detail} {flags}")
     [row] = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     assert row["grad_norm"] > 0
-
-
-def test_an_unknown_detail_is_one_sentence():
-    assert "give one of neutral_plus_one" in refusal("extras.studies.deviations another")
 
 
 def test_healthy_prints_a_table_and_draws_the_curves(tmp_path):

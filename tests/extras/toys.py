@@ -1,5 +1,7 @@
 """Untrained starting policies and noisy examples of the toy."""
 
+import torch
+
 from t2g import policy
 from t2g.tasks import toy
 
@@ -9,6 +11,15 @@ def save_start(root):
     tokenizer, model = toy.new_model(0)
     policy.save(model, tokenizer, root / "sft", 1)
     return tokenizer, model.eval()
+
+
+def scorer_of(model) -> policy.Policy:
+    """A scalar reward model with a head that is not zero."""
+    scorer = policy.Policy(model).eval()
+    torch.manual_seed(0)
+    torch.nn.init.normal_(scorer.value_head.weight)
+    torch.nn.init.ones_(scorer.value_head.bias)
+    return scorer
 
 
 def noisy_examples(rng, n):
