@@ -1,7 +1,8 @@
 """Helpers for the tests of annotate.py: records, flags and what a server was asked."""
 
-import json
 import random
+
+from t2g.notes import write_whole
 
 KEY = "sk-very-secret-0123456789"
 
@@ -18,7 +19,7 @@ def texts(count):
 
 
 def write(path, records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    write_whole(path, records)
     return path
 
 

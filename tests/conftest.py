@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import forking
 import pytest
 import torch
 from annotating import KEY
@@ -57,6 +58,16 @@ def toy_tokenizer():
 def tokenizer(toy_tokenizer):
     """The toy's tokenizer; each module may change its own copy."""
     return copy.deepcopy(toy_tokenizer)
+
+
+@pytest.fixture(scope="module")
+def fresh():
+    """Returns a new copy of the same tokenizer and small model of the toy at each call."""
+    from t2g.tasks import toy
+
+    torch.manual_seed(0)
+    tokenizer, model = toy.new_model(0)
+    return lambda: (tokenizer, copy.deepcopy(model).eval())
 
 
 @pytest.fixture(scope="module")
@@ -133,19 +144,12 @@ def serve(tmp_path):
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
+def call(monkeypatch):
     """call(*flags) runs annotate.py in this process; returns its exit code and its output."""
-    import annotate
-
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
 
     def run(*flags):
-        monkeypatch.setattr(sys, "argv", ["annotate.py", *map(str, flags)])
-        try:
-            code = annotate.main() or 0
-        except SystemExit as stopped:
-            code = stopped.code
-        printed = "".join(capsys.readouterr())
+        code, printed = forking.run("annotate", flags)
         assert KEY not in printed and "Traceback" not in printed
         return code, printed
 

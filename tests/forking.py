@@ -3,11 +3,13 @@
 import contextlib
 import importlib
 import io
+import json
 import multiprocessing
 import os
 import resource
 import socket
 import sys
+import time
 
 
 def main(script, flags, file_size=None, errors=None):
@@ -51,6 +53,23 @@ def train(prepare, script, flags, errors, rank):
     main(script, flags, errors=errors)
 
 
+def run_ranks(function, *args, seconds=600) -> list:
+    """Two ranks that call a function. Returns their exit codes as exit_codes() does."""
+    port = free_port()
+    return exit_codes([started(as_rank, rank, port, function, *args) for rank in (0, 1)], seconds)
+
+
+def exit_codes(processes, seconds=600) -> list:
+    """The exit codes of processes, None of one that does not end within these seconds."""
+    end = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(end - time.monotonic(), 0.1))
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    return codes
+
+
 def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -65,14 +84,35 @@ def as_rank(rank, port, function, *args):
     function(*args)
 
 
-def run(script, flags):
-    """Runs a script in this process. Returns its exit code, and what it printed."""
+def run(command, flags=()):
+    """Runs a command, such as "eval rm", in this process. Returns its exit code and its output."""
+    script, *words = command.split()
     before, printed, errors, code = sys.argv, io.StringIO(), io.StringIO(), 0
     try:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors):
-            main(script, flags)
+            main(script, [*words, *flags])
     except SystemExit as stopped:
         code = stopped.code or 0
     finally:
         sys.argv = before
     return code, printed.getvalue() + errors.getvalue()
+
+
+def output(command, *flags) -> str:
+    """What a command prints that must succeed."""
+    code, printed = run(command, flags)
+    assert code == 0, printed
+    return printed
+
+
+def result_of(printed) -> dict:
+    """The JSON object of the last printed line that is one."""
+    return json.loads([line for line in printed.splitlines() if line.startswith("{")][-1])
+
+
+def refusal(command, *flags) -> str:
+    """The one sentence that a command prints before it ends with exit code 2."""
+    code, printed = run(command, flags)
+    assert code == 2 and "Traceback" not in printed, printed
+    [sentence] = [line for line in printed.splitlines() if "error: " in line]
+    return sentence.partition("error: ")[2]

@@ -1,33 +1,26 @@
 """examples/be_the_critic.py: the tokens that a person marks move, and move the right way."""
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
+from forking import output, refusal, run
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture
-def play(folder, posts, monkeypatch, capsys):
-    """play(*flags) runs the example on the tiny model; returns what it prints."""
+def play(folder, posts, monkeypatch):
+    """The example on the tiny model as a command, and the words of its response."""
     monkeypatch.syspath_prepend(EXAMPLES)
-    import be_the_critic
-
-    def run(*flags):
-        policy = ["--policy", str(folder / "model"), "--response_length", "12"]
-        policy += ["--learning_rate", "0.01"]  # large weights need a small step
-        monkeypatch.setattr(sys, "argv", ["be_the_critic.py", *policy, *flags])
-        be_the_critic.main()
-        return capsys.readouterr().out
-
+    command = f"be_the_critic --policy {folder}/model --response_length 12"
+    command += " --learning_rate 0.01"  # large weights need a small step
     with monkeypatch.context() as patch:
         patch.setattr("builtins.input", lambda question: "")
-        with pytest.raises(SystemExit):  # nothing is marked
-            run()
-    response = capsys.readouterr().out.partition("response: ")[2]
-    return run, response.split()
+        code, printed = run(command)
+    assert code == 2 and "nothing is marked" in printed
+    response = re.search("response: (.*)", printed)[1]
+    return command, response.split()
 
 
 def rows(printed):
@@ -37,20 +30,19 @@ def rows(printed):
 
 
 def test_marked_tokens_move_and_lambda_spreads_the_credit(play, monkeypatch):
-    run, words = play
-    answers = iter([words[0], words[-1]])
+    command, words = play
+    answers, marks = iter([words[0], words[-1]]), ("--good", words[0], "--poor", words[-1])
     monkeypatch.setattr("builtins.input", lambda question: next(answers))
-    asked = run()
-    assert asked == run("--good", words[0], "--poor", words[-1]), "flags or answers"
+    asked = output(command)
+    assert asked == output(command, *marks), "flags or answers"
     good, poor = (float(x) for x in re.search(r"good (\S+), poor (\S+),", asked).groups())
     assert good > 0 > poor
     assert all(delta == advantage for delta, advantage, *_ in rows(asked))
-    spread = rows(run("--good", words[0], "--poor", words[-1], "--lam", "0.95"))
+    spread = rows(output(f"{command} --lam 0.95", *marks))
     assert any(delta == 0 > advantage for delta, advantage, *_ in spread)
 
 
-def test_words_that_the_response_lacks_are_refused(play, capsys):
-    run, words = play
-    with pytest.raises(SystemExit):
-        run("--good", f"{words[0]}; xylophone")
-    assert "'xylophone' does not occur in the response" in capsys.readouterr().err
+def test_words_that_the_response_lacks_are_refused(play):
+    command, words = play
+    sentence = refusal(command, "--good", f"{words[0]}; xylophone")
+    assert "'xylophone' does not occur in the response" in sentence

@@ -4,16 +4,16 @@ import gzip
 import json
 import random
 import re
-import sys
 
 import pytest
+from forking import output, refusal, result_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-import eval as eval_script
 from t2g import policy
 from t2g.card import SIGNS, card, flat
 from t2g.feedback import Feedback, quoted
+from t2g.notes import write_whole
 from t2g.tasks import toy
 
 TEXT = "Ana is 27, lives in Porto."
@@ -113,12 +113,16 @@ def test_words_of_one_response_counted_by_hand():
     assert result["kinds"] == {} and result["responses"] == 1
 
 
-def test_words_that_repeat_count_where_they_stand():
+def test_words_and_kinds_of_repeated_quotes_count_where_they_stand():
     text = "the cat saw the dog and the dog saw the bird"
     cat, bird = (record(text, Feedback("c", poor=[f"the {x}"])) for x in ("cat", "bird"))
     assert three(card([cat], [bird["feedback"]])["poor"]) == (0, 0, 0), "one word, two places"
     twice = record(text, Feedback("c", poor=["the dog"] * 2))
     assert three(card([twice], [Feedback("c", poor=["the dog"])])["poor"]) == (1, 1 / 2, 2 / 3)
+    feedback = Feedback("c", poor=["so", "so", "London"])
+    truth = record("so it is, so it was", feedback, kinds=["first", "second", "nowhere"])
+    kinds = card([truth], [Feedback("c", good=["so it is"], poor=["so it was"])])["kinds"]
+    assert [kinds[name]["recall"] for name in ("first", "second", "nowhere")] == [0, 1, 0]
 
 
 def test_quotes_are_counted_by_how_they_are_found():
@@ -148,13 +152,6 @@ def test_kinds_add_up_to_all_poor_spans(tok):
     assert min(recalls) <= result["poor"]["recall"] <= max(recalls)
 
 
-def test_each_kind_of_a_repeated_quote_has_its_own_place():
-    feedback = Feedback("c", poor=["so", "so", "London"])
-    truth = record("so it is, so it was", feedback, kinds=["first", "second", "nowhere"])
-    kinds = card([truth], [Feedback("c", good=["so it is"], poor=["so it was"])])["kinds"]
-    assert [kinds[name]["recall"] for name in ("first", "second", "nowhere")] == [0, 1, 0]
-
-
 def test_the_kinds_of_the_toy_stand_beside_its_poor_quotes():
     for row in toy_records(100, seed=1):
         severities = [quoted(quote)[1] for quote in row["feedback"].poor]
@@ -178,7 +175,7 @@ def test_intervals_contain_the_figure_shrink_with_more_responses_and_follow_the_
 
 
 def write(path, records, **more):
-    """Writes records as annotate.py does."""
+    """Writes records as annotate.py does, and returns the path."""
     lines = []
     for number, row in enumerate(records):
         line = {"id": str(number), "kinds": [], **row}
@@ -187,27 +184,19 @@ def write(path, records, **more):
             line |= {"critique": feedback.critique}
             line |= {"good_spans": feedback.good, "poor_spans": feedback.poor}
         lines.append(line | {"status": "ok" if feedback else "failed"} | more)
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_whole(path, lines)
     return path
 
 
-@pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """Runs eval.py rm in this process and returns the object of its last line."""
-
-    def main(*flags):
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["eval.py", "rm", *map(str, flags)])
-        eval_script.main()
-        *shown, last = capsys.readouterr().out.splitlines()
-        assert any(line.startswith("truth: ") for line in shown)
-        assert any(re.match(r"poor, recall .* \[[01]\.", line) for line in shown)
-        return json.loads(last)
-
-    return main
+def measured(*flags):
+    """The card that eval.py rm prints as its last line, below what it shows to a reader."""
+    printed = output("eval rm", *flags)
+    assert re.search(r"^truth: ", printed, re.M)
+    assert re.search(r"^poor, recall .* \[[01]\.", printed, re.M)
+    return result_of(printed)
 
 
-def test_critics_that_are_files_are_compared_by_their_responses(run, tmp_path):
+def test_critics_that_are_files_are_compared_by_their_responses(tmp_path):
     records = [row | {"prompt": f"Who is {i}?"} for i, row in enumerate(toy_records(30))]
     feedback = imperfect(records)
     failed = [row | {"feedback": None} for row in records[28:]]
@@ -215,34 +204,35 @@ def test_critics_that_are_files_are_compared_by_their_responses(run, tmp_path):
     weak = [row | {"feedback": one, "kinds": []} for row, one in zip(records, feedback)]
     weak[3]["feedback"] = None
     weak = write(tmp_path / "weak.jsonl", weak[:2:-1])  # the first three are absent
-    result = run(weak, "--annotations", truth)
+    result = measured(weak, "--annotations", truth)
     packed = tmp_path / "weak.jsonl.gz"
     packed.write_bytes(gzip.compress(weak.read_bytes()))
-    assert run(packed, "--annotations", truth) == result
+    assert measured(packed, "--annotations", truth) == result
     expected = card(records[:28], [None] * 4 + feedback[4:28])
     assert result == json.loads(json.dumps(expected)), "failed records of the truth are left out"
-    both = run(weak, truth, "--annotations", truth)
+    both = measured(weak, truth, "--annotations", truth)
     assert list(both) == [str(weak), str(truth)] and both[str(truth)]["good"]["f1"] == 1
 
 
-def test_a_reward_model_is_measured_by_its_own_tokens_against_annotations(run, tmp_path):
+def test_a_reward_model_is_measured_by_its_own_tokens_against_annotations(tmp_path):
     tokenizer, model = toy.new_model(0)
     policy.save(model, tokenizer, tmp_path / "rm", 1)
     records = toy_records(4)
     truth = write(tmp_path / "truth.jsonl", records)
-    both = run(tmp_path / "rm", truth, "--annotations", truth, "--critique_length", 3)
+    both = measured(tmp_path / "rm", truth, "--annotations", truth, "--critique_length", 3)
     expected = card(records, [None] * 4, tokenizer)
     assert both[str(tmp_path / "rm")] == json.loads(json.dumps(expected))
 
 
-def test_what_cannot_be_compared_ends_in_one_sentence(run, refused, tmp_path):
+def test_what_cannot_be_compared_ends_in_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     row = record(TEXT, Feedback("c", poor=["27"]))
     truth = write(tmp_path / "truth.jsonl", [row])
     for change in ({"response": "another"}, {"status": "failed"}, {"good_spans": [3]}):
         critic = write(tmp_path / "critic.jsonl", [row], **change)
-        assert "critic.jsonl" in refused(run, critic, "--annotations", truth)
+        assert "critic.jsonl" in refusal("eval rm", critic, "--annotations", truth)
     failed = write(tmp_path / "failed.jsonl", [row], status="failed")
-    assert "--annotations" in refused(run, truth)
-    assert "no record whose status is ok" in refused(run, truth, "--annotations", failed)
-    assert "none.jsonl" in refused(run, truth, "--annotations", tmp_path / "none.jsonl")
-    assert "has no rule" in refused(run, "--task", "qa")
+    assert "--annotations" in refusal("eval rm", truth)
+    assert "no record whose status is ok" in refusal("eval rm", truth, "--annotations", failed)
+    assert "none.jsonl" in refusal("eval rm --annotations none.jsonl", truth)
+    assert "has no rule" in refusal("eval rm --task qa")

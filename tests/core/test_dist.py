@@ -7,7 +7,7 @@ import sys
 import one_step
 import pytest
 import torch
-from forking import as_rank, free_port, run, started, two_ranks
+from forking import exit_codes, output, run_ranks, two_ranks
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
@@ -95,11 +95,8 @@ def test_two_processes_with_a_learned_critic_make_the_run_of_one(folder, monkeyp
     ranks = two_ranks(prepare, [*flags, "--output_dir", folder / "ppo2"], errors)
     prepare(0, monkeypatch.setattr)
     whole = ["--gradient_accumulation_steps", 2, "--output_dir", folder / "ppo1"]
-    code, printed = run("train_ppo", [*flags, *whole])
-    for process in ranks:
-        process.join()
-    assert code == 0, printed
-    assert [process.exitcode for process in ranks] == [0, 0], errors[1].read_text()[-2000:]
+    output("train_ppo", *flags, *whole)
+    assert exit_codes(ranks) == [0, 0], errors[1].read_text()[-2000:]
 
     one, two = (read_jsonl(folder / name / "metrics.jsonl") for name in ("ppo1", "ppo2"))
     for ours, theirs in zip(one, two, strict=True):
@@ -131,10 +128,8 @@ def test_two_processes_load_the_state_of_one(tmp_path):
     layer(torch.randn(2, 3)).sum().backward()
     optimizer.step()
     checkpoint.save(tmp_path / "one", layer, [optimizer], step=7)
-    port, files = free_port(), (tmp_path / "one", tmp_path / "two")
-    ranks = [started(as_rank, rank, port, load_state, *files) for rank in (0, 1)]
-    for process in ranks:
-        process.join(60)
-        assert process.exitcode == 0
+    assert run_ranks(load_state, tmp_path / "one", tmp_path / "two") == [0, 0]
     moments = optimizer.state_dict()["state"][0]["exp_avg"]
-    assert_close(load_file(files[1]), layer.state_dict() | {"moments": moments}, rtol=0, atol=0)
+    assert_close(
+        load_file(tmp_path / "two"), layer.state_dict() | {"moments": moments}, rtol=0, atol=0
+    )

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from forking import as_rank, free_port, started, two_ranks
+from forking import exit_codes, run_ranks, started, two_ranks
 from safetensors import SafetensorError
 from tqdm import tqdm
 
 import train_ppo
-from t2g import torchrun
+from t2g import dist, torchrun
 from t2g.cli import fail, friendly_errors
 from t2g.log import write_text
 
@@ -60,45 +60,34 @@ def test_whatever_one_rank_dies_of_both_are_gone_and_say_why(cause, model, token
     tokenizer.save_pretrained(tmp_path / "sft")
     flags = [*FLAGS, "--policy", tmp_path / "sft", "--output_dir", tmp_path / "ppo"]
     errors = [tmp_path / "errors0", tmp_path / "errors1"]
-    codes = exit_codes(two_ranks(partial(break_one, cause), flags, errors))
+    codes = exit_codes(two_ranks(partial(break_one, cause), flags, errors), SECONDS)
     assert codes in ([1, 1], [2, 2]), "all ranks end, with the exit code of the one that failed"
     printed = [path.read_text() for path in errors]
     assert CAUSES[cause][2] in "".join(printed)
     assert sum("Traceback" in text for text in printed) <= 1, "the other rank adds none"
 
 
-def exit_codes(ranks) -> list:
-    """The exit codes of processes that must end in time, None of one that did not."""
-    end = time.monotonic() + SECONDS
-    for process in ranks:
-        process.join(max(end - time.monotonic(), 0.1))
-    codes = [process.exitcode for process in ranks]
-    for process in ranks:
-        process.kill()
-    return codes
-
-
 def fail_first():
     fail("an earlier stage failed")
 
 
-def first_fails(rank):
+def first_fails():
     with torchrun.session(run_first=fail_first):
         pass
 
 
-def one_is_killed(rank):
+def one_is_killed():
     """Rank 0, which holds the store, dies without a word while rank 1 is in no collective."""
     with torchrun.session():
-        if rank == 0:
+        if dist.rank() == 0:
             os._exit(9)
         time.sleep(2 * SECONDS)
 
 
-def all_is_well(rank):
+def all_is_well():
     threads = threading.active_count()
     with torchrun.session():
-        time.sleep(rank)
+        time.sleep(dist.rank())
     assert threading.active_count() == threads, "a thread in the store would abort Python's end"
 
 
@@ -106,8 +95,7 @@ def all_is_well(rank):
     "function, codes", [(first_fails, [2, 2]), (one_is_killed, [9, 1]), (all_is_well, [0, 0])]
 )
 def test_ranks_end_together(function, codes):
-    port = free_port()
-    assert exit_codes([started(as_rank, r, port, function, r) for r in (0, 1)]) == codes
+    assert run_ranks(function, seconds=SECONDS) == codes
 
 
 def test_in_bf16_first_ratios_far_from_1_are_a_warning_given_once():
@@ -168,7 +156,7 @@ def print_to_nobody():
 
 
 def test_a_script_whose_reader_has_ended_ends_quietly():
-    assert exit_codes([started(print_to_nobody)]) == [-signal.SIGPIPE]
+    assert exit_codes([started(print_to_nobody)], SECONDS) == [-signal.SIGPIPE]
 
 
 def test_files_are_written_through_links_and_into_devices(tmp_path):

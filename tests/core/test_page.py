@@ -14,6 +14,7 @@ import torch
 import train_ppo
 from t2g.feedback import Feedback
 from t2g.log import read_jsonl, write_json
+from t2g.notes import write_whole
 from t2g.page import CURVES, MEANS, SHIFTS, Samples, quotes_with_tokens, write_page
 from t2g.score import Scores
 from t2g.tasks import toy
@@ -77,12 +78,9 @@ def make_run(folder, **settings):
     before, after = ({"perfect": rng.random(), "perfect_greedy": 1.0} for _ in range(2))
     write_json(folder / "result.json", {"before": before, "after": after})
 
-    def write(name, rows):
-        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-
     metrics = [{"step": n, **{name: rng.gauss(0, 1) for name in METRICS}} for n in range(1, 5)]
     del metrics[2]["clipfrac"], metrics[1]["shift_poor_above"]
-    write("metrics.jsonl", metrics)
+    write_whole(folder / "metrics.jsonl", metrics)
     poor = [{"text": "27 years", "tokens": [4, 5]}]
     poor += [{"text": EVIL, "severity": -0.25, "tokens": [1]}]
     poor += [{"text": f"severe {EVIL}", "tokens": []}]
@@ -100,7 +98,8 @@ def make_run(folder, **settings):
 
     samples = [sample("step", n, prompt=p * 600) for n in STEPS for p in ("s", "long")]
     samples[-1] |= {"tokens": [], "critique": None, "good": [], "poor": []}
-    write("samples.jsonl", samples + [sample("held", step, heldout=True) for step in WATCHED])
+    samples += [sample("held", step, heldout=True) for step in WATCHED]
+    write_whole(folder / "samples.jsonl", samples)
     return folder
 
 
@@ -310,7 +309,7 @@ def test_one_run_fits_a_phone_and_is_dark_where_the_reader_is(tmp_path):
     """It was trained with a learned critic and has no held-out samples."""
     folder = make_run(tmp_path / "run", critic="rm")
     rows = [row for row in read_jsonl(folder / "samples.jsonl") if not row.get("heldout")]
-    (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_whole(folder / "samples.jsonl", rows)
     used(tmp_path / "page.html", [folder])
     phone = tmp_path / "phone.html"  # a window has 500 pixels at least, a frame has not
     style = "width: 360px; height: 2000px; border: 0"

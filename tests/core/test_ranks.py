@@ -1,6 +1,5 @@
 """The other stages in two processes: the steps of one process, shared samples, a killed run."""
 
-import json
 import os
 import signal
 import subprocess
@@ -8,11 +7,12 @@ import sys
 
 import pytest
 import torch
-from forking import as_rank, free_port, run, started, two_ranks
+from forking import exit_codes, output, result_of, run_ranks, two_ranks
 from safetensors.torch import load_file
 
 from t2g import checkpoint, dist, torchrun
 from t2g.log import read_jsonl
+from t2g.notes import write_whole
 
 TRAINED = ("--max_steps", 5, "--per_device_train_batch_size", 2, "--eval_steps", 2)
 TRAINED += ("--save_steps", 2, "--learning_rate", 1e-4, "--validation_share", 0.25)
@@ -22,12 +22,12 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "
 @pytest.fixture(scope="module")
 def folder(folder):
     """The module's folder, with sixteen annotations."""
-    with open(folder / "notes.jsonl", "w") as notes:
-        for i in range(16):
-            text = f"It is {'so ' * (i % 5)}blue."
-            feedback = {"critique": "No." * (i % 4), "good_spans": ["It"], "poor_spans": ["blue"]}
-            record = {"id": str(i), "prompt": f"Which of the {i}?", "response": text, **feedback}
-            notes.write(json.dumps(record) + "\n")
+    notes = []
+    for i in range(16):
+        text = f"It is {'so ' * (i % 5)}blue."
+        feedback = {"critique": "No." * (i % 4), "good_spans": ["It"], "poor_spans": ["blue"]}
+        notes.append({"prompt": f"Which of the {i}?", "response": text, **feedback})
+    write_whole(folder / "notes.jsonl", notes)
     return folder
 
 
@@ -40,10 +40,7 @@ def train_rm(folder, name, *flags, prepare=nothing):
     errors = [folder / f"{name}.{rank}" for rank in (0, 1)]
     where = "--model", folder / "model", "--annotations", folder / "notes.jsonl"
     flags = (*where, *TRAINED, *flags, "--output_dir", folder / name)
-    ranks = two_ranks(prepare, flags, errors, script="train_rm")
-    for rank in ranks:
-        rank.join()
-    return folder / name, [rank.exitcode for rank in ranks]
+    return folder / name, exit_codes(two_ranks(prepare, flags, errors, script="train_rm"))
 
 
 def result(folder):
@@ -63,8 +60,7 @@ def test_two_processes_train_as_one(folder, flags):
     where = "--model", folder / "model", "--annotations", folder / "notes.jsonl"
     one = folder / f"{name}-one"
     whole = *where, *TRAINED, *flags, "--gradient_accumulation_steps", 2, "--output_dir", one
-    code, printed = run("train_rm", whole)
-    assert code == 0, printed
+    output("train_rm", *whole)
     (ours, weights), (theirs, sharded) = result(one), result(two)
     for row, other in zip(ours, theirs, strict=True):
         assert other == pytest.approx(row, rel=1e-3, abs=1e-6)
@@ -105,11 +101,9 @@ def test_samples_are_shared_out_and_written_once(folder):
         assert done.returncode == 0, done.stderr[-3000:]
     ids = [record["id"] for record in read_jsonl(notes)]
     assert ids == [str(i) for i in range(7)]
-    scores = json.loads(done.stdout.splitlines()[-1])[toy[1]]
-    code, printed = run("eval", measure[1:])
-    [line] = [line for line in printed.splitlines() if line.startswith("{")]
-    alone = json.loads(line)[toy[1]]
-    assert code == 0 and scores.keys() == alone.keys()
+    scores = result_of(done.stdout)[toy[1]]
+    alone = result_of(output("eval", *measure[1:]))[toy[1]]
+    assert scores.keys() == alone.keys()
     greedy = [name for name in alone if name.endswith("_greedy")]
     assert [scores[name] for name in greedy] == pytest.approx([alone[name] for name in greedy])
 
@@ -120,8 +114,5 @@ def draw(file):
 
 
 def test_ranks_sample_independently(folder):
-    port = free_port()
-    ranks = [started(as_rank, rank, port, draw, folder / "drawn") for rank in (0, 1)]
-    for rank in ranks:
-        rank.join()
+    assert run_ranks(draw, folder / "drawn") == [0, 0]
     assert (folder / "drawn.0").read_text() != (folder / "drawn.1").read_text()

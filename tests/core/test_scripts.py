@@ -1,8 +1,5 @@
 """The scripts as a user runs them: every stage in short, what they write, and bad input."""
 
-import contextlib
-import importlib
-import io
 import json
 import random
 import subprocess
@@ -10,11 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from forking import output, refusal, result_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_rm
 from t2g.feedback import Feedback, quoted
 from t2g.log import METRICS, read_jsonl
+from t2g.notes import write_whole
 from t2g.policy import latest_checkpoint
 from t2g.tasks import toy
 
@@ -22,29 +21,9 @@ pytestmark = pytest.mark.usefixtures("posts")
 ROOT = Path(__file__).parents[2]
 
 
-def run(command, **paths):
-    """Runs a command such as "train_sft --max_steps 3" in this process and returns its output."""
-    script, *flags = words(command, paths)
-    printed = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
-        patch.setattr(sys, "argv", [f"{script}.py", *flags])
-        importlib.import_module(script).main()
-    return printed.getvalue()
-
-
-def words(command, paths):
-    """The words of a command, and each of paths as a flag: policy=PATH as --policy=PATH."""
-    flags = [f"--{name}={path}" for name, path in paths.items()]
-    return [*command.split(), *flags]
-
-
-def last_json(output):
-    return json.loads(output.splitlines()[-1])
-
-
-def run_as_a_user(command, **paths):
-    """The same in a process of its own."""
-    script, *flags = words(command, paths)
+def run_as_a_user(command):
+    """Runs a command in a process of its own, and returns its output."""
+    script, *flags = command.split()
     line = [sys.executable, ROOT / f"{script}.py", *flags]
     done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
@@ -56,12 +35,11 @@ def toy_run(tmp_path_factory):
     """Every stage of the toy, a few steps each."""
     root = tmp_path_factory.mktemp("toy")
     short = "--max_steps 3 --per_device_train_batch_size 8"
-    run(f"train_sft {short}", output_dir=root / "sft")
-    run("annotate --num_samples 24", out=root / "annotations.jsonl")
-    run(f"train_rm {short}", output_dir=root / "rm")
+    output(f"train_sft {short} --output_dir {root}/sft")
+    output(f"annotate --num_samples 24 --out {root}/annotations.jsonl")
+    output(f"train_rm {short} --output_dir {root}/rm")
     flags = "--max_steps 2 --per_device_train_batch_size 4 --eval_samples 8 --critique_length 20"
-    printed = run_as_a_user(f"train_ppo {flags}", output_dir=root / "ppo")
-    (root / "stdout").write_text(printed)
+    (root / "stdout").write_text(run_as_a_user(f"train_ppo {flags} --output_dir {root}/ppo"))
     return root
 
 
@@ -69,12 +47,12 @@ def toy_run(tmp_path_factory):
 def rule_run(toy_run):
     """The main job with the rule as the critic."""
     flags = "--critic rule --max_steps 2 --per_device_train_batch_size 4 --eval_samples 4"
-    run(f"train_ppo {flags}", output_dir=toy_run / "ppo_rule")
+    output(f"train_ppo {flags} --output_dir {toy_run}/ppo_rule")
     return toy_run / "ppo_rule"
 
 
 def test_the_main_job_ends_with_its_result_as_json(toy_run):
-    result = last_json((toy_run / "stdout").read_text())
+    result = result_of((toy_run / "stdout").read_text())
     assert set(result) == {"before", "after", "seconds", "page"}
     scores = {"coverage", "poor", "perfect", "coverage_greedy"}
     assert set(result["before"]) == set(result["after"]) >= scores
@@ -102,7 +80,7 @@ NOTE = {
 
 @pytest.mark.parametrize("no_critique", [False, True])
 def test_the_reward_model_learns_the_feedback_with_or_without_critique(tmp_path, no_critique):
-    (tmp_path / "notes.jsonl").write_text(json.dumps(NOTE))
+    write_whole(tmp_path / "notes.jsonl", [NOTE])
     [(prompt, response, z)] = train_rm.read_targets(tmp_path / "notes.jsonl", no_critique)
     assert (prompt, response) == (NOTE["prompt"], NOTE["response"])
     critique = "" if no_critique else NOTE["critique"]
@@ -113,8 +91,8 @@ def test_annotations_have_the_agreed_fields_and_the_severities_of_the_rule_if_as
     feedback = toy.critique(toy.make_example(random.Random(0)), "Someone is now 99, you know.")
     severities = {quoted(quote) for quote in feedback.poor}
     assert severities == {("Someone", 0.5), (" 99", 1.0), (", you know", 0.3)}
-    paths = {"policy": toy_run / "sft", "out": toy_run / "severe.jsonl"}
-    run("annotate --num_samples 24 --severity", **paths)
+    paths = f"--policy {toy_run}/sft --out {toy_run}/severe.jsonl"
+    output(f"annotate --num_samples 24 --severity {paths}")
     severe, plain = (read_jsonl(toy_run / f"{name}.jsonl") for name in ("severe", "annotations"))
     assert len({record["id"] for record in plain}) == 24
     fields = "id prompt response critique good_spans poor_spans status reason"
@@ -125,17 +103,17 @@ def test_annotations_have_the_agreed_fields_and_the_severities_of_the_rule_if_as
 
 def test_everything_is_evaluated(toy_run, rule_run, tmp_path):
     runs = [str(toy_run / "sft"), str(toy_run / "ppo")]
-    assert list(last_json(run(f"eval policy {' '.join(runs)} --eval_samples 8"))) == runs
-    flags = f"{toy_run / 'rm'} --eval_samples 8 --critique_length 20"
-    printed = run(f"eval rm {flags}", policy=toy_run / "sft")
-    assert set(last_json(printed)) >= {"good", "poor", "json_valid", "verbatim"}
-    assert printed == run(f"eval rm {flags} --temperature 1.0", policy=toy_run / "sft")
-    assert printed != run(f"eval rm {flags} --temperature 0.01", policy=toy_run / "sft")
-    table = last_json(run(f"eval seeds {rule_run} {rule_run}"))
+    assert list(result_of(output("eval policy --eval_samples 8", *runs))) == runs
+    rm = f"eval rm {toy_run}/rm --eval_samples 8 --critique_length 20 --policy {toy_run}/sft"
+    card = result_of(output(rm))
+    assert set(card) >= {"good", "poor", "json_valid", "verbatim"}
+    assert card == result_of(output(f"{rm} --temperature 1.0"))
+    assert card != result_of(output(f"{rm} --temperature 0.01"))
+    table = result_of(output(f"eval seeds {rule_run} {rule_run}"))
     assert table["coverage"]["after"]["seeds"] == 2
     page = tmp_path / "both.html"
-    printed = run(f"eval page {toy_run / 'ppo'} {rule_run}", out=page)
-    assert last_json(printed) == {"page": str(page)} and "critic rm" in page.read_text()
+    printed = output(f"eval page {toy_run}/ppo {rule_run} --out {page}")
+    assert result_of(printed) == {"page": str(page)} and "critic rm" in page.read_text()
 
 
 def test_the_summarize_task_runs_on_a_file(toy_run, tmp_path):
@@ -144,37 +122,23 @@ def test_the_summarize_task_runs_on_a_file(toy_run, tmp_path):
     for age in range(20, 32):
         text = f"Ana, {age}, lives in Porto and plans to learn chess."
         rows.append({"text": text, "summary": f"Ana is {age}."})
-    (tmp_path / "posts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_whole(tmp_path / "posts.jsonl", rows)
     task = "--task summarize --critic rule --source_field text --reference_field summary"
     short = "--max_steps 1 --response_length 12 --per_device_train_batch_size 2 --eval_samples 1"
-    paths = {"data": tmp_path / "posts.jsonl", "output_dir": tmp_path / "ppo"}
-    result = last_json(run(f"train_ppo {task} {short}", policy=toy_run / "sft", **paths))
+    paths = f"--data {tmp_path}/posts.jsonl --policy {toy_run}/sft --output_dir {tmp_path}/ppo"
+    result = result_of(output(f"train_ppo {task} {short} {paths}"))
     assert {"invented", "rouge_l"} <= set(result["after"])
 
 
 @pytest.mark.slow
 def test_the_main_job_from_scratch(tmp_path):
     """Every stage in full takes minutes; held-out summaries become fully right."""
-    result = last_json(run_as_a_user("train_ppo", output_dir=tmp_path / "ppo"))
+    result = result_of(run_as_a_user(f"train_ppo --output_dir {tmp_path}/ppo"))
     assert set(result["seconds"]) == {"sft", "annotate", "rm", "ppo"}
     assert result["before"]["perfect"] <= 0.05 and result["after"]["perfect"] >= 0.35
 
 
 # ---- bad input: one sentence, exit code 2 ------------------------------------------------------
-
-
-@pytest.fixture
-def refuse(capsys):
-    """refuse(command, **paths) expects exit code 2 and returns the one sentence that is printed."""
-
-    def run_and_fail(command, **paths):
-        with pytest.raises(SystemExit) as stopped:
-            run(command, **paths)
-        assert stopped.value.code == 2
-        (sentence,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
-        return sentence
-
-    return run_and_fail
 
 
 BAD_FLAGS = {  # command: what the sentence names
@@ -197,27 +161,27 @@ BAD_FLAGS = {  # command: what the sentence names
 
 
 @pytest.mark.parametrize("command", BAD_FLAGS)
-def test_bad_flags(refuse, command):
-    assert BAD_FLAGS[command] in refuse(command)
+def test_bad_flags(command):
+    assert BAD_FLAGS[command] in refusal(command)
 
 
-def test_unusable_data_folders_and_policies(refuse, toy_run, tmp_path):
-    command, sft, ppo = "train_ppo --critic rule", toy_run / "sft", tmp_path / "ppo"
+def test_unusable_data_folders_and_policies(toy_run, tmp_path):
+    ppo, sft = f"train_ppo --critic rule --output_dir {tmp_path}/ppo", toy_run / "sft"
     (tmp_path / "a.jsonl").write_text("")
-    summarize, paths = f"{command} --task summarize", {"policy": sft, "output_dir": ppo}
-    assert "--data" in refuse(summarize, **paths)
-    assert "list of objects" in refuse(summarize, data=tmp_path / "a.jsonl", **paths)
-    assert "No such file" in refuse(summarize, data=tmp_path / "b.jsonl", **paths)
-    assert not ppo.exists()
-    assert "is not a run" in refuse(command, policy=sft, output_dir=tmp_path)
+    summarize = f"{ppo} --policy {sft} --task summarize"
+    assert "--data" in refusal(summarize)
+    assert "list of objects" in refusal(f"{summarize} --data {tmp_path}/a.jsonl")
+    assert "No such file" in refusal(f"{summarize} --data {tmp_path}/b.jsonl")
+    assert not (tmp_path / "ppo").exists()
+    assert "is not a run" in refusal(f"{ppo} --policy {sft} --output_dir {tmp_path}")
     assert (tmp_path / "a.jsonl").is_file()
-    assert "context of 512" in refuse(f"{command} --response_length 500", **paths)
+    assert "context of 512" in refusal(f"{ppo} --policy {sft} --response_length 500")
     folder = latest_checkpoint(sft)
     AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.eos_token = None
     tokenizer.save_pretrained(tmp_path / "model")
-    assert "no EOS token" in refuse(command, policy=tmp_path / "model", output_dir=ppo)
+    assert "no EOS token" in refusal(f"{ppo} --policy {tmp_path}/model")
 
 
 BARE_TASK = """
@@ -228,12 +192,12 @@ score = lambda example, response: {}
 """
 
 
-def test_a_task_without_references_or_a_rule(refuse, toy_run, tmp_path):
-    task, start = tmp_path / "bare.py", toy_run / "sft"
-    task.write_text(BARE_TASK)
-    paths = dict(task=task, model=start, output_dir=tmp_path / "sft")
-    assert "no references" in refuse("train_sft", **paths)
-    assert "no rule" in refuse("annotate", task=task, policy=start, out=tmp_path / "notes.jsonl")
+def test_a_task_without_references_or_a_rule(toy_run, tmp_path):
+    (tmp_path / "bare.py").write_text(BARE_TASK)
+    task, start = f"--task {tmp_path}/bare.py", toy_run / "sft"
+    training = f"train_sft {task} --model {start} --output_dir {tmp_path}/sft"
+    assert "no references" in refusal(training)
+    assert "no rule" in refusal(f"annotate {task} --policy {start} --out {tmp_path}/notes.jsonl")
 
 
 USELESS = [
@@ -244,10 +208,10 @@ USELESS = [
 
 
 @pytest.mark.parametrize(("record", "problem"), USELESS)
-def test_useless_annotations(refuse, toy_run, tmp_path, record, problem):
+def test_useless_annotations(toy_run, tmp_path, record, problem):
     notes = tmp_path / "notes.jsonl"
     notes.write_text(json.dumps(record))
-    paths = {"model": toy_run / "sft", "output_dir": tmp_path / "rm", "annotations": notes}
-    assert problem in refuse("train_rm", **paths)
-    assert "notes.jsonl" in refuse("annotate", out=notes)
+    training = f"train_rm --model {toy_run}/sft --output_dir {tmp_path}/rm"
+    assert problem in refusal(f"{training} --annotations {notes}")
+    assert "notes.jsonl" in refusal(f"annotate --out {notes}")
     assert notes.read_text() == json.dumps(record)

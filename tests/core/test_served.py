@@ -12,7 +12,6 @@ The tests of vLLM need an environment of its own. vLLM looks itself up under the
 
 import functools
 import importlib.util
-import json
 import os
 import signal
 import socket
@@ -28,6 +27,7 @@ from t2g import critics, policy
 from t2g.align import locate
 from t2g.feedback import reward_prompt
 from t2g.log import read_jsonl
+from t2g.notes import write_whole
 from t2g.openai_critic import openai_critic
 from t2g.rollout import respond
 from t2g.tasks import Example, toy
@@ -114,7 +114,7 @@ def test_a_small_model_annotates_and_every_record_is_kept_with_its_reason(serve,
         {"id": "sum", "prompt": "What is 2 + 3?", "response": "It is 6."},
     ]
     path, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    write_whole(path, records)
     limits = ("--max_retries", 1, "--max_tokens", 120, "--timeout", 300)
     server = ("--base_url", serve(smollm2), "--model", smollm2)
     run("annotate", "--responses", path, "--out", out, *server, *limits)

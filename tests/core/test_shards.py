@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from forking import as_rank, free_port, started
+from forking import run_ranks
 from one_step import PLAIN
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
@@ -29,7 +29,7 @@ def save_small_model(model, tokenizer, folder, tied):
     assert len(list(folder.glob("*.safetensors"))) > 5
 
 
-def weights_of(folder, options):
+def weights_of(options, folder):
     """The weights and buffers of the policy and the reference, whole on rank 0."""
     _, model = policy.load(folder, empty=True)
     assert model.device.type == ("meta" if dist.size() > 1 else "cpu")
@@ -42,9 +42,9 @@ def weights_of(folder, options):
     return state
 
 
-def save_weights(folder, options, path):
+def save_weights(options, folder, path):
     with torchrun.session():
-        state = weights_of(folder, options)
+        state = weights_of(options, folder)
         if dist.rank() == 0:
             save_file(state, path)
 
@@ -58,17 +58,9 @@ def save_checkpoint(folder, run):
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_model_of_many_files_is_saved_by_two_ranks(model, tokenizer, tmp_path, tied):
     save_small_model(model, tokenizer, tmp_path / "model", tied)
-    in_two_ranks(save_checkpoint, tmp_path / "model", tmp_path / "run")
+    assert run_ranks(save_checkpoint, tmp_path / "model", tmp_path / "run") == [0, 0]
     (_, one), (_, two) = (policy.load(tmp_path / name) for name in ("model", "run"))
     assert_close(two.state_dict(), one.state_dict(), rtol=0, atol=0)
-
-
-def in_two_ranks(function, *args):
-    port = free_port()
-    ranks = [started(as_rank, rank, port, function, *args) for rank in (0, 1)]
-    for process in ranks:
-        process.join()
-        assert process.exitcode == 0
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -76,12 +68,13 @@ def in_two_ranks(function, *args):
 def test_two_ranks_read_the_weights_of_one(model, tokenizer, tmp_path, case, tied):
     """From many files in bf16; the head has a weight of its own or that of the embeddings."""
     save_small_model(model, tokenizer, tmp_path / "model", tied)
-    in_two_ranks(save_weights, tmp_path / "model", CASES[case], tmp_path / "weights")
-    one = weights_of(tmp_path / "model", CASES[case])
+    files = tmp_path / "model", tmp_path / "weights"
+    assert run_ranks(save_weights, CASES[case], *files) == [0, 0]
+    one = weights_of(CASES[case], tmp_path / "model")
     assert_close(load_file(tmp_path / "weights"), one, rtol=0, atol=0)
 
 
-def measure(folder, options, path):
+def measure(options, folder, path):
     """Saves the peak of the memory that loading and sharding took, in bytes."""
     with torchrun.session():
         before = memory("VmRSS")
@@ -108,7 +101,7 @@ def test_a_rank_needs_little_more_memory_than_its_shards(tokenizer, tmp_path, op
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path / "model")
     del model
-    in_two_ranks(measure, tmp_path / "model", options, tmp_path / "peak")
+    assert run_ranks(measure, options, tmp_path / "model", tmp_path / "peak") == [0, 0]
     for rank in (0, 1):
         peak = json.loads((tmp_path / f"peak.{rank}").read_text())
         assert peak <= 1.2 * share + block, f"{peak / share:.2f} times the share"

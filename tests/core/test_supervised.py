@@ -1,7 +1,6 @@
 """Supervised training: the loss covers the completions alone, and a stopped run resumes exactly."""
 
 import argparse
-import copy
 import itertools
 import os
 import random
@@ -25,14 +24,6 @@ RNG = random.Random(0)
 EXAMPLES = [toy.make_example(RNG) for _ in range(24)]
 CUTS = [(RNG.randrange(20, 200), RNG.randrange(5, 90)) for _ in EXAMPLES]
 PAIRS = [(e.prompt[:a], e.reference[:b]) for e, (a, b) in zip(EXAMPLES, CUTS)]
-
-
-@pytest.fixture(scope="module")
-def fresh():
-    """Returns a new copy of the same tokenizer and small model at each call."""
-    torch.manual_seed(0)
-    tokenizer, model = toy.new_model(0)
-    return lambda: (tokenizer, copy.deepcopy(model))
 
 
 def flags(folder, **given):

@@ -81,27 +81,35 @@ def tiny(name, tokenizer):
 
 
 @torch.no_grad()
-def check(model, tokenizer):
-    """Compares sampling and scoring of a batch with naive forwards of its rows."""
+def check(model, tokenizer, temperature=1.0):
+    """Compares sampling and scoring of a batch with naive forwards of its rows, to their end."""
     random = torch.Generator().manual_seed(0)
-    rollout = sample(model, tokenizer, PROMPTS, T, generator=random)
-    logprobs = policy.Policy(model)(rollout).logprobs
+    rollout = sample(model, tokenizer, PROMPTS, T, temperature, random)
+    logprobs = policy.Policy(model)(rollout, temperature or 1.0).logprobs
     random.manual_seed(0)
     uniform = torch.stack([torch.rand(len(PROMPTS), generator=random) for _ in range(T)])
+    ends = policy.eos_ids(tokenizer, model)
     for b in range(len(PROMPTS)):
         prompt, response = rollout.prompt[b, rollout.prompt_mask[b]], rollout.ids(b)
         for t, token in enumerate(response):
             ids = torch.cat([prompt, torch.tensor(response[:t], dtype=torch.long)])
             logits = model(input_ids=ids[None], use_cache=False).logits[:, -1].float()
-            assert draw(logits, 1.0, uniform[t, b : b + 1]).item() == token
-            assert_close(logits.log_softmax(-1)[0, token], logprobs[b, t], atol=1e-3, rtol=0)
+            assert draw(logits, temperature, uniform[t, b : b + 1]).item() == token
+            logprob = (logits / (temperature or 1.0)).log_softmax(-1)[0, token]
+            assert_close(logprob, logprobs[b, t], atol=1e-3, rtol=0)
+            assert (token in ends) == (rollout.finished[b].item() and t == len(response) - 1)
+        assert rollout.finished[b] or len(response) == T
+        assert rollout.mask[b].tolist() == [t < len(response) for t in range(rollout.mask.shape[1])]
 
 
-@pytest.mark.parametrize("name", ACCEPTED)
-def test_a_batch_is_its_rows_alone(name, tokenizer):
+CASES = [*((name, 1.0) for name in ACCEPTED), ("llama", 0.8), ("llama", 0)]
+
+
+@pytest.mark.parametrize(("name", "temperature"), CASES)
+def test_a_batch_is_its_rows_alone(name, temperature, tokenizer):
     model = tiny(name, tokenizer)
     check_batching(model)
-    check(model, tokenizer)
+    check(model, tokenizer, temperature)
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -14,9 +14,8 @@ from types import SimpleNamespace
 import torch
 from safetensors.torch import save_file
 from trl import PPOConfig, PPOTrainer, core
-from trl.trainer import AdaptiveKLController
 
-CASES, B, T, V, UPDATES = 32, 4, 7, 5, 20
+CASES, B, T, V = 32, 4, 7, 5
 KL_KINDS = {"k1": "kl", "k2": "mse", "abs": "abs", "full": "full"}  # our name: trl's
 
 
@@ -55,11 +54,6 @@ def losses_and_gradients(policy, value, mask, rates):
     config = dict(zip(("cliprange", "cliprange_value", "vf_coef"), rates[2:].tolist()))
     policy[0].requires_grad_(), value[0].requires_grad_()
     policy_loss, value_loss, stats = losses(policy, value, mask, **config)
-    row_losses = torch.zeros(B, 2, dtype=torch.float64)
-    for b in mask.any(1).nonzero()[:, 0].tolist():  # trl refuses a row without tokens
-        row = slice(b, b + 1)
-        parts = [x[row] for x in policy], [x[row] for x in value]
-        row_losses[b] = torch.stack(losses(*parts, mask[row], **config)[:2])
     return {
         "policy_loss": policy_loss,
         "policy_gradient": torch.autograd.grad(policy_loss, policy[0])[0],
@@ -70,23 +64,7 @@ def losses_and_gradients(policy, value, mask, rates):
         "value_loss": value_loss,
         "value_gradient": torch.autograd.grad(value_loss, value[0])[0],
         "value_clipfrac": torch.as_tensor(stats["val/clipfrac"]),
-        "row_losses": row_losses,
     }
-
-
-def kl_coefficients(generator):
-    """Returns settings (init, target, horizon), updates (kl, n) and the coefficient's path."""
-    settings = torch.rand(5, 3, generator=generator) * torch.tensor([10, 100, 1e5]) + 0.1
-    updates = torch.rand(5, UPDATES, 2, generator=generator) * torch.tensor([100, 1000]) + 1
-    paths = []
-    for setting, pairs in zip(settings.tolist(), updates.tolist()):
-        controller, path = AdaptiveKLController(*setting), []
-        for kl, n in pairs:
-            controller.update(kl, int(n))
-            path.append(controller.value)
-        paths.append(path)
-    paths = torch.tensor(paths, dtype=torch.float64)
-    return {"kl_settings": settings, "kl_updates": updates, "kl_path": paths}
 
 
 def make():
@@ -96,7 +74,7 @@ def make():
     mask = torch.arange(T) < lengths[..., None]
     noise = torch.randn(CASES, 6, B, T, generator=generator, dtype=torch.float64)
     rates = torch.rand(CASES, 5, generator=generator, dtype=torch.float64)
-    outputs = {"mask": mask, "noise": noise, "rates": rates, **kl_coefficients(generator)}
+    outputs = {"mask": mask, "noise": noise, "rates": rates}
     cases = []
     for tensors, m, rate in zip(noise.clone(), mask, rates):
         parts = list(tensors[:3].clone()), list(tensors[3:].clone())

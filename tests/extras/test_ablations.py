@@ -1,17 +1,17 @@
 """Critics that wrap a critic: noisy.py makes errors of a given kind and rate, dense.py spreads labels."""
 
 import argparse
-import json
 import random
 
 import pytest
+from forking import output
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from extras.studies import dense, noisy
 from t2g.align import resolve
 from t2g.feedback import Feedback, Span, quoted
-from t2g.notes import read_annotations
+from t2g.notes import read_annotations, write_whole
 from t2g.tasks import Example, toy
 
 WORDS = "Ana lives in Porto since 1927 and likes old chess books".split()
@@ -40,6 +40,8 @@ def test_at_rate_one_each_kind_does_what_its_name_says():
                 assert new.score == old.score and 0 <= new.start < new.end <= len(TEXT)
     shifted = {places(spoil("shift", seed=seed))[0] for seed in range(20)}
     assert {TEXT[start:end] for start, end, _ in shifted} == {"s in", "since"[:4]}
+    nowhere = Feedback("c", ["Lisbon"])
+    assert noisy.spoil(TEXT, nowhere, "shift", 1.0, random.Random(0)) == nowhere
 
 
 @pytest.mark.parametrize("kind", noisy.KINDS)
@@ -51,11 +53,6 @@ def test_the_rate_is_the_share_of_quotes_that_are_spoilt(kind):
         kept += sum(quote in spoilt.good for quote in FEEDBACK.good)
         kept += sum(quote in spoilt.poor for quote in FEEDBACK.poor)
     assert kept / 4000 == pytest.approx(0.7, abs=0.04)
-
-
-def test_a_quote_that_stands_nowhere_stays():
-    feedback = Feedback("c", ["Lisbon"])
-    assert noisy.spoil(TEXT, feedback, "shift", 1.0, random.Random(0)) == feedback
 
 
 def test_errors_depend_on_the_seed_and_the_text_alone(tmp_path):
@@ -138,12 +135,11 @@ def test_dense_feedback_marks_in_quotes_what_dense_marks_in_spans(data):
     assert marked(resolve(text, spread)[0]) == marked(by_spans)
 
 
-def test_annotations_are_rewritten_with_dense_labels(tmp_path, run_main):
+def test_annotations_are_rewritten_with_dense_labels(tmp_path):
     record = {"prompt": "p", "response": TEXT, "critique": "c", "kinds": ["wrong", "late"]}
     record |= {"good_spans": FEEDBACK.good, "poor_spans": FEEDBACK.poor, "status": "ok"}
-    failed = {"id": "1", "status": "failed"}
-    (tmp_path / "a.jsonl").write_text(json.dumps(record) + "\n" + json.dumps(failed) + "\n")
-    run_main(dense, tmp_path / "a.jsonl", tmp_path / "b.jsonl")
+    write_whole(tmp_path / "a.jsonl", [record, {"id": "1", "status": "failed"}])
+    output(f"extras.studies.dense {tmp_path}/a.jsonl {tmp_path}/b.jsonl")
     spread, other = read_annotations(tmp_path / "b.jsonl")
     assert spread["feedback"].critique == "c" and other["feedback"] is None
     quotes = [*spread["feedback"].good, *spread["feedback"].poor]

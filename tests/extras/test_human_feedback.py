@@ -2,7 +2,6 @@
 
 import pytest
 
-from extras.human import records as human_records
 from extras.human.records import joined, longest_kept, records
 from t2g.align import resolve
 from t2g.feedback import Feedback
@@ -121,14 +120,6 @@ def test_what_people_filled_in_is_checked_and_the_invalid_rows_are_reported(caps
     for number, (fault, line) in enumerate(zip(faults, capsys.readouterr().out.splitlines()), 1):
         assert f"row {number} of rows" in line and fault in line
     assert "no row of rows has valid feedback" in refused(records, [faults["critique"]], "rows")
-
-
-def test_the_file_that_is_read_is_not_overwritten(run_main, tmp_path):
-    path = tmp_path / "all.jsonl"
-    write_whole(path, [DEFACTO, DEFACTO | {"feedback": {}}])
-    before = path.read_text()
-    assert "choose another --out" in run_main(human_records, path, "--out", path)[1]
-    assert path.read_text() == before
 
 
 BAD_QUOTE = {"critique": "c", "good_spans": [], "poor_spans": [1]}

@@ -5,12 +5,13 @@ import re
 import shutil
 
 import pytest
+from forking import output
 
 from extras.human import page as human_page
 from extras.human.records import records
 from t2g.align import resolve, span_rewards, token_offsets
 from t2g.log import read_jsonl
-from t2g.notes import read_feedback
+from t2g.notes import read_feedback, write_whole
 
 EVIL = "<img src=x onerror=alert(1)></script>"
 POST = "My name is Ana. I am 41. I live in Porto. I work as a nurse. My friend Ben turned 27."
@@ -180,16 +181,16 @@ def test_marks_of_words_that_occur_several_times_are_read_back_as_shown(visit, t
     assert marked == ["no", "no 27,", "no", ", no", "no 27", "27", "東", "東"]
 
 
-def test_the_command_samples_a_policy_or_takes_responses(folder, run_main, tmp_path):
-    def items_of(*flags):
-        run_main(human_page, *flags, "--out", page)
+def test_the_command_samples_a_policy_or_takes_responses(folder, tmp_path):
+    def items_of(flags):
+        output(f"extras.human.page {flags} --out {page}")
         return json.loads(re.search(r'id="data">(.*)</script>', page.read_text())[1])
 
-    page, texts, policy = tmp_path / "page.html", tmp_path / "texts.jsonl", folder / "model"
-    items = items_of("--policy", policy, "--samples", 2, "--response_length", 12, "--seed", 5)
+    page, texts = tmp_path / "page.html", tmp_path / "texts.jsonl"
+    items = items_of(f"--policy {folder}/model --samples 2 --response_length 12 --seed 5")
     assert [item["record"]["id"] for item in items] == ["5-0", "5-1"]
     assert all(len(item["tokens"]) > 1 for item in items)
-    texts.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    assert [item["tokens"] for item in items_of("--responses", texts)] == [[], [], []]
-    item = items_of("--responses", texts, "--policy", policy)[0]
+    write_whole(texts, ROWS)
+    assert [item["tokens"] for item in items_of(f"--responses {texts}")] == [[], [], []]
+    item = items_of(f"--responses {texts} --policy {folder}/model")[0]
     assert item["record"] == ROWS[0] and item["tokens"][0] == [0, 3, "Ana"]

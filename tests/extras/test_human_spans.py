@@ -2,6 +2,7 @@
 
 import pytest
 from annotating import write
+from forking import output, result_of
 
 from extras.human import spans as human_spans
 from t2g.align import token_offsets
@@ -61,7 +62,7 @@ def test_tokens_outside_the_human_spans_are_wrong_and_those_not_marked_are_misse
     assert wrong["wrong"] > 0 and wrong["missed"] > 0
 
 
-def test_the_command_measures_a_file(tmp_path, tok, run_main):
+def test_the_command_measures_a_file(tmp_path, tok):
     """In each response people marked a name that occurs once and the second of two numbers."""
     rows = []
     for age in range(20, 60):
@@ -69,7 +70,7 @@ def test_the_command_measures_a_file(tmp_path, tok, run_main):
         rows.append({"response": response, "spans": [[19, 24], [32, 34]]})
     folder, data = str(tmp_path / "tokenizer"), write(tmp_path / "spans.jsonl", rows)
     tok.save_pretrained(folder)
-    result, _ = run_main(human_spans, "--data", data, folder)
+    result = result_of(output(f"extras.human.spans --data {data} {folder}"))
     rules, table = result["rules"], result["tokenizers"][folder]
     assert result["quotes"] == 80 and rules["last"]["own"] == 40
     assert rules["last"]["precision"] == rules["last"]["recall"] == rules["all"]["recall"] == 1
@@ -80,9 +81,9 @@ def test_the_command_measures_a_file(tmp_path, tok, run_main):
     assert table["all"]["wrong"] == 0 < table["milliseconds"]["512 tokens"]
 
 
-def test_a_file_without_ambiguous_quotes_is_measured(tmp_path, run_main):
+def test_a_file_without_ambiguous_quotes_is_measured(tmp_path):
     data = write(tmp_path / "spans.jsonl", [{"response": "Ana is 27.", "spans": [[7, 9]]}])
-    result, _ = run_main(human_spans, "--data", data)
+    result = result_of(output(f"extras.human.spans --data {data}"))
     assert result["quotes"] == 1 and result["rules"] == {}
 
 

@@ -1,6 +1,5 @@
 """The plan of a run: its arithmetic, its advice, and its memory against what was measured."""
 
-import json
 import os
 import subprocess
 import sys
@@ -9,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from forking import output, result_of
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 import train_ppo
-from extras import reproduce
 from extras.scale import passes, plan, recipe
 from extras.speed.synthetic import random_rollout, train_args
 from t2g import adapters, cpu, dist, policy
@@ -48,28 +47,18 @@ def llama(tokenizer, tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def planned(monkeypatch, capsys):
-    """planned(machine, *words) runs the command. Returns its JSON object and its output."""
-
-    def run(machine, *words):
-        monkeypatch.setattr(sys, "argv", ["plan", machine, *map(str, words)])
-        plan.main()
-        printed = capsys.readouterr().out
-        return json.loads(printed.splitlines()[-1]), printed
-
-    return run
+def planned(machine, *words):
+    """The JSON object that the command prints, and its output."""
+    printed = output(f"extras.scale.plan {machine}", *words)
+    return result_of(printed), printed
 
 
-@pytest.fixture
-def planned_ppo(planned):
-    """planned_ppo(machine, model, *flags) plans train_ppo.py with the rule as its critic."""
-    return lambda machine, model, *flags: planned(
-        machine, "--critic", "rule", "--policy", model, *flags
-    )
+def planned_ppo(machine, model, *flags):
+    """The plan of train_ppo.py with the rule as its critic."""
+    return planned(machine, "--critic", "rule", "--policy", model, *flags)
 
 
-def test_weights_and_moments_are_counted_and_sharded(llama, planned_ppo):
+def test_weights_and_moments_are_counted_and_sharded(llama):
     plans = [planned_ppo(name, llama(**SMALL), *STEP)[0] for name in ("1xA100-80", "8xA100-80")]
     one, eight = plans
     weights = 4 * one["parameters"] / plan.GIB
@@ -81,7 +70,7 @@ def test_weights_and_moments_are_counted_and_sharded(llama, planned_ppo):
     assert one["hours"]["all"] == pytest.approx(sum(parts)) and len(parts) == 3
 
 
-def test_flops_are_two_a_weight_and_token_forward_and_six_in_an_epoch(llama, planned_ppo):
+def test_flops_are_two_a_weight_and_token_forward_and_six_in_an_epoch(llama):
     path = llama(**SMALL)
     found, printed = planned_ppo("1xcpu", path, *STEP, "--max_steps", 5)
     body = found["parameters"] - 2 * AutoConfig.from_pretrained(path).vocab_size * 512
@@ -92,7 +81,7 @@ def test_flops_are_two_a_weight_and_token_forward_and_six_in_an_epoch(llama, pla
     assert found["hours"] == {} and "hours\n" not in printed, "a CPU's speed is not known"
 
 
-def test_lora_saves_moments_and_the_reference(llama, planned_ppo):
+def test_lora_saves_moments_and_the_reference(llama):
     path = llama(**SMALL)
     plans = [planned_ppo("1xA100-80", path, *STEP, *f)[0] for f in ((), ("--lora_r", 8))]
     full, lora = (plan["memory"] for plan in plans)
@@ -112,7 +101,7 @@ SAMPLED = {
 
 
 @pytest.mark.parametrize("script", TRAINED)
-def test_a_stage_that_trains_shards_its_weights(llama, planned, script):
+def test_a_stage_that_trains_shards_its_weights(llama, script):
     words = [script, TRAINED[script], llama(**TINY), "--max_steps", 10]
     one, eight = (planned(name, *words)[0] for name in ("1xA100-80", "8xA100-80"))
     assert eight["memory"]["weights"] * 8 == pytest.approx(one["memory"]["weights"])
@@ -121,7 +110,7 @@ def test_a_stage_that_trains_shards_its_weights(llama, planned, script):
 
 
 @pytest.mark.parametrize("script", SAMPLED)
-def test_a_stage_that_samples_shares_out_its_prompts(llama, planned, script):
+def test_a_stage_that_samples_shares_out_its_prompts(llama, script):
     words = [script, *SAMPLED[script], llama(**TINY)]
     one, eight = (planned(name, *words)[0] for name in ("1xA100-80", "8xA100-80"))
     assert eight["memory"]["weights"] == one["memory"]["weights"]
@@ -154,24 +143,13 @@ def test_bf16_is_planned_alike_with_and_without_a_gpu(llama, monkeypatch):
     assert peaks[1] == peaks[2] != peaks[0]
 
 
-def test_a_run_that_does_not_fit_gets_the_flags_with_which_it_does(llama, planned_ppo):
+def test_a_run_that_does_not_fit_gets_the_flags_with_which_it_does(llama):
     wide = dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=1)
     path = llama(vocab_size=128256, **wide, num_attention_heads=32, num_key_value_heads=8)
     found, printed = planned_ppo("1xL4-24", path, *STEP)
     assert not found["fits"] and found["gib"] > 24 and "it does with --bf16" in printed
     again, _ = planned_ppo("1xL4-24", path, *STEP, *found["fits_with"])
     assert again["fits"]
-
-
-@pytest.mark.parametrize("machine", ["8", "0xcpu", "2xB9000"])
-def test_an_unknown_machine_is_refused(planned, refused, machine):
-    assert "known: A100-40" in refused(planned, machine)
-
-
-def test_a_plan_needs_a_model_and_a_known_script(planned, refused):
-    words = ("--task", "summarize", "--data", "posts.jsonl", "--critic", "rule")
-    assert "needs --policy" in refused(planned, "1xA100-80", *words)
-    assert "no plan for train.py" in refused(planned, "1xA100-80", "train.py")
 
 
 @pytest.mark.parametrize("flags", [(), ("--lora_r", 8), ("--gradient_checkpointing",), ("--bf16",)])
@@ -208,7 +186,7 @@ def test_fake_tensors_need_as_much_memory_as_real_ones(llama, monkeypatch, flags
         ("train_sft.py", ("--gradient_checkpointing",)),
     ],
 )
-def test_memory_is_as_measured(llama, planned, tokenizer, tmp_path, script, flags):
+def test_memory_is_as_measured(llama, tokenizer, tmp_path, script, flags):
     """With blocks of 256 KiB and more returned to the system, which glibc keeps otherwise."""
     path = llama(**SMALL | {"num_hidden_layers": 6})
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
@@ -257,28 +235,21 @@ run = "{gpus} train_ppo.py {data} {to}"
 '''
 
 
-@pytest.fixture
-def planned_recipe(tmp_path, monkeypatch, capsys):
-    """planned_recipe(name, *words) plans a recipe. Returns its commands by job, and the rest."""
-
-    def run(name, *words):
-        command = ["reproduce", "--recipe", str(name), *words]
-        monkeypatch.setattr(sys, "argv", [*command, "--output_dir", str(tmp_path / "out")])
-        reproduce.main()
-        result = json.loads(capsys.readouterr().out.splitlines()[-1])
-        return result.pop("commands"), result
-
-    return run
+def planned_recipe(name, machine, folder):
+    """The commands of one seed of a recipe, by job, and the rest of its plan."""
+    flags = f"--plan {machine} --seeds 0 --output_dir {folder}/out"
+    result = result_of(output(f"extras.reproduce --recipe {name} {flags}"))
+    return result.pop("commands"), result
 
 
 @pytest.mark.parametrize("gpus", ["torchrun --nproc_per_node 8", ""])
-def test_a_recipe_is_planned_by_its_commands(llama, planned_recipe, tmp_path, gpus):
+def test_a_recipe_is_planned_by_its_commands(llama, tmp_path, gpus):
     wide = dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=2)
     model = llama(vocab_size=128256, **wide, num_attention_heads=32, num_key_value_heads=8)
     path = tmp_path / "recipe.toml"
     text = RECIPE.replace("MODEL", str(model)).replace("{gpus}", gpus)
     path.write_text(text)
-    commands, totals = planned_recipe(path, "--plan", "8xL4-24", "--seeds", "0")
+    commands, totals = planned_recipe(path, "8xL4-24", tmp_path)
     scripts = ["train_sft.py", "annotate.py", "train_rm.py", "train_ppo.py", "eval.py"]
     assert [line["script"] for line in commands] == scripts
     assert not (tmp_path / "out").exists(), "nothing runs"
@@ -292,7 +263,7 @@ def test_a_recipe_is_planned_by_its_commands(llama, planned_recipe, tmp_path, gp
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["slf5k_8b", "kodcode_8b", "ultrafeedback_8b"])
-def test_the_recipes_of_8b_fit_on_eight_gpus_of_80_gb(planned_recipe, name):
-    commands, totals = planned_recipe(name, "--plan", "8xH100-80", "--seeds", "0")
+def test_the_recipes_of_8b_fit_on_eight_gpus_of_80_gb(tmp_path, name):
+    commands, totals = planned_recipe(name, "8xH100-80", tmp_path)
     assert {line["verdict"] for line in commands} <= {"fits", "not planned: it needs no GPU"}
     assert totals["gpu_hours"] > 10 and totals["bill"] > 10

@@ -2,11 +2,12 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import forking
 import pytest
+from forking import output, refusal, result_of
 from transformers import AutoModelForCausalLM
 
 from extras import reproduce, table
@@ -84,15 +85,17 @@ def recipe(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def run(tmp_path, recipe, monkeypatch, capsys):
-    """run(*flags) -> the printed result as an object, and the calls of the stand-in so far."""
+def command(tmp_path, recipe):
+    return f"extras.reproduce --recipe {recipe} --output_dir {tmp_path}/out"
 
-    def call(*flags):
-        out = ["--output_dir", str(tmp_path / "out")]
-        monkeypatch.setattr(sys, "argv", ["reproduce", "--recipe", str(recipe), *out, *flags])
-        reproduce.main()
-        last = capsys.readouterr().out.splitlines()[-1]
-        return json.loads(last), (tmp_path / "out" / "calls").read_text().splitlines()
+
+@pytest.fixture
+def run(tmp_path, command):
+    """run(flags) -> the printed result as an object, and the calls of the stand-in so far."""
+
+    def call(flags=""):
+        result = result_of(output(f"{command} {flags}"))
+        return result, (tmp_path / "out" / "calls").read_text().splitlines()
 
     return call
 
@@ -125,29 +128,27 @@ def test_each_stage_runs_once_a_seed_before_the_rows_that_need_it(run, tmp_path)
 
 
 def test_a_second_call_runs_what_is_missing(run):
-    first, calls = run("--rows", "b", "--seeds", "0", "1")
-    again, same = run("--rows", "b", "--seeds", "0", "1")
+    first, calls = run("--rows b --seeds 0 1")
+    again, same = run("--rows b --seeds 0 1")
     assert again == first and same == calls
-    _, more = run("--seeds", "0", "1")
+    _, more = run("--seeds 0 1")
     new = ("stage rm", "train a", "measure a", "measure sft")
     assert set(more) - set(calls) == {f"{what} {seed}" for what in new for seed in (0, 1)}
 
 
 def test_a_failure_is_named_the_rest_is_done_and_the_next_call_goes_on(
-    run, recipe, tmp_path, capsys
+    run, command, recipe, tmp_path
 ):
     whole = recipe.read_text()
     recipe.write_text(whole.replace('run = "{train} 0.6"', 'run = "{script} fail {out} {seed} 0"'))
-    with pytest.raises(SystemExit):
-        run("--seeds", "0", "1")
-    printed = capsys.readouterr()
-    assert "b of seed 0 failed: see " in printed.out
-    assert re.search("error: b of seed (0, b of seed 1|1, b of seed 0) failed", printed.err)
+    code, printed = forking.run(f"{command} --seeds 0 1")
+    assert code == 2 and "b of seed 0 failed: see " in printed
+    assert re.search("error: b of seed (0, b of seed 1|1, b of seed 0) failed", printed)
     calls = (tmp_path / "out" / "calls").read_text().splitlines()
     assert "measure a 1" in calls and "measure b 0" not in calls
     assert "it broke" in (tmp_path / "out" / "seed-0" / "b.log").read_text()
     recipe.write_text(whole)
-    result, more = run("--seeds", "0", "1")
+    result, more = run("--seeds 0 1")
     assert set(result["rows"]) == {"a", "b", "c"} and more.count("measure a 0") == 1
 
 
@@ -160,30 +161,26 @@ def test_a_failure_is_named_the_rest_is_done_and_the_next_call_goes_on(
         ('title = "B"', "title =", "is no TOML"),
     ],
 )
-def test_a_recipe_that_cannot_run_fails_before_anything_runs(run, recipe, old, new, error, capsys):
+def test_a_recipe_that_cannot_run_fails_before_anything_runs(command, recipe, old, new, error):
     recipe.write_text(recipe.read_text().replace(old, new))
-    with pytest.raises(SystemExit):
-        run()
-    assert error in capsys.readouterr().err
+    assert error in refusal(command)
 
 
-def test_a_metric_that_no_run_logs_cannot_be_compared_at_equal_kl(run, recipe, capsys):
+def test_a_metric_that_no_run_logs_cannot_be_compared_at_equal_kl(command, recipe):
     recipe.write_text('also_at_equal_kl = ["words"]\n' + recipe.read_text())
-    with pytest.raises(SystemExit):
-        run("--seeds", "0")
-    assert "seed-0/a logs no words" in capsys.readouterr().err
+    assert "seed-0/a logs no words" in refusal(f"{command} --seeds 0")
 
 
 def test_a_row_may_be_compared_with_another_row(run, recipe, tmp_path):
     recipe.write_text(recipe.read_text().replace('title = "A"', 'title = "A"\nagainst = "c"'))
-    rows = run("--seeds", "0", "1")[0]["rows"]
+    rows = run("--seeds 0 1")[0]["rows"]
     assert "| A (differences to C) | 0.8" in (tmp_path / "out" / "table.md").read_text()
     assert rows["a"]["difference"]["mean"] == pytest.approx(0.7)
     assert rows["c"]["difference"]["mean"] == pytest.approx(-0.4)
 
 
-def test_other_commands_or_names_than_before_are_refused(run, recipe, capsys):
-    run("--rows", "a", "b", "--seeds", "0")
+def test_other_commands_or_names_than_before_are_refused(command, recipe):
+    output(f"{command} --rows a b --seeds 0")
     recipe.write_text(recipe.read_text().replace("{out} {seed}", "{out} 1{seed}"))
     cases = {
         "--rows a --seeds 0": "of seed 0 in",
@@ -191,16 +188,11 @@ def test_other_commands_or_names_than_before_are_refused(run, recipe, capsys):
         "--recipe tois": "the recipes are",
     }
     for flags, error in cases.items():
-        with pytest.raises(SystemExit):
-            run(*flags.split())
-        assert error in capsys.readouterr().err
+        assert error in refusal(f"{command} {flags}")
 
 
-def test_a_dry_run_prints_the_commands_and_runs_none(recipe, tmp_path, monkeypatch, capsys):
-    flags = ["--recipe", str(recipe), "--dry_run", "--output_dir", str(tmp_path / "out")]
-    monkeypatch.setattr(sys, "argv", ["reproduce", *flags])
-    reproduce.main()
-    lines = capsys.readouterr().out.splitlines()
+def test_a_dry_run_prints_the_commands_and_runs_none(command, tmp_path):
+    lines = output(f"{command} --dry_run").splitlines()
     assert lines[:2] == ["# A table", "# sft of seed 0"]
     assert lines[6].endswith(f"train {tmp_path}/out/seed-0/a 0 0.9 0.3")
     assert lines[-1].endswith(f"measure {tmp_path}/out/seed-0/sft 0 0.1")
@@ -239,7 +231,7 @@ def test_every_recipe_names_rows_scripts_and_flags_that_exist():
 
 
 def test_the_ledger_counts_two_flops_per_weight_and_token_read_and_six_trained(run, tmp_path):
-    run("--rows", "b", "--seeds", "0")
+    run("--rows b --seeds 0")
     costs = table.read_cell(tmp_path / "out" / "seed-0", "b", "good")["ledger"]
     read, judged, trained = 20 * 2 * (6 + 4), 20 * 2 * (6 + 4 + 5), 20 * 40
     expected = {
@@ -279,13 +271,3 @@ def test_rollouts_to_the_rival_s_end_say_how_many_seeds_reach_it():
     result = {"rows": table.summarise(cells, recipe, rows), "stages": {}}
     assert result["rows"]["a"]["rollouts_to_rival"]["values"] == [2]
     assert "| 2.00, reached by 1 of 2 seeds |" in table.markdown(result, recipe, rows)
-
-
-def test_curves_can_be_drawn_of_any_rows(tmp_path):
-    curve = {"curve": [0.1, 0.4, 0.5], "scores": {"good": 0.5}}
-    point = {"curve": [], "scores": {"good": 0.2}}
-    recipe = {"main": "good", "main_title": "good answers", "against": "b"}
-    rows = {name: {"title": name.upper()} for name in "abc"}
-    for cells in ({"a": [curve] * 2, "b": [curve] * 2, "c": [point] * 2}, {"c": [point]}, {}):
-        table.plot(tmp_path / "curves.png", cells, recipe | {"curves": ["a", "b", "c"]}, rows)
-        assert (tmp_path / "curves.png").stat().st_size > 1000

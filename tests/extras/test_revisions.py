@@ -6,7 +6,8 @@ import random
 
 import pytest
 import torch
-from running import noisy_examples, refused, run, save_start
+from forking import output, result_of
+from toys import noisy_examples, save_start
 
 from extras.baselines import common, ilf, reflection
 from t2g.feedback import Feedback, revision_prompt
@@ -74,14 +75,14 @@ def test_a_response_is_revised_after_its_critique_and_stays_without_one(untraine
     assert texts == ["Ana is 27.", "Bo."] and calls[1] == [], "no critique leaves room for as much"
 
 
-def test_reflection_measures_the_revisions(untrained, monkeypatch, tmp_path, capsys):
+def test_reflection_measures_the_revisions(untrained, monkeypatch, tmp_path):
     def perfect(model, tokenizer, prompts, response_length, examples, critic, **sampling):
         return [example.reference for example in examples], [True] * len(examples)
 
     monkeypatch.setattr(reflection, "reflect", perfect)
-    run(f"reflection {tmp_path}/sft --critic rule --eval_samples 2 --response_length 4")
-    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
-    scores = printed[f"{tmp_path}/sft"]
+    flags = "--critic rule --eval_samples 2 --response_length 4"
+    printed = output(f"extras.baselines.reflection {tmp_path}/sft {flags}")
+    scores = result_of(printed)[f"{tmp_path}/sft"]
     for name in ("perfect", "perfect_greedy", "eos_rate", "eos_rate_greedy"):
         assert scores[name] == 1
 
@@ -110,20 +111,8 @@ def test_two_steps_of_ilf(untrained, tmp_path, monkeypatch):
 
     monkeypatch.setattr(ilf, "best_revisions", all_revisions)
     short = "--num_prompts 4 --response_length 5 --max_steps 2 --per_device_train_batch_size 2"
-    run(f"ilf --critic rule {short}", output_dir=tmp_path / "ilf")
+    output(f"extras.baselines.ilf --critic rule {short} --output_dir {tmp_path}/ilf")
     assert (tmp_path / "ilf" / "checkpoint-2").is_dir()
     assert len(read_jsonl(tmp_path / "ilf" / "metrics.jsonl")) == 2
     first, second = json.loads((tmp_path / "ilf" / "sampling.json").read_text())
     assert first["samples"] == 4 and second["prompt_tokens"] > first["prompt_tokens"]
-
-
-@pytest.mark.parametrize("method", ["ilf --num_prompts 4", "sdpo --max_steps 1", "reflection"])
-def test_a_critic_without_words_is_refused(method, untrained, tmp_path, capsys):
-    critic = tmp_path / "one.py"
-    critic.write_text("def critic(task, args):\n    return lambda examples, y: [1.0] * len(y)\n")
-    command = f"{method} --critic {critic} --response_length 5"
-    if method == "reflection":
-        command += f" --eval_samples 2 {tmp_path}/sft"
-    else:
-        command += f" --output_dir {tmp_path}/run"
-    assert "gives numbers" in refused(capsys, command)

@@ -3,17 +3,16 @@
 import argparse
 import copy
 import math
-import sys
 
 import pytest
 import torch
+from forking import output
 from hypothesis import given
 from hypothesis import strategies as st
-from running import run, save_start
 from torch.distributions import Categorical, kl_divergence
 from torch.testing import assert_close
+from toys import save_start
 
-import train_ppo
 from extras.baselines import sdpo
 from t2g.chat import chat_text
 from t2g.feedback import Feedback, revision_prompt
@@ -185,16 +184,16 @@ def test_a_row_without_critique_or_room_keeps_its_prompt(model, tokenizer, batch
 SHORT = "--critic rule --per_device_train_batch_size 4 --response_length 12 --seed 5"
 
 
-def test_two_steps_begin_with_the_rollout_of_train_ppo(monkeypatch, tmp_path):
+def test_two_steps_begin_with_the_rollout_of_train_ppo(tmp_path):
     save_start(tmp_path)
-    run(f"sdpo {SHORT} --max_steps 2 --learning_rate 0.01", output_dir=tmp_path / "sdpo")
+    sdpo_flags = f"--max_steps 2 --learning_rate 0.01 --output_dir {tmp_path}/sdpo"
+    output(f"extras.baselines.sdpo {SHORT} {sdpo_flags}")
     lines = read_jsonl(tmp_path / "sdpo" / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2]
     assert lines[0]["kl"] == lines[0]["unparsable"] == lines[0]["too_long"] == 0 < lines[1]["kl"]
     assert (tmp_path / "sdpo" / "checkpoint-2" / "model.safetensors").is_file()
-    command = f"train_ppo.py {SHORT} --num_mini_batches 2 --max_steps 1 --eval_samples 1"
-    monkeypatch.setattr(sys, "argv", [*command.split(), "--output_dir", str(tmp_path / "ppo")])
-    train_ppo.main()
+    ppo_flags = f"--num_mini_batches 2 --max_steps 1 --eval_samples 1 --output_dir {tmp_path}/ppo"
+    output(f"train_ppo {SHORT} {ppo_flags}")
     [line] = read_jsonl(tmp_path / "ppo" / "metrics.jsonl")
     for name in ("reward", "entropy", "tokens_poor", "response_tokens", "prompt_tokens", "words"):
         assert lines[0][name] == line[name], name

@@ -1,6 +1,5 @@
 """The studies' own commands: details of the official code, and what a healthy run looks like."""
 
-import json
 import os
 import subprocess
 import sys
@@ -8,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from running import save_start
+from forking import output, result_of
+from toys import save_start
 
 import train_ppo
-from extras.studies import deviations, healthy, rule_check
+from extras.studies import deviations, rule_check
 from t2g.log import read_jsonl
+from t2g.notes import write_whole
 
 ROOT = Path(__file__).parents[2]
 PATCHED = ("sample", "whiten", "gae", "token_rewards", "policy_loss", "value_loss")
@@ -25,37 +26,31 @@ def test_each_detail_changes_a_step_of_training(detail, tmp_path, monkeypatch):
         monkeypatch.setattr(train_ppo, name, getattr(train_ppo, name))
     flags = "--critic rule --max_steps 1 --num_ppo_epochs 1 --response_length 8 --eval_samples 1"
     flags += f" --per_device_train_batch_size 4 --output_dir {tmp_path}/run"
-    monkeypatch.setattr(sys, "argv", ["deviations", detail, *flags.split()])
-    deviations.main()
+    output(f"extras.studies.deviations {detail} {flags}")
     [row] = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     assert row["grad_norm"] > 0
 
 
-def test_an_unknown_detail_is_one_sentence(run_main):
-    assert "give one of neutral_plus_one" in run_main(deviations, "another")[1]
-
-
-def test_healthy_prints_a_table_and_draws_the_curves(tmp_path, run_main):
+def test_healthy_prints_a_table_and_draws_the_curves(tmp_path):
     for run, level in (("a", 1.0), ("b", 3.0)):
         (tmp_path / run).mkdir()
         row = dict(response_tokens=10, reward=level)
-        lines = [json.dumps(row | {"step": n, "kl": level * n}) + "\n" for n in range(1, 13)]
-        (tmp_path / run / "metrics.jsonl").write_text("".join(lines))
-    runs, plot = [str(tmp_path / "a"), str(tmp_path / "b")], tmp_path / "plot.png"
-    result, printed = run_main(healthy, *runs, "--beside", "alone", runs[0], "--plot", plot)
+        rows = [row | {"step": n, "kl": level * n} for n in range(1, 13)]
+        write_whole(tmp_path / run / "metrics.jsonl", rows)
+    a, b, plot = (tmp_path / name for name in ("a", "b", "plot.png"))
+    printed = output(f"extras.studies.healthy {a} {b} --beside alone {a} --plot {plot}")
+    result = result_of(printed)
     both, alone = result["healthy: step 1 → 10 → 12"], result["alone: step 1 → 10 → 12"]
     assert both["kl"] == [2.0, 20.0, 24.0] and alone["kl"] == [1.0, 10.0, 12.0]
     assert "| `kl` | 2.00 → 20.00 → 24.00 | 1.00 → 10.00 → 12.00 |" in printed
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
-def test_rule_check_says_whether_silence_pays_and_whether_reward_and_score_agree(
-    tmp_path, run_main
-):
+def test_rule_check_says_whether_silence_pays_and_whether_reward_and_score_agree(tmp_path):
     save_start(tmp_path)
     flags = f"--critic rule --policy {tmp_path}/sft --num_prompts 2 --samples_per_prompt 2"
     flags += f" --response_length 8 --output_dir {tmp_path}/check"
-    result, _ = run_main(rule_check, *flags.split())
+    result = result_of(output(f"extras.studies.rule_check {flags}"))
     assert result["rewards"]["silence"] == 0 and result["rewards"]["references"] > 4
     scores = [{"up": x, "down": -x} for x in (1, 2, 3, 2, 1, 3)]
     table = rule_check.agree(np.array([0.0, 5, 9, -2, -3, 1]), scores, 3)
