@@ -109,8 +109,6 @@ def test_everything_is_evaluated(toy_run, rule_run, tmp_path):
     assert set(card) >= {"good", "poor", "json_valid", "verbatim"}
     assert card == result_of(output(f"{rm} --temperature 1.0"))
     assert card != result_of(output(f"{rm} --temperature 0.01"))
-    table = result_of(output(f"eval seeds {rule_run} {rule_run}"))
-    assert table["coverage"]["after"]["seeds"] == 2
     page = tmp_path / "both.html"
     printed = output(f"eval page {toy_run}/ppo {rule_run} --out {page}")
     assert result_of(printed) == {"page": str(page)} and "critic rm" in page.read_text()
@@ -156,7 +154,6 @@ BAD_FLAGS = {  # command: what the sentence names
     "annotate --out notes.jsonl.gz": "gzipped",
     "train_ppo --kl_target 6 --kl_coef 0": "--kl_coef",
     "train_ppo --kl_target 6 --kl_horizon 10": "--kl_horizon",
-    "eval seeds": "two runs",
 }
 
 

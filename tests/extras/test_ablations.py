@@ -4,14 +4,12 @@ import argparse
 import random
 
 import pytest
-from forking import output
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from extras.studies import dense, noisy
 from t2g.align import resolve
-from t2g.feedback import Feedback, Span, quoted
-from t2g.notes import read_annotations, write_whole
+from t2g.feedback import Feedback, Span
 from t2g.tasks import Example, toy
 
 WORDS = "Ana lives in Porto since 1927 and likes old chess books".split()
@@ -42,6 +40,9 @@ def test_at_rate_one_each_kind_does_what_its_name_says():
     assert {TEXT[start:end] for start, end, _ in shifted} == {"s in", "since"[:4]}
     nowhere = Feedback("c", ["Lisbon"])
     assert noisy.spoil(TEXT, nowhere, "shift", 1.0, random.Random(0)) == nowhere
+    twice = Feedback("c", poor=["27"])  # a poor quote marks its last place, so it moves from there
+    spoilt = [noisy.spoil("27 a 27 b", twice, "shift", 1.0, random.Random(i)) for i in range(20)]
+    assert {one.poor[0] for one in spoilt} == {"a ", " b"}
 
 
 @pytest.mark.parametrize("kind", noisy.KINDS)
@@ -133,14 +134,3 @@ def test_dense_feedback_marks_in_quotes_what_dense_marks_in_spans(data):
 
     by_spans = dense.dense(resolve(text, feedback)[0], text)
     assert marked(resolve(text, spread)[0]) == marked(by_spans)
-
-
-def test_annotations_are_rewritten_with_dense_labels(tmp_path):
-    record = {"prompt": "p", "response": TEXT, "critique": "c", "kinds": ["wrong", "late"]}
-    record |= {"good_spans": FEEDBACK.good, "poor_spans": FEEDBACK.poor, "status": "ok"}
-    write_whole(tmp_path / "a.jsonl", [record, {"id": "1", "status": "failed"}])
-    output(f"extras.studies.dense {tmp_path}/a.jsonl {tmp_path}/b.jsonl")
-    spread, other = read_annotations(tmp_path / "b.jsonl")
-    assert spread["feedback"].critique == "c" and other["feedback"] is None
-    quotes = [*spread["feedback"].good, *spread["feedback"].poor]
-    assert len(" ".join(quoted(quote)[0] for quote in quotes).split()) == 8  # of eleven words

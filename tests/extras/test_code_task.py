@@ -105,7 +105,7 @@ PERMISSION = [  # script, flags, whether it runs programs
     ("eval", {"what": "policy"}, True),
     ("eval", {"what": "rm", "annotations": None}, True),
     ("eval", {"what": "rm", "annotations": "truth.jsonl"}, False),
-    ("eval", {"what": "seeds"}, False),
+    ("eval", {"what": "page"}, False),
     ("annotate", {"critic": None, "model": None, "base_url": None}, True),
     ("annotate", {"critic": None, "model": "gpt", "base_url": None}, False),
     ("annotate", {"critic": "rule", "model": None, "base_url": None}, True),

@@ -2,7 +2,6 @@
 
 import argparse
 import copy
-import math
 
 import pytest
 import torch
@@ -23,7 +22,7 @@ PROMPTS = ["Hi.", "I am 27.", "My name is Ana. I plan to learn chess.", "I live 
 CRITIQUES = ["The age is 41, not 27.", "Good.", "It leaves out the name, Ana.", "It repeats."]
 FEEDBACK = [Feedback(critique) for critique in CRITIQUES]
 ARGS = dict(
-    divergence="reverse_kl", temperature=0.7, bf16=False, num_ppo_epochs=1, num_mini_batches=1,
+    temperature=0.7, bf16=False, num_ppo_epochs=1, num_mini_batches=1,
     per_device_train_batch_size=8, max_grad_norm=1e9
 )  # fmt: skip
 
@@ -37,18 +36,13 @@ def distributions(seed, spread=2.0):
 # ---- the divergence ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", sdpo.DIVERGENCES)
 @given(seed=st.integers(0, 10**6), spread=st.floats(0.01, 30))
-def test_a_divergence_is_the_one_of_torch_and_0_for_equal_distributions(kind, seed, spread):
+def test_reverse_kl_is_the_one_of_torch_and_0_for_equal_distributions(seed, spread):
     p, q = distributions(seed, spread)
-    P, Q = Categorical(logits=p), Categorical(logits=q)
-    middle = Categorical(logits=torch.logaddexp(p, q))
-    jsd = (kl_divergence(P, middle) + kl_divergence(Q, middle)) / 2
-    expected = {"reverse_kl": kl_divergence(P, Q), "forward_kl": kl_divergence(Q, P), "jsd": jsd}
-    found = sdpo.DIVERGENCES[kind](p, q)
-    assert_close(found, expected[kind])
-    assert (found > 0).all() and (kind != "jsd" or found.max() <= math.log(2) + 1e-12)
-    assert_close(sdpo.DIVERGENCES[kind](p, p.clone()), torch.zeros_like(found))
+    found = sdpo.reverse_kl(p, q)
+    assert_close(found, kl_divergence(Categorical(logits=p), Categorical(logits=q)))
+    assert (found > 0).all()
+    assert_close(sdpo.reverse_kl(p, p.clone()), torch.zeros_like(found))
 
 
 def test_the_gradient_of_reverse_kl_is_a_policy_gradient_over_the_vocabulary():
@@ -125,11 +119,10 @@ def test_no_gradient_flows_through_the_teacher(model, batch):
     assert_close(from_itself, from_copy)
 
 
-@pytest.mark.parametrize("kind", sdpo.DIVERGENCES)
-def test_no_split_into_microbatches_changes_the_step(model, teacher, batch, kind):
+def test_no_split_into_microbatches_changes_the_step(model, teacher, batch):
     inputs = model, teacher, *batch, batch[0].mask
-    whole, stats = gradients(*inputs, divergence=kind)
-    split, parts = gradients(*inputs, divergence=kind, per_device_train_batch_size=1)
+    whole, stats = gradients(*inputs)
+    split, parts = gradients(*inputs, per_device_train_batch_size=1)
     assert stats["divergence"] == pytest.approx(parts["divergence"], rel=1e-4)
     assert_close(whole, split, atol=1e-5, rtol=1e-3)
 
