@@ -24,7 +24,7 @@ WORRY = {  # when to worry, by metric; the first eight are drawn
     "entropy": "responses to unlike prompts are alike; low alone is no alarm",
     "clipfrac": "it is several times this at step 1: the steps are too large",
     "approx_kl": "the same",
-    "value_explained": "it stays below 0; near 0 to the end is normal here",
+    "value_explained": "it stays near 0 with token rewards; with one scalar that is normal",
     "kl / response_tokens": "it is many times this; unlike `kl` it carries over to other lengths",
     "unparsable": "it grows: the critic does not know such texts",
     "quotes_lost": "it grows: the critic quotes text that does not exist",
