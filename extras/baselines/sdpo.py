@@ -6,8 +6,8 @@
 Rollout and critique are those of train_ppo.py. The teacher is an average of the policy's earlier
 weights. Its prompt shows the response and the words of the critique, and the policy learns the
 teacher's distribution at each token of the response, or of its poor spans alone (--tokens poor).
-Values are not used. Left out: other divergences, other responses as demonstrations (each prompt is answered once),
-importance weights of later passes, and resuming.
+Values are not used. Left out: other divergences, other responses as demonstrations (each prompt is
+answered once), importance weights of later passes, and resuming.
 
 python -m extras.baselines.sdpo                                     # the toy, into runs/toy/sdpo
 python -m extras.baselines.sdpo --task summarize --policy HUB_ID --data posts.jsonl --critic rule
