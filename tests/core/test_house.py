@@ -42,6 +42,11 @@ def test_the_core_imports_nothing_of_extras_and_the_maths_nothing_but_feedback()
     assert not stages, "nothing imports a script"
 
 
+@pytest.mark.parametrize("script", STAGES)
+def test_every_stage_ends_with_friendly_errors(script):
+    assert "\n@cli.friendly_errors()\ndef main():" in (ROOT / script).read_text()
+
+
 def test_there_is_no_circle_of_imports():
     left = {path: set(imports) for path, imports in ARROWS.items()}
     while leaves := {path for path, imports in left.items() if not imports}:

@@ -81,7 +81,7 @@ def tiny(name, tokenizer):
 
 
 @torch.no_grad()
-def check(model, tokenizer, temperature=1.0):
+def check(model, tokenizer, temperature=1.0, atol=1e-3):
     """Compares sampling and scoring of a batch with naive forwards of its rows, to their end."""
     random = torch.Generator().manual_seed(0)
     rollout = sample(model, tokenizer, PROMPTS, T, temperature, random)
@@ -96,20 +96,22 @@ def check(model, tokenizer, temperature=1.0):
             logits = model(input_ids=ids[None], use_cache=False).logits[:, -1].float()
             assert draw(logits, temperature, uniform[t, b : b + 1]).item() == token
             logprob = (logits / (temperature or 1.0)).log_softmax(-1)[0, token]
-            assert_close(logprob, logprobs[b, t], atol=1e-3, rtol=0)
+            assert_close(logprob, logprobs[b, t], atol=atol, rtol=0)
             assert (token in ends) == (rollout.finished[b].item() and t == len(response) - 1)
         assert rollout.finished[b] or len(response) == T
         assert rollout.mask[b].tolist() == [t < len(response) for t in range(rollout.mask.shape[1])]
 
 
-CASES = [*((name, 1.0) for name in ACCEPTED), ("llama", 0.8), ("llama", 0)]
-
-
-@pytest.mark.parametrize(("name", "temperature"), CASES)
-def test_a_batch_is_its_rows_alone(name, temperature, tokenizer):
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_a_batch_is_its_rows_alone(name, tokenizer):
     model = tiny(name, tokenizer)
     check_batching(model)
-    check(model, tokenizer, temperature)
+    check(model, tokenizer)
+
+
+@pytest.mark.parametrize("temperature", [0.8, 0])
+def test_a_batch_is_its_rows_alone_at_any_temperature(model, tokenizer, temperature):
+    check(model, tokenizer, temperature, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -271,3 +271,13 @@ def test_rollouts_to_the_rival_s_end_say_how_many_seeds_reach_it():
     result = {"rows": table.summarise(cells, recipe, rows), "stages": {}}
     assert result["rows"]["a"]["rollouts_to_rival"]["values"] == [2]
     assert "| 2.00, reached by 1 of 2 seeds |" in table.markdown(result, recipe, rows)
+
+
+def test_curves_can_be_drawn_of_any_rows(tmp_path):
+    curve = {"curve": [0.1, 0.4, 0.5], "scores": {"good": 0.5}}
+    point = {"curve": [], "scores": {"good": 0.2}}
+    recipe = {"main": "good", "main_title": "good answers", "against": "b"}
+    rows = {name: {"title": name.upper()} for name in "abc"}
+    for cells in ({"a": [curve] * 2, "b": [curve] * 2, "c": [point] * 2}, {"c": [point]}, {}):
+        table.plot(tmp_path / "curves.png", cells, recipe | {"curves": ["a", "b", "c"]}, rows)
+        assert (tmp_path / "curves.png").stat().st_size > 1000
