@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from extras.interval import interval
 from t2g import adapters
 from t2g.cli import fail
 from t2g.data import needed
 from t2g.log import METRICS, read_json, read_jsonl, write_json
 from t2g.policy import latest_checkpoint, pretrained
-from t2g.statistics import interval
 
 SMOOTH = 5  # steps over which a learning curve is averaged
 EARLY = 10  # first rollouts, whose mean changes of log pi are in table.json

@@ -13,9 +13,9 @@ import json
 import numpy as np
 
 from extras.baselines import common
+from extras.interval import interval
 from t2g import cli, critics
 from t2g.metrics import task_scores
-from t2g.statistics import interval
 
 WORDS = 3  # of a response that says next to nothing
 

@@ -1,4 +1,4 @@
-"""Did the criticised tokens move? And the intervals of runs and of the bootstrap."""
+"""Did the criticised tokens move? And the intervals of the bootstrap."""
 
 from types import SimpleNamespace
 
@@ -7,10 +7,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import spearmanr, ttest_1samp
+from scipy.stats import spearmanr
 
 from t2g.metrics import mean_scores, shift
-from t2g.statistics import bootstrapped, interval, resamples
+from t2g.statistics import bootstrapped, resamples
 
 WRONG = [None, 1.0, "good", ["good"], {"good": float("nan")}, {"godo": 1}, {"good": "1"}]
 
@@ -53,14 +53,6 @@ def test_a_correlation_with_a_constant_is_left_out():
     assert shift(-delta, delta, mask)["shift_rank"] == pytest.approx(-1)
     assert "shift_rank" not in shift(delta * 0, delta, mask) | shift(delta, delta * 0, mask)
     assert shift(delta, delta, mask & False) == {}
-
-
-def test_an_interval_is_student_s_and_needs_two_runs():
-    row = interval([0.2, 0.5, 0.3])
-    expected = ttest_1samp(row["values"], 0).confidence_interval(0.95)
-    assert (row["low"], row["high"]) == pytest.approx(tuple(expected))
-    one = {"mean": 0.5, "low": None, "high": None, "seeds": 1, "values": [0.5]}
-    assert interval([0.5]) == one
 
 
 def test_a_bootstrap_weighs_examples_and_leaves_draws_of_nan_out():

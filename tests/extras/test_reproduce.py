@@ -8,9 +8,11 @@ from types import SimpleNamespace
 import forking
 import pytest
 from forking import output, refusal, result_of
+from scipy.stats import ttest_1samp
 from transformers import AutoModelForCausalLM
 
 from extras import reproduce, table
+from extras.interval import interval
 from t2g import adapters
 
 STAND_IN = """
@@ -281,3 +283,11 @@ def test_curves_can_be_drawn_of_any_rows(tmp_path):
     for cells in ({"a": [curve] * 2, "b": [curve] * 2, "c": [point] * 2}, {"c": [point]}, {}):
         table.plot(tmp_path / "curves.png", cells, recipe | {"curves": ["a", "b", "c"]}, rows)
         assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+def test_an_interval_is_student_s_and_needs_two_runs():
+    row = interval([0.2, 0.5, 0.3])
+    expected = ttest_1samp(row["values"], 0).confidence_interval(0.95)
+    assert (row["low"], row["high"]) == pytest.approx(tuple(expected))
+    one = {"mean": 0.5, "low": None, "high": None, "seeds": 1, "values": [0.5]}
+    assert interval([0.5]) == one
