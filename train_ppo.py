@@ -70,7 +70,7 @@ def add_algorithm_flags(add):
     add("--cliprange", 0.2, "clip range of the ratio")
     add("--cliprange_value", 0.2, "clip range of the value function")
     add("--vf_coef", 0.1, "weight of the value loss", at_least_0)
-    rate = "learning rate of the value head; that of the policy if not given"
+    rate = "learning rate of the value head; 0.2 / hidden size if not given"
     add("--value_learning_rate", None, rate, cli.positive(float))
     add("--entropy_coef", 0.0, "weight of the entropy bonus", at_least_0)
     add("--gamma", 1.0, "discount factor", share)

@@ -23,6 +23,7 @@ STATUS = (
     "reward {reward:+.2f} kl {kl:.2f} | log pi: good {shift_good:+.3f} rest {shift_rest:+.3f} "
     "poor {shift_poor:+.3f}"
 )
+VALUE_STEP = 0.2  # of V in one step of Adam, if the states' absolute values are near 1
 BAD_STEPS = 5  # steps in a row without a finite gradient, after which a run ends
 
 
@@ -52,7 +53,8 @@ class Run:
         parts = checkpoint.trainable(actor.model), checkpoint.trainable(actor.value_head)
         groups = [{"params": part.values()} for part in parts]  # steps() sets their rates
         self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
-        self.rates = args.learning_rate, args.value_learning_rate or args.learning_rate
+        value_rate = args.value_learning_rate or VALUE_STEP / actor.value_head.in_features
+        self.rates = args.learning_rate, value_rate
         self.meta = checkpoint.resume(actor, self.optimizer, args, pool)
         self.first, self.kl_coef = self.meta["step"] + 1, self.meta["kl_coef"]
         kept = self.meta["step"]

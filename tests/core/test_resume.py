@@ -1,5 +1,6 @@
 """Killed at any moment and run again, a run ends as one that was never stopped, bit for bit."""
 
+import copy
 import errno
 import fcntl
 import json
@@ -15,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from forking import forked
 from forking import run as run_script
 from safetensors.torch import load_file, save_file
@@ -22,6 +24,7 @@ from safetensors.torch import load_file, save_file
 import train_ppo
 from t2g import checkpoint, policy
 from t2g.log import read_jsonl
+from t2g.run import Run
 from t2g.tasks import toy
 
 pytestmark = pytest.mark.usefixtures("posts")
@@ -97,6 +100,18 @@ def test_the_value_head_has_a_learning_rate_of_its_own(whole):
     policy_rate = toy.DEFAULTS["train_ppo"]["learning_rate"]
     updates = 4 * STEPS  # each of which moves a weight by hardly more than its rate
     assert max(x.abs().max() for x in weights.values()) > 2 * updates * policy_rate
+
+
+def test_by_default_a_step_changes_v_by_a_fifth_for_states_of_ones(model, tokenizer, tmp_path):
+    args = SimpleNamespace(learning_rate=1e-6, value_learning_rate=None, kl_coef=0.1)
+    args.output_dir, args.max_steps, args.tensorboard = tmp_path, 1, False
+    actor = policy.Policy(copy.deepcopy(model))
+    run = Run(args, toy, tokenizer, actor, [], [], tmp_path)
+    ones = torch.ones(1, 1, actor.value_head.in_features)
+    for _ in run.steps():
+        actor.values(ones, torch.ones(1, 1, dtype=torch.bool)).sum().backward()
+        run.optimizer.step()
+    assert actor.value_head(ones).item() == pytest.approx(-0.2, rel=0.1)  # and the bias a little
 
 
 @pytest.mark.parametrize("times", [3, pytest.param(10, marks=pytest.mark.slow)])
