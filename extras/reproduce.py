@@ -155,24 +155,33 @@ def run_all(jobs, at_once):
 
 
 def run_job(job, needs, at_once):
-    """Runs the commands with a log, and writes what the last one printed. Returns a failed job."""
+    """Runs the commands that are left, with a log, and notes each. Returns a failed job."""
     if any(need.result() for need in needs):
         return job
     threads = str(max(1, (os.cpu_count() or 1) // at_once))
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     env = os.environ | {"OMP_NUM_THREADS": threads, "PYTHONPATH": path}
-    start, log_file = time.perf_counter(), job.folder / f"{job.name}.log"
-    with open(log_file, "w", encoding="utf-8") as log:
-        for line in job.commands:
+    done, log_file = progress(job), job.folder / f"{job.name}.log"
+    for line in job.commands[len(done["commands"]) :]:
+        start = time.perf_counter()
+        with open(log_file, "a", encoding="utf-8") as log:
             pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log)
-            done = subprocess.run([sys.executable, *argv(line)], env=env, text=True, **pipes)
-            log.write(done.stdout)
-            log.flush()
-            if done.returncode:
-                tqdm.write(f"{job} failed: see {log_file}")
-                return job
-    last, seconds = done.stdout.rstrip().rpartition("\n")[2], time.perf_counter() - start
-    write_json(job.result, {"commands": job.commands, "seconds": seconds, "result": last})
+            ended = subprocess.run([sys.executable, *argv(line)], env=env, text=True, **pipes)
+            log.write(ended.stdout)
+        if ended.returncode:
+            tqdm.write(f"{job} failed: see {log_file}")
+            return job
+        done["commands"].append(line)
+        done["seconds"] += time.perf_counter() - start
+        done["result"] = ended.stdout.rstrip().rpartition("\n")[2]
+        write_json(job.result, done)
+
+
+def progress(job) -> dict:
+    """Returns the commands of a job that have ended, their seconds and what the last one printed."""
+    if job.result.is_file():
+        return table.read_done(job.folder, job.name)
+    return {"commands": [], "seconds": 0.0, "result": ""}
 
 
 def argv(line) -> list[str]:
@@ -189,13 +198,11 @@ def argv(line) -> list[str]:
 def is_done(job) -> bool:
     """Returns True if the job was done before; fails if other commands did it."""
     job.folder.mkdir(parents=True, exist_ok=True)
-    if not job.result.is_file():
-        return False
-    before = table.read_done(job.folder, job.name)["commands"]
-    if before != job.commands:
-        other = "; ".join(before)
+    done = progress(job)["commands"]
+    if done != job.commands[: len(done)]:
+        other = "; ".join(done)
         fail(f"{job} in {job.folder} was made by {other}; move it away or change --output_dir")
-    return True
+    return len(done) == len(job.commands)
 
 
 if __name__ == "__main__":

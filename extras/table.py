@@ -2,7 +2,7 @@
 
 The ledger counts a model of N parameters as 2 N FLOPs per token read or written and 6 N per token
 trained on, 4 N with LoRA. It leaves out attention's own products, validation and measuring. A rule
-or a server costs no FLOPs here.
+or a server costs no FLOPs here. Of a command that was killed, "all" counts the last start alone.
 """
 
 import json

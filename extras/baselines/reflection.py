@@ -21,19 +21,18 @@ from t2g.rollout import respond
 def reflect(model, tokenizer, prompts, response_length, examples, critic, **sampling):
     """Responds to prompts and rewrites each response after its critique.
 
-    A response whose critique is unreadable or too long stays as it is and counts as finished.
+    A response whose critique is unreadable or too long stays as it is.
 
     Returns: the texts, and for each whether it ended with EOS.
     """
-    texts, _ = respond(model, tokenizer, prompts, response_length, **sampling)
-    feedback, finished = critic(examples, texts), [True] * len(texts)
-    asked = {}
-    for row, parts in enumerate(zip(prompts, texts, feedback)):
+    texts, finished = respond(model, tokenizer, prompts, response_length, **sampling)
+    questions = {}
+    for row, parts in enumerate(zip(prompts, texts, critic(examples, texts))):
         prompt = fitting_revision(model, tokenizer, *parts, response_length)
         if prompt:
-            asked[row] = prompt
-    revisions = respond(model, tokenizer, [*asked.values()], response_length, **sampling)
-    for row, text, end in zip(asked, *revisions):
+            questions[row] = prompt
+    revisions = respond(model, tokenizer, [*questions.values()], response_length, **sampling)
+    for row, text, end in zip(questions, *revisions):
         texts[row], finished[row] = text, end
     return texts, finished
 

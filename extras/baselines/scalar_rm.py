@@ -76,8 +76,7 @@ def critic(task, args, batch_size=64):
         rows, rewards = encode(tokenizer, prompts, responses, context), [None] * len(responses)
         fitting = [n for n, row in enumerate(rows) if supervised.length(row) <= context]
         fitting.sort(key=lambda n: supervised.length(rows[n]))
-        for start in range(0, len(fitting), batch_size):
-            index = fitting[start : start + batch_size]
+        for index in supervised.chunks(fitting, batch_size):
             part = [rows[n] for n in index]
             batch, _ = supervised.as_rollout(part, tokenizer.pad_token_id, policy.device())
             for n, score in zip(index, scores(scorer, batch, args.bf16).tolist()):

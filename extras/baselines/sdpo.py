@@ -149,25 +149,18 @@ def add_critiques(tokenizer, model, prompts, rollout, feedback):
     return hindsight, torch.tensor(fits, device=prompt.device)
 
 
-def reverse_kl(logprobs, teacher_logprobs):
-    """Returns KL(p || q) = sum_v p(v) (log p(v) - log q(v)), of policy p and teacher q, in nats.
-
-    Its gradient is sum_v p(v) (log p(v) - log q(v)) grad log p(v): a policy gradient in which every
-    token v of the vocabulary has the advantage log q(v) - log p(v).
-
-    Args: (..., V) log-softmaxes. Returns: (...).
-    """
-    return kl_penalty(logprobs, teacher_logprobs, "full")
-
-
 def token_divergence(model, teacher, rollout, hindsight, args):
-    """Returns the divergence (B, T) at each response token, with a gradient for the policy only."""
+    """Returns the divergence (B, T) at each response token, with a gradient for the policy only.
+
+    With the teacher q, the gradient is sum_v pi(v) (log pi(v) - log q(v)) grad log pi(v): a policy
+    gradient in which every token v of the vocabulary has the advantage log q(v) - log pi(v).
+    """
     with torch.no_grad(), autocast(args.bf16):
         teacher_logits, _ = response_logits(teacher, hindsight)
     with autocast(args.bf16):
         logits, _ = response_logits(model, rollout)
     both = [vocabulary_logprobs(x, args.temperature) for x in (logits, teacher_logits)]
-    return reverse_kl(*both)
+    return kl_penalty(*both, "full")
 
 
 def update(model, teacher, optimizer, rollout, hindsight, mask, args) -> dict[str, float]:

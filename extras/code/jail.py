@@ -37,13 +37,22 @@ PDEATHSIG, KEEPCAPS, SECCOMP, SUBREAPER, NO_NEW_PRIVS = 1, 8, 22, 36, 38
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446
 READ_FILE, READ_WRITE, READ_FOLDER = 5, 6, 13  # a folder's files can also be executed and listed
 CAP_DAC_READ_SEARCH = 4
-# Calls to refuse, by machine: its architecture; then socket, chmod, fchmod, fchmodat, fchmodat2;
-# shmget, semget, msgget, mq_open, add_key, request_key, keyctl, whose objects outlive the run; and
-# the three of io_uring, which can do what socket does.
+# Calls to refuse, by machine: its architecture; prlimit64, for other processes; then socket, chmod,
+# fchmod, fchmodat, fchmodat2; shmget, semget, msgget, mq_open, add_key, request_key, keyctl, whose
+# objects outlive the run; the three of io_uring, which can do what socket does; truncate, which
+# Landlock allows before Linux 6.2; memfd_create and memfd_secret, whose memory no limit counts; and
+# setpriority, sched_setparam, _setscheduler, _setaffinity, _setattr and ioprio_set, which take the
+# id of any process of the user.
 REFUSED = {
-    "x86_64": (0xC000003E, 41, 90, 91, 268, 452, 29, 64, 68, 240, 248, 249, 250, 425, 426, 427),
-    "aarch64": (0xC00000B7, 198, 52, 53, 452, 194, 190, 186, 180, 217, 218, 219, 425, 426, 427),
-}
+    "x86_64": (
+        0xC000003E, 302, 41, 90, 91, 268, 452, 29, 64, 68, 240, 248, 249, 250, 425, 426, 427, 76,
+        319, 447, 141, 142, 144, 203, 314, 251,
+    ),
+    "aarch64": (
+        0xC00000B7, 261, 198, 52, 53, 452, 194, 190, 186, 180, 217, 218, 219, 425, 426, 427, 45,
+        279, 447, 140, 118, 119, 122, 274, 30,
+    ),
+}  # fmt: skip
 libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -130,7 +139,7 @@ def guard(job, outputs) -> dict:
         pause = min(2 * pause, 0.02)
         ended, status = os.waitpid(pid, os.WNOHANG)
     seconds = time.monotonic() - start
-    kill_all(job["user"])
+    kill_all()
     if not token:
         sys.exit(1)
     message = os.read(receiver, MAX_OUTPUT)
@@ -147,18 +156,11 @@ def failure(message, ended, status, timeout_s) -> str:
     return f"killed by signal {os.WTERMSIG(status)}"
 
 
-def kill_all(user):
+def kill_all():
     """Kills every process that the program has left, including those in sessions of their own."""
-    alone = os.getpid() == 1
-    if os.getuid() == 0 and not alone and not os.fork():
-        try:
-            os.setresuid(user, user, user)
-            os.kill(-1, SIGKILL)  # all processes of that user at once, except this one
-        finally:
-            os._exit(0)
     with contextlib.suppress(ChildProcessError, ProcessLookupError):  # none is left
         while True:
-            for pid in [-1] if alone else children():
+            for pid in [-1] if os.getpid() == 1 else children():
                 os.kill(pid, SIGKILL)
             os.waitpid(-1, 0)
 
@@ -237,12 +239,13 @@ def refuse_calls():
     machine = os.uname().machine
     if machine not in REFUSED:
         return
-    architecture, *numbers = REFUSED[machine]
-    last = len(numbers) + 5  # the step that refuses
+    architecture, prlimit, *numbers = REFUSED[machine]
+    last = len(numbers) + 8  # the step that refuses
     load, equal, at_least, answer = 0x20, 0x15, 0x35, 0x06
     steps = [(load, 0, 0, 4), (equal, 0, last - 2, architecture)]  # built for another machine?
     steps += [(load, 0, 0, 0), (at_least, last - 4, 0, 0x40000000)]  # the numbers of x32?
-    steps += [(equal, last - 1 - at, 0, number) for at, number in enumerate(numbers, 4)]
+    steps += [(equal, 0, 2, prlimit), (load, 0, 0, 16), (equal, last - 8, last - 7, 0)]  # its own?
+    steps += [(equal, last - 1 - at, 0, number) for at, number in enumerate(numbers, 7)]
     steps += [(answer, 0, 0, 0x7FFF0000), (answer, 0, 0, 0x00050001)]  # allow; refuse with EPERM
     program = ctypes.create_string_buffer(b"".join(pack("HBBI", *step) for step in steps))
     prctl(SECCOMP, 2, pack("HxxxxxxQ", len(steps), ctypes.addressof(program)))

@@ -125,8 +125,8 @@ def fenced_blocks(response: str) -> list[tuple[int, int]]:
         closing = re.compile(rf"^[ \t]*{opening[1]}", re.MULTILINE)
         ends = [match.span() for match in closing.finditer(response, start)]
         ends.append((len(response), len(response)))
-        valid = [end for end in ends if is_python(response[start : end[0]])]
-        end, position = (valid or ends)[0]
+        valid = (end for end in ends if is_python(response[start : end[0]]))
+        end, position = next(valid, ends[0])
         blocks.append((start, end))
     return blocks
 
@@ -178,7 +178,7 @@ def judge(example, response) -> tuple[Feedback, list[str]]:
         return Feedback("It passes the tests.", quotes(response, program, right), []), []
     kind, sentence = explain(result.reason)
     frames = [(file, int(line)) for file, line in FRAME.findall(result.stderr)]
-    failed = frames[-1][1] if frames else 0  # the last line, of a wrong answer that of the assert
+    failed = next((n for file, n in reversed(frames) if file == "program"), 0)  # in the tests
     definition = called(example, program, failed)
     wrong, right = lines_at_fault(program, definition, frames, kind), []
     if kind == "wrong answer" and frames:

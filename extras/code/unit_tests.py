@@ -93,12 +93,15 @@ def uses_solution(tests: str, solution=None) -> bool:
 
 def reached(nodes):
     """Yields what runs of these nodes on import: no function bodies, no __main__ block."""
-    for node in nodes:
+    nodes = list(nodes)
+    while nodes:  # no recursion, for programs may be nested as deep as their sampling is long
+        node = nodes.pop(0)
         yield node
-        if isinstance(node, ast.If) and "__name__" in ast.unparse(node.test):
-            yield from reached(node.orelse)
+        names = ast.walk(node.test) if isinstance(node, ast.If) else ()
+        if any(getattr(name, "id", "") == "__name__" for name in names):
+            nodes[:0] = node.orelse
         elif not isinstance(node, SCOPES):
-            yield from reached(ast.iter_child_nodes(node))
+            nodes[:0] = ast.iter_child_nodes(node)
 
 
 def checks(tree) -> bool:

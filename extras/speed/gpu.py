@@ -10,8 +10,7 @@ one part at most, and the rows of that part are in DIR/PART.jsonl. The exit code
 a check failed.
 
 torch, transformers, peft, scipy, matplotlib and tqdm suffice. Only news also needs rouge-score and
-sacrebleu, and human llguidance; without these they are skipped. Without rapidfuzz, quotes that are
-not in the text count as lost, which lowers the figures of human a little.
+sacrebleu, and human llguidance and rapidfuzz; without these they are skipped.
 """
 
 import argparse
@@ -35,7 +34,7 @@ from t2g import checkpoint, cli
 from t2g.log import read_jsonl, write_json, write_text
 
 HERE = Path(__file__).resolve().parents[2]
-NEWS, CRITIC = ("rouge_score", "sacrebleu"), ("llguidance",)
+NEWS, CRITIC = ("rouge_score", "sacrebleu"), ("llguidance", "rapidfuzz")
 MARKS = {None: "", True: "passed", False: "**failed**"}
 
 
@@ -117,12 +116,6 @@ def run_part(name, args, out, end) -> dict:
         return {"state": "skipped", "seconds": 0.0, "rows": [], "note": note}
     rows.write_text("")
     environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if args.rehearse else {})
-    if not importlib.util.find_spec("rapidfuzz"):  # a stand-in that finds nothing
-        fuzz = out / "stand_in" / "rapidfuzz" / "fuzz.py"
-        fuzz.parent.mkdir(parents=True, exist_ok=True)
-        fuzz.write_text("def partial_ratio_alignment(*args, **kwargs): return None\n")
-        path = [str(out / "stand_in"), os.environ.get("PYTHONPATH", "")]
-        environment["PYTHONPATH"] = os.pathsep.join(path)
     command = [sys.executable, "-m", "extras.speed.gpu", *sys.argv[1:], "--part", name]
     with open(out / f"{name}.log", "w+", errors="replace") as log:
         how = dict(stdout=log, stderr=log, cwd=HERE, env=environment, start_new_session=True)

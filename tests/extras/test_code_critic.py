@@ -106,6 +106,16 @@ def test_what_ran_is_praised_and_more_of_it_if_some_assertions_hold():
 
 
 @linux
+@pytest.mark.parametrize("comments", [0, 40])
+def test_the_line_of_an_assertion_in_the_program_is_no_line_of_the_tests(comments):
+    program = "# x\n" * comments + "def f(a, b):\n    c = a\n    assert c > 9\n    return c"
+    tests = "from solution import *\n" + "assert f(1, 1) == 1\n" * 3
+    critique, quotes, kind = judge(program, problem(tests))
+    assert "and 0 assertions hold" in critique and kind == "wrong answer"
+    assert quotes == ["def f(a, b):", "assert c > 9"]
+
+
+@linux
 def test_assertions_hold_inside_the_functions_of_pytest_too():
     two = "assert f(2, 2) == 4\n\ndef test_b():\n    assert f(2, 3) == 5"
     tests = f"try:\n    from solution import *\nexcept ImportError:\n    pass\n\ndef test_a():\n    {two}"
@@ -229,6 +239,12 @@ def test_a_docstring_may_hold_fences(fence, indent):
 def test_a_block_that_is_not_python_ends_at_its_first_closing_fence():
     assert code.extract_code("```\ndef f(:\n```\nor\n```\nf()\n```") == "def f(:\n"
     assert code.extract_code("So:\n```python\nx = 1\n```") == "x = 1\n"
+
+
+@linux
+def test_a_response_that_is_nested_deeply():
+    deep = "not " * 1200 + "a"
+    assert judge(f"def f(a, b):\n    return {deep}")[2] == "wrong answer"
 
 
 @linux

@@ -154,6 +154,17 @@ def test_a_failure_is_named_the_rest_is_done_and_the_next_call_goes_on(
     assert set(result["rows"]) == {"a", "b", "c"} and more.count("measure a 0") == 1
 
 
+def test_what_failed_to_be_measured_is_not_trained_again(run, command, recipe):
+    whole = recipe.read_text()
+    recipe.write_text(
+        whole.replace('run = "{train} 0.6"', 'run = "{train} 0.6"\nmeasure = "-c 1/0"')
+    )
+    assert "b of seed 0 failed: see " in forking.run(f"{command} --rows b --seeds 0")[1]
+    recipe.write_text(whole)
+    _, calls = run("--rows b --seeds 0")
+    assert calls.count("train b 0") == calls.count("measure b 0") == 1
+
+
 @pytest.mark.parametrize(
     ("old", "new", "error"),
     [

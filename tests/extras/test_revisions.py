@@ -56,7 +56,7 @@ def test_a_response_is_revised_after_its_critique_and_stays_without_one(untraine
 
     def answer(model, tokenizer, prompts, response_length, **sampling):
         calls.append(prompts)
-        return [*answers[len(calls) - 1]], [False] * len(prompts)
+        return [*answers[len(calls) - 1]], [len(calls) == 2] * len(prompts)
 
     monkeypatch.setattr(reflection, "respond", answer)
     examples = [toy.make_example(random.Random(n)) for n in range(2)]
@@ -64,7 +64,7 @@ def test_a_response_is_revised_after_its_critique_and_stays_without_one(untraine
     texts, finished = reflection.reflect(
         model, tokenizer, prompts, 8, examples=examples, critic=lambda *_: [feedback, None]
     )
-    assert texts == ["better", "Bo."] and finished == [False, True]
+    assert texts == ["better", "Bo."] and finished == [True, False]
     assert calls == [prompts, [revision_prompt(prompts[0], "Ana is 27.", feedback)]]
     for part in (prompts[0], "Ana is 27.", "The age is 41."):
         assert part in calls[1][0]

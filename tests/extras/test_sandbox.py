@@ -299,12 +299,13 @@ def test_no_connection_reaches_the_machine(confined):
 
 
 REFUSED = """
-import ctypes
-libc = ctypes.CDLL(None, use_errno=True)
+import ctypes, os
+libc, me = ctypes.CDLL(None, use_errno=True), os.getpid()
 calls = [(425, 4, ctypes.create_string_buffer(120)),
          (29, 0, 4096, 0o1600), (64, 0, 1, 0o1600), (68, 0, 0o1600),
          (240, b"t2g-test", 0o100 | 2, 0o600, None), (248, b"user", b"t2g", b"x", 1, -2),
-         (249, b"user", b"t2g", None, -2), (250, 0, -2, 1)]
+         (249, b"user", b"t2g", None, -2), (250, 0, -2, 1),
+         (76, b".", 0), (319, b"t2g", 0), (447, 0), (302, me, 7, None, None), (141, 0, me, 0)]
 for call in calls:
     print(libc.syscall(*call), ctypes.get_errno())
 """
@@ -312,8 +313,9 @@ for call in calls:
 
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="the numbers are those of x86_64")
 def test_no_system_call_opens_a_way_round_or_leaves_something_behind(confined):
-    """io_uring, System V's memory, semaphores and messages, a POSIX queue, keys."""
-    assert confined(REFUSED).stdout == "-1 1\n" * 8  # EPERM
+    """io_uring, System V's memory, semaphores and messages, a POSIX queue, keys; truncate, memory
+    that is no process's, and the limits and the priority of other processes."""
+    assert confined(REFUSED).stdout == "-1 1\n" * 13  # EPERM
 
 
 KILL = """

@@ -16,6 +16,7 @@ from extras.baselines import sdpo
 from t2g.chat import chat_text
 from t2g.feedback import Feedback, revision_prompt
 from t2g.log import read_jsonl
+from t2g.ppo import kl_penalty
 from t2g.rollout import sample
 
 PROMPTS = ["Hi.", "I am 27.", "My name is Ana. I plan to learn chess.", "I live in Porto."]
@@ -39,17 +40,17 @@ def distributions(seed, spread=2.0):
 @given(seed=st.integers(0, 10**6), spread=st.floats(0.01, 30))
 def test_reverse_kl_is_the_one_of_torch_and_0_for_equal_distributions(seed, spread):
     p, q = distributions(seed, spread)
-    found = sdpo.reverse_kl(p, q)
+    found = kl_penalty(p, q, "full")
     assert_close(found, kl_divergence(Categorical(logits=p), Categorical(logits=q)))
     assert (found > 0).all()
-    assert_close(sdpo.reverse_kl(p, p.clone()), torch.zeros_like(found))
+    assert_close(kl_penalty(p, p.clone(), "full"), torch.zeros_like(found))
 
 
 def test_the_gradient_of_reverse_kl_is_a_policy_gradient_over_the_vocabulary():
     """Ascent on sum_v p(v) A(v) grad log p(v) with constant advantages A = log q - log p."""
     p, q = distributions(2)
     logits = p.clone().requires_grad_()
-    sdpo.reverse_kl(logits.log_softmax(-1), q).sum().backward()
+    kl_penalty(logits.log_softmax(-1), q, "full").sum().backward()
     jacobian = torch.eye(7, dtype=p.dtype) - p.exp()[..., None, :]  # d log p(v) / d logit(w)
     assert_close(-logits.grad, torch.einsum("btv,btv,btvw->btw", p.exp(), q - p, jacobian))
 
