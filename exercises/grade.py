@@ -25,33 +25,34 @@ from checks import MISTAKES, RULES, SOLUTIONS
 
 
 # ---- What is wrong with an answer --------------------------------------------------------------
-def problem(part, found, right, mask=None):
+def problem(part, answer, right, mask=None):
     """Says in words where a part of an answer differs from the right one; None if nowhere."""
     if isinstance(right, tuple):
-        if not isinstance(found, tuple) or len(found) != 2:
+        if not isinstance(answer, tuple) or len(answer) != 2:
             return "the answer must be a tuple of two values"
         place = part == "return"
-        found, right = found[place], right[place]
+        answer, right = answer[place], right[place]
     if part == "spans":
-        return problem_of_spans(found, right)
-    if not isinstance(found, torch.Tensor):
-        return f"the {part} must be a tensor and is of type {type(found).__name__}"
-    if (found.shape, found.dtype) != (right.shape, right.dtype):
-        wanted, given = (f"{x.dtype} of shape {list(x.shape)}" for x in (right, found))
+        return problem_of_spans(answer, right)
+    if not isinstance(answer, torch.Tensor):
+        return f"the {part} must be a tensor and is of type {type(answer).__name__}"
+    if (answer.shape, answer.dtype) != (right.shape, right.dtype):
+        wanted, given = (f"{x.dtype} of shape {list(x.shape)}" for x in (right, answer))
         return f"the {part} must be {wanted} and is {given}"
-    is_wrong = ~torch.isclose(found, right, rtol=1e-3, atol=1e-5)
+    is_wrong = ~torch.isclose(answer, right, rtol=1e-3, atol=1e-5)
     for place in (is_wrong if mask is None else is_wrong & mask).nonzero().tolist():
         where = ("", " of token {}", " of row {}, token {}")[len(place)].format(*place)
-        found, right = found[tuple(place)].item(), right[tuple(place)].item()
-        return f"the {part}{where} is {found:.4g} and should be {right:.4g}"
+        answer, right = answer[tuple(place)].item(), right[tuple(place)].item()
+        return f"the {part}{where} is {answer:.4g} and should be {right:.4g}"
     return None
 
 
-def problem_of_spans(found, right):
-    if not isinstance(found, list) or not all(isinstance(s, tuple) and len(s) == 3 for s in found):
+def problem_of_spans(answer, right):
+    spans = answer if isinstance(answer, list) else [None]
+    if not all(isinstance(span, tuple) and len(span) == 3 for span in spans):
         return "the answer must be a list of tuples (start, end, score)"
-    for span in [*found, *right]:
-        if found.count(span) != right.count(span):
+    for span in [*answer, *right]:
+        if answer.count(span) != right.count(span):
             return f"the span {tuple(span)} {'is missing' if span in right else 'should not be'}"
     return None
 
@@ -72,17 +73,17 @@ def judge_case(name, function, rule, part, arguments):
         mask = next(x for x in arguments if getattr(x, "dtype", None) == torch.bool)
         mask = ~mask if part == "padding" else mask
     own = copy.deepcopy(arguments)
-    found = ask(function, part, own)
+    answer = ask(function, part, own)
     for number, (x, before) in enumerate(zip(own, arguments), start=1):
         if not (torch.equal(x, before) if torch.is_tensor(x) else x == before):
             return f"argument {number} of the function is changed in place"
     right = ask(SOLUTIONS[name], part, copy.deepcopy(arguments))
-    detail = problem(part, found, right, mask)
+    detail = problem(part, answer, right, mask)
     if detail and not any(map(torch.is_tensor, arguments)):
         detail += f", for {', '.join(map(repr, arguments))}"
     for mistake, mistaken in MISTAKES[name] if detail else ():
         wrong = ask(mistaken, part, copy.deepcopy(arguments))
-        if problem(part, wrong, right, mask) and not problem(part, found, wrong, mask):
+        if problem(part, wrong, right, mask) and not problem(part, answer, wrong, mask):
             return f"{mistake}: {detail}"
     return detail and f"it must hold that {rule}; but {detail}"
 

@@ -45,16 +45,17 @@ def parse(doc, name, add_own_flags, toy):
 
 
 @contextmanager
-def started(args, needs_critic=True):
+def started(args, needs_critic=True, empty=False):
     """Runs the missing earlier stages, and joins the processes of torchrun.
 
-    Yields: the folder of all runs, and the tokenizer and the model of the starting policy.
+    Yields: the folder of all runs, and the tokenizer and the model of the starting policy; if empty
+    is True, the weights are left to dist.shard, as in policy.load.
     """
     root = Path(args.output_dir).parent
     needed = ["sft", *(critics.stages_before(args) if needs_critic else [])]
     earlier = partial(stages.ensure, needed, args, root, args.policy)
     with torchrun.session(args.cpu_offload, run_first=earlier):
-        yield root, *policy.load(args.policy or root / "sft", policy.device())
+        yield root, *policy.load(args.policy or root / "sft", policy.device(), empty)
 
 
 def add_sampling_flags(add, num_prompts, samples_per_prompt):

@@ -139,7 +139,7 @@ def main():
     earlier = partial(stages.ensure, needed, args, root, args.model)
     with torchrun.session(args.cpu_offload, run_first=earlier):
         torch.manual_seed(args.seed)
-        tokenizer, model = policy.load(args.model or root / "sft")
+        tokenizer, model = policy.load(args.model or root / "sft", empty=True)
         scorer = Policy(model)
         limit = supervised.longest_text(model, args)
         path = args.annotations or root / "annotations.jsonl"

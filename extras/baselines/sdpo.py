@@ -55,7 +55,7 @@ def add_flags(add):
 def main():
     task, args = common.parse(__doc__, "sdpo", add_flags, TOY)
     args.batch_size = dist.batch_size(args) * args.num_mini_batches
-    with common.started(args) as (root, tokenizer, model):
+    with common.started(args, empty=True) as (root, tokenizer, model):
         critic = critics.load_critic(task, args, root)
         pool = tasks.short_enough(tasks.load(task, args)[0], tokenizer, model, args)
         train(task, args, tokenizer, model, critic, pool)
@@ -139,12 +139,12 @@ def add_critiques(tokenizer, model, prompts, rollout, feedback):
 
     Returns: the rollout, and the rows that have their critique, (B,) bool.
     """
-    width, asked, fits = rollout.response.shape[1], [], []
+    width, texts, fits = rollout.response.shape[1], [], []
     for prompt, response, one in zip(prompts, rollout.texts, feedback):
         text = common.fitting_revision(model, tokenizer, prompt, response, one, width)
-        asked.append(text or prompt)
+        texts.append(text or prompt)
         fits.append(text is not None)
-    prompt, prompt_mask = encode_prompts(tokenizer, asked, rollout.response.device)
+    prompt, prompt_mask = encode_prompts(tokenizer, texts, rollout.response.device)
     hindsight = replace(rollout, prompt=prompt, prompt_mask=prompt_mask)
     return hindsight, torch.tensor(fits, device=prompt.device)
 

@@ -6,7 +6,8 @@
     python -m extras.benchmarks.answers     answers for alpaca_eval and for MT-Bench
     python -m extras.benchmarks.win_rate    pairwise verdicts of any OpenAI-compatible server
 
-Figures have 95% intervals. The last line is one JSON object, {"scores": {model: figures}, ...}.
+Figures have 95% intervals. The last line of those that score is one JSON object, {"scores": {model:
+figures}, ...}.
 """
 
 import json
@@ -38,9 +39,9 @@ def parser(doc, task=False, samples=True):
     return parser, add
 
 
-def respond_to(prompts, name, args, response_length) -> list[str]:
-    """Returns the responses of a model to prompts."""
-    tokenizer, model = policy.load(name, policy.device())
+def respond_to(prompts, name, args, response_length, loaded=None) -> list[str]:
+    """Returns the responses of a model to prompts; loaded: its tokenizer and itself."""
+    tokenizer, model = loaded or policy.load(name, policy.device())
     generator = torch.Generator(model.device).manual_seed(args.seed)
     sampling = dict(temperature=args.temperature, bf16=args.bf16, generator=generator)
     return respond(model, tokenizer, prompts, response_length, desc=name, **sampling)[0]
@@ -52,11 +53,12 @@ def respond_to_heldout(name, args) -> tuple[list, list[str]]:
     _, examples = tasks.load(task, args)
     default = getattr(task, "DEFAULTS", {}).get("eval", {}).get("response_length", 64)
     args.response_length = args.response_length or default
+    loaded = policy.load(name, policy.device())
     if args.max_prompt_length:
-        examples = tasks.short_enough(examples, *policy.load(name), args)
+        examples = tasks.short_enough(examples, *loaded, args)
     examples = examples[: args.eval_samples]
     prompts = [example.prompt for example in examples]
-    return examples, respond_to(prompts, name, args, args.response_length)
+    return examples, respond_to(prompts, name, args, args.response_length, loaded)
 
 
 def read_texts(path, *fields) -> list[dict]:

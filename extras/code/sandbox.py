@@ -17,10 +17,10 @@ runs in a process of its own (jail.py), on Linux only, in about 0.07 s:
 The last line needs Landlock (Linux 5.13) and seccomp, which containers allow; protections() tries
 what this machine has. Where the kernel also gives out namespaces, to root or to all users, the
 files of a program share 16 MiB of memory, and those in /dev/shm as much again; its daemons die even
-if we are killed. Without them, the limit holds for each file, multiprocessing has no locks, and the
-program runs as the user who started it: it can change the times of his files, and before Linux 6.12
-send signals to his processes. If root starts programs, they run as another user, who must be able
-to read the folder of Python's packages.
+if we are killed. Without them, the limit holds for each file, multiprocessing has no locks, and
+before Linux 6.12 a program can send signals to processes of its user. That is the user who starts
+it, the times of whose files it can change; or, if root does, another one, who must be able to read
+the folder of Python's packages.
 
 Left out:
 

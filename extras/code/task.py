@@ -228,13 +228,13 @@ def lines_at_fault(program, definition, frames, kind) -> list[tuple[int, int]]:
 
 def called(example, program, line=0):
     """Returns the definition that this line of the tests calls, or any line, or the last one."""
-    found = {node.name: node for node in ast.walk(program.tree) if isinstance(node, DEFINITIONS)}
+    nodes = {node.name: node for node in ast.walk(program.tree) if isinstance(node, DEFINITIONS)}
     tests = unit_tests.tree_of(tests_of(example))
     for part in [*reversed(statements(tests, line)), tests]:  # the innermost statement first
         for node in ast.walk(part):
-            if isinstance(node, ast.Call) and unit_tests.called_name(node) in found:
-                return found[unit_tests.called_name(node)]
-    return list(found.values())[-1] if found else None
+            if isinstance(node, ast.Call) and unit_tests.called_name(node) in nodes:
+                return nodes[unit_tests.called_name(node)]
+    return list(nodes.values())[-1] if nodes else None
 
 
 def statements(tree, line) -> list[ast.stmt]:

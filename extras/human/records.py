@@ -222,11 +222,11 @@ def main():
     args = parser.parse_args()
     cli.keep_input(args.out, args.file, "--out")
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    found = records(read_jsonl(args.file), args.file)
+    kept = records(read_jsonl(args.file), args.file)
     if args.with_faults:
-        found = [record for record in found if record["poor_spans"]]
-    write_whole(Path(args.out), found)
-    print(f"annotations: {args.out}, {len(found)} records")
+        kept = [record for record in kept if record["poor_spans"]]
+    write_whole(Path(args.out), kept)
+    print(f"annotations: {args.out}, {len(kept)} records")
 
 
 if __name__ == "__main__":

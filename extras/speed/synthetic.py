@@ -11,6 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import train_ppo
+from extras.scale.passes import SMOLLM2
 from t2g import policy
 from t2g.checkpoint import trainable
 from t2g.policy import now
@@ -20,8 +21,7 @@ from t2g.score import response_logprobs, score
 from t2g.tasks import toy
 
 SHAPES = {
-    "SmolLM2-135M": dict(vocab_size=49152, hidden_size=576, intermediate_size=1536,
-                         num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3),
+    "SmolLM2-135M": SMOLLM2,
     "Llama-1B": dict(vocab_size=128256, hidden_size=2048, intermediate_size=8192,
                      num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8),
     "tiny": dict(vocab_size=2048, hidden_size=32, intermediate_size=64,
@@ -68,7 +68,7 @@ def random_rollout(rows, prompt, new, vocabulary) -> Rollout:
 
 
 class Learner:
-    """The policy, its reference and its optimiser, as train_ppo.py makes them."""
+    """The policy and its reference as train_ppo.py makes them; one AdamW, one learning rate."""
 
     def __init__(self, model, args):
         self.args = args
