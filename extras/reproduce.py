@@ -178,7 +178,7 @@ def run_job(job, needs, at_once):
 
 
 def progress(job) -> dict:
-    """Returns the commands of a job that have ended, their seconds and what the last one printed."""
+    """Returns a job's commands that have ended, their seconds and what the last one printed."""
     if job.result.is_file():
         return table.read_done(job.folder, job.name)
     return {"commands": [], "seconds": 0.0, "result": ""}
