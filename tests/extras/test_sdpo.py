@@ -6,6 +6,8 @@ import copy
 import pytest
 import torch
 from forking import output
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.distributions import Categorical, kl_divergence
 from torch.testing import assert_close
 from toys import save_start
@@ -33,6 +35,15 @@ def distributions(seed, spread=2.0):
 
 
 # ---- the divergence ------------------------------------------------------------------------------
+
+
+@given(seed=st.integers(0, 10**6), spread=st.floats(0.01, 30))
+def test_reverse_kl_is_the_one_of_torch_and_0_for_equal_distributions(seed, spread):
+    p, q = distributions(seed, spread)
+    found = kl_penalty(p, q, "full")
+    assert_close(found, kl_divergence(Categorical(logits=p), Categorical(logits=q)))
+    assert (found > 0).all()
+    assert_close(kl_penalty(p, p.clone(), "full"), torch.zeros_like(found))
 
 
 def test_the_gradient_of_reverse_kl_is_a_policy_gradient_over_the_vocabulary():
