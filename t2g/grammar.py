@@ -3,8 +3,8 @@
     start -> critique "\\n" {"good": [quotes], "poor": [quotes]} EOS
 
 It permits what Feedback.render() writes with quotes that stand in the response, cut no word in two
-and are not blank: locate() finds each one verbatim. Any chat model is thus a readable critic. A
-critique must not contain HEAD.
+and are not blank: locate() finds each one verbatim. Any chat model that ends its critiques is thus
+a readable critic. A critique must not contain HEAD.
 """
 
 import json
@@ -64,27 +64,31 @@ def parse_cut(z: str) -> Feedback | None:
 class FeedbackGrammar:
     """Keeps greedy samples in the grammar: row i becomes feedback on responses[i].
 
-    A row without quotes by token `last_start` must begin them there: " " + HEAD still fits, because
-    a token has at least one byte. parse_cut() reads quotes that the length limit cuts off.
+    Where a model would end its critique with EOS, its quotes begin. parse_cut() reads quotes that
+    the length limit cuts off. A critique that the limit cuts off stays unreadable: a model that
+    repeats itself without end would also quote what it repeats.
     """
 
-    def __init__(self, tokenizer, model, responses, length):
+    def __init__(self, tokenizer, model, responses):
         size = max(len(tokenizer), model.config.get_text_config().vocab_size)
-        self.vocabulary = read_vocabulary(tokenizer, size, tuple(eos_ids(tokenizer, model)))
-        self.last_start = max(0, min(3 * length // 4, length - len(HEAD) - 1))
+        self.eos = eos_ids(tokenizer, model)
+        self.vocabulary = read_vocabulary(tokenizer, size, tuple(self.eos))
         self.responses, self.matchers = responses, [self.matcher(text) for text in responses]
+        self.ended = set()  # the rows whose critique EOS has ended
 
     def matcher(self, response, head=CRITIQUE_AND_HEAD):
         from llguidance import LLMatcher  # a machine without a learned critic needs no llguidance
 
         return LLMatcher(self.vocabulary, feedback_grammar(response, head))
 
-    def choose(self, logits, rows, t):
-        """Returns the likeliest permitted token t of these B rows, given logits (B, V)."""
+    def choose(self, logits, rows):
+        """Returns the likeliest permitted next token of these B rows, given logits (B, V)."""
         token = logits.argmax(-1)
         for i, (row, likeliest) in enumerate(zip(rows, token.tolist())):
-            if t == self.last_start and self.matchers[row].get_capture("head") is None:
+            has_quotes = row in self.ended or self.matchers[row].get_capture("head") is not None
+            if likeliest in self.eos and not has_quotes:
                 self.matchers[row] = self.matcher(self.responses[row], HEAD_ALONE)
+                self.ended.add(row)
             matcher = self.matchers[row]
             if not matcher.try_consume_tokens([likeliest]):
                 bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)

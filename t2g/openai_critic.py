@@ -9,7 +9,7 @@ from t2g import server
 from t2g.cli import fail
 from t2g.critics import parse_or_none
 from t2g.feedback import reward_prompt
-from t2g.grammar import CRITIQUE_AND_HEAD, feedback_grammar, parse_cut
+from t2g.grammar import feedback_grammar, parse_cut
 from t2g.log import print_once
 
 
@@ -25,15 +25,13 @@ def openai_critic(base_url, model, critique_length=200, timeout=600.0, max_retri
     """
     server.client(base_url, timeout, max_retries)  # fails now if the address or the key is wrong
     options = dict(model=model, max_tokens=critique_length, temperature=0)
-    # A server's grammar cannot count tokens: 3 characters for each leave room for the quotes.
-    head = CRITIQUE_AND_HEAD.replace("*", f"{{0,{3 * critique_length}}}")
     refused, read = free, parse_or_none if free else parse_cut
 
     async def ask(client, request, response):
         nonlocal refused
         if refused:
             return await server.ask(client, **request)
-        grammar = {"structured_outputs": {"grammar": feedback_grammar(response, head)}}
+        grammar = {"structured_outputs": {"grammar": feedback_grammar(response)}}
         try:
             return await server.ask(client, **request, extra_body=grammar)
         except server.Refused:

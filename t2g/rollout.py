@@ -85,7 +85,7 @@ def sample(
     response = prompt.new_full((len(prompts), response_length), tokenizer.pad_token_id)
     mask = torch.zeros_like(response, dtype=torch.bool)
     finished = torch.zeros_like(mask[:, 0])
-    grammar = FeedbackGrammar(tokenizer, model, about, response_length) if about else None
+    grammar = FeedbackGrammar(tokenizer, model, about) if about else None
     past, attention, ids = preallocated(model.config, length), prompt_mask, prompt
     active = torch.arange(len(prompts), device=model.device)  # rows that have not ended
     with autocast(bf16), cpu.packed(model):  # both keep copies of the weights for the whole loop
@@ -95,7 +95,7 @@ def sample(
                 check_numbers(logits)
             uniform = torch.rand(len(prompts), device=model.device, generator=generator)[active]
             if grammar:
-                token = grammar.choose(logits.float(), active.tolist(), t)
+                token = grammar.choose(logits.float(), active.tolist())
             else:
                 token = draw(logits.float(), temperature, uniform)
             response[active, t], mask[active, t] = token, True

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from t2g import critics
 from t2g.align import resolve, response_text
-from t2g.feedback import Feedback, quoted
+from t2g.feedback import Feedback, quoted, reward_prompt
 from t2g.grammar import HEAD, FeedbackGrammar, parse_cut
 from t2g.openai_critic import openai_critic
 from t2g.quotes import find, pieces
@@ -25,11 +25,11 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20) | st.samp
 NAMES = ["toy", "byte_level", "byte_fallback"]
 
 
-def grammar_of(tokenizer, response, length=60):
+def grammar_of(tokenizer, response):
     config = SimpleNamespace(vocab_size=len(tokenizer))
     model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: config))
     model.generation_config = None
-    return FeedbackGrammar(tokenizer, model, [response], length)
+    return FeedbackGrammar(tokenizer, model, [response])
 
 
 @pytest.fixture(params=NAMES, scope="module")
@@ -64,24 +64,28 @@ def test_whatever_render_writes_is_permitted(any_tokenizer, data, response):
     assert grammar.vocabulary.decode_str(ids) == z
     assert matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting(), z
     end = torch.zeros(1, len(any_tokenizer))
-    assert grammar.choose(end, [0], 0).tolist() == [any_tokenizer.eos_token_id]
+    assert grammar.choose(end, [0]).tolist() == [any_tokenizer.eos_token_id]
 
 
 @settings(max_examples=60)
-@given(texts, st.integers(12, 90), st.integers(0, 10**6))
-def test_a_random_walk_is_readable_and_its_quotes_stand_verbatim(
-    any_tokenizer, response, length, seed
+@given(texts, st.integers(0, 40), st.integers(0, 60), st.integers(0, 10**6))
+def test_a_random_walk_is_readable_once_its_critique_ends_and_its_quotes_stand_verbatim(
+    any_tokenizer, response, critique_length, quotes_length, seed
 ):
-    grammar, rng, ids = grammar_of(any_tokenizer, response, length), torch.Generator(), []
+    grammar, rng, ids = grammar_of(any_tokenizer, response), torch.Generator(), []
     rng.manual_seed(seed)
-    while len(ids) < length and any_tokenizer.eos_token_id not in ids:
+    end = any_tokenizer.eos_token_id
+    length = critique_length + len(" " + HEAD) + quotes_length  # a token has at least one byte
+    while len(ids) < length and end not in ids:
         logits = torch.randn(1, len(any_tokenizer), generator=rng)
-        ids += grammar.choose(logits, [0], len(ids)).tolist()
+        if len(ids) <= critique_length + 3:  # the second EOS in a row does not begin them again
+            logits[0, end] = -100.0 if len(ids) < critique_length else 100.0
+        ids += grammar.choose(logits, [0]).tolist()
+    assert parse_cut(response_text(any_tokenizer, ids[:critique_length])) is None
     z = response_text(any_tokenizer, ids)
     one = parse_cut(z)
     assert one, z
-    ended = any_tokenizer.eos_token_id in ids
-    assert not ended or Feedback.parse(z) == one
+    assert end not in ids or Feedback.parse(z) == one
     quotes = [quoted(quote)[0] for quote in one.good + one.poor]
     for quote in quotes:
         kind, places = find(response, quote)
@@ -108,11 +112,13 @@ def chat_model(model, tokenizer):
     return model
 
 
-def test_an_untrained_model_is_a_readable_critic_and_free_critiques_are_those_of_before(
-    chat_model, tokenizer
-):
+def test_an_untrained_model_is_a_readable_critic_if_it_ends_its_critiques(chat_model, tokenizer):
     examples = [Example(f"Describe {n}.", "", {}) for n in range(6)]
     responses = [*RESPONSES[:3], "The fox jumps, the dog sleeps. " * 3, "the thing", "x"]
+    prompts = [reward_prompt(one.prompt, text) for one, text in zip(examples, responses)]
+    assert None in critics.reward_model_critic(chat_model, tokenizer, 40)(examples, responses)
+    fourth = sample(chat_model, tokenizer, prompts, 4, temperature=0).response[:, 3].tolist()
+    chat_model.generation_config.eos_token_id = [tokenizer.eos_token_id, *fourth]
     one = critics.reward_model_critic(chat_model, tokenizer, 40)(examples, responses)
     for response, feedback in zip(responses, one):
         assert feedback and resolve(response, feedback)[1].keys() <= {"exact", "ambiguous"}
