@@ -117,8 +117,8 @@ def test_an_untrained_model_is_a_readable_critic_if_it_ends_its_critiques(chat_m
     responses = [*RESPONSES[:3], "The fox jumps, the dog sleeps. " * 3, "the thing", "x"]
     prompts = [reward_prompt(one.prompt, text) for one, text in zip(examples, responses)]
     assert None in critics.reward_model_critic(chat_model, tokenizer, 40)(examples, responses)
-    fourth = sample(chat_model, tokenizer, prompts, 4, temperature=0).response[:, 3].tolist()
-    chat_model.generation_config.eos_token_id = [tokenizer.eos_token_id, *fourth]
+    first = sample(chat_model, tokenizer, prompts, 1, temperature=0).response[:, 0].tolist()
+    chat_model.generation_config.eos_token_id = [tokenizer.eos_token_id, *first]
     one = critics.reward_model_critic(chat_model, tokenizer, 40)(examples, responses)
     for response, feedback in zip(responses, one):
         assert feedback and resolve(response, feedback)[1].keys() <= {"exact", "ambiguous"}
