@@ -1,4 +1,4 @@
-"""Scripts in forked processes, for the imports take seconds, and in the process of the test."""
+"""Scripts in forked processes, for imports take seconds, in the test's own, and in new ones."""
 
 import contextlib
 import importlib
@@ -8,8 +8,11 @@ import multiprocessing
 import os
 import resource
 import socket
+import subprocess
 import sys
 import time
+
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "2")
 
 
 def main(script, flags, file_size=None, errors=None):
@@ -82,6 +85,14 @@ def as_rank(rank, port, function, *args):
     place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in place.items()}
     function(*args)
+
+
+def python(*words, **options) -> str:
+    """What Python prints in a process of its own, which must succeed."""
+    command = [sys.executable, *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, **options)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-4000:]
+    return done.stdout
 
 
 def run(command, flags=()):

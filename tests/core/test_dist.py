@@ -1,13 +1,11 @@
 """Two processes make the step and the run of one; no split into ranks or microbatches matters."""
 
 import random
-import subprocess
-import sys
 
 import one_step
 import pytest
 import torch
-from forking import exit_codes, output, run_ranks, two_ranks
+from forking import TORCHRUN, exit_codes, output, python, run_ranks, two_ranks
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
@@ -22,7 +20,7 @@ FLAGS = (
     "--max_steps", 2, "--num_ppo_epochs", 2, "--num_mini_batches", 1, "--response_length", 12,
     "--per_device_train_batch_size", 2, "--eval_samples", 2, "--learning_rate", 3e-4,
     "--reward", "prm", "--kl_target", 0.5, "--missing_eos_penalty", 0.5, "--critique_length", 12,
-    "--free_critiques",
+    "--free_critiques",  # of random weights
 )  # fmt: skip
 LEARNED_CRITIC = critics.reward_model_critic
 
@@ -30,10 +28,7 @@ LEARNED_CRITIC = critics.reward_model_critic
 @pytest.fixture(scope="module")
 def two_processes(folder):
     """Each case's step, made by two processes of torchrun: weights and statistics by name."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command = [*torchrun, one_step.__file__, folder / "model", folder]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
+    python(*TORCHRUN, one_step.__file__, folder / "model", folder)
     return lambda case: load_file(folder / f"{case}.safetensors")
 
 
@@ -90,7 +85,6 @@ def prepare(rank, patch=setattr):
 
 def test_two_processes_with_a_learned_critic_make_the_run_of_one(folder, monkeypatch):
     flags = [*FLAGS, "--policy", folder / "model", "--reward_model", folder / "model"]
-    flags.append("--free_critiques")  # of random weights
     errors = [folder / "errors0", folder / "errors1"]
     ranks = two_ranks(prepare, [*flags, "--output_dir", folder / "ppo2"], errors)
     prepare(0, monkeypatch.setattr)
@@ -116,8 +110,7 @@ def load_state(state, saved):
         optimizer = torch.optim.AdamW(layer.parameters())
         assert checkpoint.load(state, layer, [optimizer]) == {"step": 7}
         weights = dist.whole_state(layer)
-        moments = optimizer.state_dict()["state"][0]["exp_avg"]
-        weights["moments"] = dist.plain(moments)
+        weights["moments"] = dist.plain(optimizer.state_dict()["state"][0]["exp_avg"])
         if dist.rank() == 0:
             save_file(weights, saved)
 
@@ -129,7 +122,5 @@ def test_two_processes_load_the_state_of_one(tmp_path):
     optimizer.step()
     checkpoint.save(tmp_path / "one", layer, [optimizer], step=7)
     assert run_ranks(load_state, tmp_path / "one", tmp_path / "two") == [0, 0]
-    moments = optimizer.state_dict()["state"][0]["exp_avg"]
-    assert_close(
-        load_file(tmp_path / "two"), layer.state_dict() | {"moments": moments}, rtol=0, atol=0
-    )
+    expected = layer.state_dict() | {"moments": optimizer.state_dict()["state"][0]["exp_avg"]}
+    assert_close(load_file(tmp_path / "two"), expected, rtol=0, atol=0)

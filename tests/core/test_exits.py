@@ -1,6 +1,7 @@
 """An error on one rank ends all of them: the others would wait for it in a collective."""
 
 import errno
+import math
 import os
 import signal
 import subprocess
@@ -29,22 +30,11 @@ FLAGS = (
 )  # fmt: skip
 
 
-def too_long(*_, **__):
-    fail("prompt tokens exceed the model's context")
-
-
-def unlike_ratio(*_, **__):
-    raise RuntimeError("the first ratio of a step must be 1")
-
-
-def not_a_number(*_, **__):
-    return {"shift_good": float("nan")}
-
-
-CAUSES = {  # what fails, by the name that train_ppo.py calls it; the rank; the sentence
-    "sample": (too_long, 1, "exceed the model's context"),
-    "check_first_ratio": (unlike_ratio, 1, "first ratio of a step must be 1"),
-    "shift": (not_a_number, 0, "no finite shift_good in step 1"),  # a metric, which rank 0 logs
+check = train_ppo.check_first_ratio
+CAUSES = {  # what fails, by the name that train_ppo.py calls it; the rank (0 logs); the sentence
+    "sample": (lambda *_, **__: fail("it exceeds the context"), 1, "it exceeds the context"),
+    "check_first_ratio": (lambda *_: check(1.0, bf16=False), 1, "first ratio of a step must be 1"),
+    "shift": (lambda *_: {"shift_good": math.nan}, 0, "no finite shift_good in step 1"),
 }
 
 
@@ -55,10 +45,8 @@ def break_one(name, rank):
 
 
 @pytest.mark.parametrize("cause", CAUSES)
-def test_whatever_one_rank_dies_of_both_are_gone_and_say_why(cause, model, tokenizer, tmp_path):
-    model.save_pretrained(tmp_path / "sft")
-    tokenizer.save_pretrained(tmp_path / "sft")
-    flags = [*FLAGS, "--policy", tmp_path / "sft", "--output_dir", tmp_path / "ppo"]
+def test_whatever_one_rank_dies_of_both_are_gone_and_say_why(cause, folder, tmp_path):
+    flags = [*FLAGS, "--policy", folder / "model", "--output_dir", tmp_path / "ppo"]
     errors = [tmp_path / "errors0", tmp_path / "errors1"]
     codes = exit_codes(two_ranks(partial(break_one, cause), flags, errors), SECONDS)
     assert codes in ([1, 1], [2, 2]), "all ranks end, with the exit code of the one that failed"
@@ -67,12 +55,8 @@ def test_whatever_one_rank_dies_of_both_are_gone_and_say_why(cause, model, token
     assert sum("Traceback" in text for text in printed) <= 1, "the other rank adds none"
 
 
-def fail_first():
-    fail("an earlier stage failed")
-
-
 def first_fails():
-    with torchrun.session(run_first=fail_first):
+    with torchrun.session(run_first=partial(fail, "an earlier stage failed")):
         pass
 
 

@@ -2,13 +2,12 @@
 
 import ast
 import re
-import subprocess
-import sys
 from pathlib import Path
 from textwrap import dedent
 
 import pytest
 import test_exercises
+from forking import python
 
 from t2g.log import METRICS
 from t2g.tasks import toy
@@ -51,9 +50,7 @@ def test_every_code_block_is_checked_and_a_changed_one_would_be_noticed():
 
 
 def test_the_tour_prints_what_the_guide_shows(tmp_path):
-    command = [sys.executable, ROOT / "examples" / "tour.py"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.stdout == OUTPUT, done.stderr
+    assert python(ROOT / "examples" / "tour.py", cwd=tmp_path) == OUTPUT
 
 
 def test_figures_of_the_guide_stand_in_the_results_or_in_the_tour():

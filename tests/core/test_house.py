@@ -4,10 +4,10 @@ import ast
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forking import python
 
 ROOT = Path(__file__).parents[2]
 STAGES = ("train_sft.py", "annotate.py", "train_rm.py", "train_ppo.py", "eval.py")
@@ -70,11 +70,7 @@ def alone(tmp_path_factory):
 
 
 def run(folder, *command):
-    environment = os.environ | {"PYTHONPATH": ""}
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-    done = subprocess.run([sys.executable, *command], cwd=folder, **pipes)
-    assert done.returncode == 0, done.stdout[-3000:]
-    return done.stdout
+    return python(*command, cwd=folder, env=os.environ | {"PYTHONPATH": ""})
 
 
 @pytest.mark.parametrize(

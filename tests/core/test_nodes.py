@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from forking import TORCHRUN, python
 
 import train_ppo
 
@@ -16,7 +17,6 @@ FLAGS = (
     "--per_device_train_batch_size 2 --eval_samples 2 --learning_rate 3e-4"
 ).split()
 NODES = {"node-a": "10.77.0.1", "node-b": "10.77.0.2"}  # their names are those of the namespaces
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 
 
 def ip(*words):
@@ -63,13 +63,12 @@ def test_the_examples_for_clusters_have_arguments_of_the_script(monkeypatch):
 
 
 @pytest.mark.slow
-def test_two_nodes_make_the_run_of_one(hosts, model, tokenizer, tmp_path):
-    for part in (model, tokenizer):
-        part.save_pretrained(tmp_path / "model")
-    flags = ["train_ppo.py", *FLAGS, "--policy", tmp_path / "model", "--output_dir"]
+def test_two_nodes_make_the_run_of_one(hosts, folder, tmp_path):
+    flags = ["train_ppo.py", *FLAGS, "--policy", folder / "model", "--output_dir"]
     enter = f'hostname "$0"; mount --bind {hosts} /etc/hosts; exec "$@"'
-    launch = [*TORCHRUN, "--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d"]
-    launch += ["--rdzv_endpoint", "node-a:29500", *flags, tmp_path / "two"]
+    launch = [sys.executable, *TORCHRUN[:2], "--nnodes", "2", "--nproc_per_node", "1"]
+    launch += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "node-a:29500"]
+    launch += [*flags, tmp_path / "two"]
     ranks = []
     for node in NODES:
         namespace = ["ip", "netns", "exec", node, "unshare", "--uts", "--mount", "sh", "-c", enter]
@@ -77,8 +76,7 @@ def test_two_nodes_make_the_run_of_one(hosts, model, tokenizer, tmp_path):
     for process in ranks:
         errors = process.communicate()[1]
         assert process.returncode == 0, errors.decode()[-4000:]
-    one = [*TORCHRUN, "--nproc_per_node", "2", *flags, tmp_path / "one"]
-    subprocess.run(one, check=True)
+    python(*TORCHRUN, *flags, tmp_path / "one")
     for name in ("model.safetensors", "value_head/value_head.safetensors"):
         two, one = (tmp_path / run / "checkpoint-2" / name for run in ("two", "one"))
         assert Path(two).read_bytes() == Path(one).read_bytes()

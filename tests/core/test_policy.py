@@ -14,23 +14,8 @@ from t2g import cpu
 from t2g.align import span_rewards, token_offsets
 from t2g.chat import chat_text
 from t2g.log import print_once
-from t2g.policy import (
-    Policy,
-    autocast,
-    eos_ids,
-    latest_checkpoint,
-    load,
-    response_logits,
-    save,
-)
-from t2g.ppo import (
-    entropies,
-    gae,
-    kl_penalty,
-    masked_mean,
-    policy_loss,
-    vocabulary_logprobs,
-)
+from t2g.policy import Policy, autocast, eos_ids, latest_checkpoint, load, response_logits, save
+from t2g.ppo import entropies, gae, kl_penalty, masked_mean, policy_loss, vocabulary_logprobs
 from t2g.rollout import draw, encode_prompts, respond, sample
 
 PROMPTS = [

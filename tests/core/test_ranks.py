@@ -2,12 +2,10 @@
 
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
-from forking import exit_codes, output, result_of, run_ranks, two_ranks
+from forking import TORCHRUN, exit_codes, output, python, result_of, run_ranks, two_ranks
 from safetensors.torch import load_file
 
 from t2g import checkpoint, dist, torchrun
@@ -16,7 +14,6 @@ from t2g.notes import write_whole
 
 TRAINED = ("--max_steps", 5, "--per_device_train_batch_size", 2, "--eval_steps", 2)
 TRAINED += ("--save_steps", 2, "--learning_rate", 1e-4, "--validation_share", 0.25)
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2")
 
 
 @pytest.fixture(scope="module")
@@ -96,12 +93,10 @@ def test_samples_are_shared_out_and_written_once(folder):
     notes = folder / "annotations.jsonl"
     annotate = "annotate.py", *toy, "--num_samples", "7", "--out", str(notes)
     measure = "eval.py", "policy", toy[1], *toy[2:], "--eval_samples", "5"
-    for command in (annotate, measure):
-        done = subprocess.run([*TORCHRUN, *command], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
+    python(*TORCHRUN, *annotate)
     ids = [record["id"] for record in read_jsonl(notes)]
     assert ids == [str(i) for i in range(7)]
-    scores = result_of(done.stdout)[toy[1]]
+    scores = result_of(python(*TORCHRUN, *measure))[toy[1]]
     alone = result_of(output("eval", *measure[1:]))[toy[1]]
     assert scores.keys() == alone.keys()
     greedy = [name for name in alone if name.endswith("_greedy")]

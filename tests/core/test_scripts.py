@@ -2,12 +2,10 @@
 
 import json
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from forking import output, refusal, result_of
+from forking import output, python, refusal, result_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_rm
@@ -18,16 +16,7 @@ from t2g.policy import latest_checkpoint
 from t2g.tasks import toy
 
 pytestmark = pytest.mark.usefixtures("posts")
-ROOT = Path(__file__).parents[2]
-
-
-def run_as_a_user(command):
-    """Runs a command in a process of its own, and returns its output."""
-    script, *flags = command.split()
-    line = [sys.executable, ROOT / f"{script}.py", *flags]
-    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout
+MAIN_JOB = Path(__file__).parents[2] / "train_ppo.py"
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +28,7 @@ def toy_run(tmp_path_factory):
     output(f"annotate --num_samples 24 --out {root}/annotations.jsonl")
     output(f"train_rm {short} --output_dir {root}/rm")
     flags = "--max_steps 2 --per_device_train_batch_size 4 --eval_samples 8 --critique_length 20"
-    (root / "stdout").write_text(run_as_a_user(f"train_ppo {flags} --output_dir {root}/ppo"))
+    (root / "stdout").write_text(python(MAIN_JOB, *flags.split(), "--output_dir", root / "ppo"))
     return root
 
 
@@ -131,7 +120,7 @@ def test_the_summarize_task_runs_on_a_file(toy_run, tmp_path):
 @pytest.mark.slow
 def test_the_main_job_from_scratch(tmp_path):
     """Every stage in full takes minutes; held-out summaries become fully right."""
-    result = result_of(run_as_a_user(f"train_ppo --output_dir {tmp_path}/ppo"))
+    result = result_of(python(MAIN_JOB, "--output_dir", tmp_path / "ppo"))
     assert set(result["seconds"]) == {"sft", "annotate", "rm", "ppo"}
     assert result["before"]["perfect"] <= 0.05 and result["after"]["perfect"] >= 0.5
 

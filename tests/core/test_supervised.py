@@ -4,6 +4,7 @@ import argparse
 import itertools
 import os
 import random
+from unittest import mock
 
 import pytest
 import torch
@@ -96,14 +97,12 @@ def test_muon_moves_as_torch_moves_to_the_precision_of_bf16(shape):
     start = torch.randn(shape)
     ours, theirs = start.clone().requires_grad_(), start.clone().requires_grad_()
     both = dict(lr=0.01, weight_decay=0.2)
-    optimizers = [
-        Muon([ours], **both),
-        torch.optim.Muon([theirs], **both, adjust_lr_fn="match_rms_adamw"),
-    ]
+    muon = Muon([ours], **both)
+    of_torch = torch.optim.Muon([theirs], **both, adjust_lr_fn="match_rms_adamw")
     for _ in range(10):
         ours.grad = torch.randn(shape)
         theirs.grad = ours.grad.clone()
-        for optimizer in optimizers:
+        for optimizer in (muon, of_torch):
             optimizer.step()
     moved = theirs.detach() - start
     assert (ours.detach() - theirs.detach()).norm() < 0.01 * moved.norm()
@@ -112,25 +111,18 @@ def test_muon_moves_as_torch_moves_to_the_precision_of_bf16(shape):
 @pytest.mark.parametrize(
     "kind", [{}, {"optimizer": "muon"}, {"lora_r": 4, "gradient_accumulation_steps": 2}]
 )
-def test_a_stopped_run_resumes_to_the_same_bits(finetune, tmp_path, monkeypatch, kind):
+def test_a_stopped_run_resumes_to_the_same_bits(finetune, tmp_path, kind):
     kind |= {"validation_share": 0.2}
     whole = finetune(**kind)
     (tmp_path / "run").rename(tmp_path / "whole")
     whole = tmp_path / "whole" / whole.name
     step = supervised.train_step
-    for fatal in (3, 6):  # once after a state was written, once more in the resumed run
-        calls = iter(range(1, 99))
-
-        def stop(*args, fatal=fatal, calls=calls):
-            if next(calls) >= fatal:
-                raise KeyboardInterrupt
-            return step(*args)
-
-        monkeypatch.setattr(supervised, "train_step", stop)
-        with pytest.raises(KeyboardInterrupt):
+    for taken in (2, 5):  # stopped once after a state was written, once more in the resumed run
+        effects = [mock.DEFAULT] * taken + [KeyboardInterrupt]
+        stop = mock.patch.object(supervised, "train_step", wraps=step, side_effect=effects)
+        with stop, pytest.raises(KeyboardInterrupt):
             finetune(**kind)
     assert latest_checkpoint(tmp_path / "run") is None, "an unfinished run has no checkpoint"
-    monkeypatch.setattr(supervised, "train_step", step)
     resumed = finetune(**kind)
     assert resumed.name == whole.name
     assert {p.name for p in resumed.parent.iterdir()} == {p.name for p in whole.parent.iterdir()}

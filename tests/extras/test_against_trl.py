@@ -12,15 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from t2g.ppo import (
-    gae,
-    kl_penalty,
-    masked_mean,
-    masked_variance,
-    policy_loss,
-    value_loss,
-    whiten,
-)
+from t2g.ppo import gae, kl_penalty, masked_mean, masked_variance, policy_loss, value_loss, whiten
 
 TRL = load_file(Path(__file__).with_name("trl_outputs.safetensors"))
 
@@ -63,9 +55,7 @@ def test_policy_loss_gradient_and_clip_fraction(case):
     """approx_kl is k3 here and k2 in trl; k3 is k1 plus the mean ratio minus 1."""
     logprobs, old_logprobs, advantages = case.noise[:3].clone()
     logprobs.requires_grad_()
-    loss, stats = policy_loss(
-        logprobs, old_logprobs, advantages, case.mask, cliprange=case.rates[2]
-    )
+    loss, stats = policy_loss(logprobs, old_logprobs, advantages, case.mask, case.rates[2])
     same(loss, case.policy_loss)
     same(torch.autograd.grad(loss, logprobs)[0], case.policy_gradient)
     same(stats["clipfrac"], case.clipfrac)

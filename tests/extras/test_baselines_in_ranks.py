@@ -5,7 +5,7 @@ import torch
 from forking import exit_codes, output, two_ranks
 from safetensors.torch import load_file
 
-from t2g.log import read_jsonl
+from t2g.log import read_json, read_jsonl
 from t2g.notes import write_whole
 
 SHORT = ("--max_steps", 2, "--per_device_train_batch_size", 2, "--learning_rate", 1e-4)
@@ -61,3 +61,6 @@ def test_the_baselines_that_sample_run_in_two_processes(folder, name, flags):
     trained = in_two(folder, name, *SAMPLED, *flags)
     assert [row["step"] for row in read_jsonl(trained / "metrics.jsonl")] == [1, 2]
     assert weights(trained)
+    if name == "ilf":  # its revisions have read the responses and their critiques
+        first, second = read_json(trained / "sampling.json")
+        assert first["samples"] == 5 and second["prompt_tokens"] > first["prompt_tokens"]

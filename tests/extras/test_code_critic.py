@@ -80,9 +80,7 @@ def test_the_line_at_fault_is_quoted_with_its_kind(program, critique, quotes, ki
 @linux
 def test_time_that_runs_out_is_blamed_on_the_loop(monkeypatch):
     monkeypatch.setattr(unit_tests, "TIMEOUT_S", 0.5)
-    endless = (
-        "def f(a, b):\n    for i in range(3):\n        while a:\n            b += 1\n    return b"
-    )
+    endless = "def f(a, b):\n  for i in range(3):\n    while a:\n      b += 1\n  return b"
     assert judge(endless) == ("It does not end within 0.5 s.", ["while a:"], "timeout")
     assert judge("import time\n\ndef f(a, b):\n    time.sleep(9)")[1] == ["def f(a, b):"]
 
@@ -99,10 +97,8 @@ def test_of_several_functions_the_one_that_the_failing_assert_calls_is_blamed():
 def test_what_ran_is_praised_and_more_of_it_if_some_assertions_hold():
     tests = "from solution import *\nassert f(2, 2) == 4\nassert f(2, 3) == 5"
     critique, quotes, _ = judge("def f(a, b):\n    c = a * b\n    return c", problem(tests))
-    assert (
-        critique == "It gives a wrong answer: f(2, 3) is 6, not 5. It runs, and 1 assertions hold."
-    )
-    assert quotes == ["def f(a, b):", "c = a * b", "return c"]
+    wrong = "It gives a wrong answer: f(2, 3) is 6, not 5. It runs, and 1 assertions hold."
+    assert (critique, quotes) == (wrong, ["def f(a, b):", "c = a * b", "return c"])
 
 
 @linux

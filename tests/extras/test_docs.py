@@ -208,14 +208,12 @@ def test_every_metric_of_the_glossary_is_logged_somewhere():
         assert logged, f"nothing logs {name}"
 
 
-def test_the_task_that_the_docs_show_is_the_example_and_trains(tmp_path, model, tokenizer):
+def test_the_task_that_the_docs_show_is_the_example_and_trains(tmp_path, folder):
     (source,) = re.findall(r"^```python\n(.*?METRICS.*?)^```", TEXTS["docs/TASKS.md"], re.S | re.M)
     assert source == (ROOT / "examples" / "products.py").read_text(encoding="utf-8")
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
     flags = ["--task", ROOT / "examples/products.py", "--data", ROOT / "examples/products.jsonl"]
     flags += "--critic rule --max_steps 1 --eval_samples 2 --response_length 8".split()
-    flags += ["--per_device_train_batch_size", 2, "--policy", tmp_path / "model"]
+    flags += ["--per_device_train_batch_size", 2, "--policy", folder / "model"]
     output("train_ppo", *flags, "--output_dir", tmp_path / "ppo")
     assert {"named", "boasts"} <= set(read_jsonl(tmp_path / "ppo" / "metrics.jsonl")[0])
 

@@ -1,6 +1,5 @@
 """DPO: the loss by identities, log-probabilities by brute force, pairs, and the command."""
 
-import argparse
 import json
 import math
 import random
@@ -11,7 +10,7 @@ from forking import output
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
-from toys import noisy_examples, save_start
+from toys import STEP, check_splits, noisy_examples, save_start
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from extras.baselines import dpo
@@ -24,7 +23,6 @@ PAIRS = [
     {"prompt": e.prompt[: 30 + 5 * n], "chosen": e.reference[: 20 + 3 * n], "rejected": y[: 45 - n]}
     for n, (e, y) in enumerate(noisy_examples(random.Random(0), 6))
 ]
-ARGS = argparse.Namespace(beta=0.3, bf16=False, per_device_train_batch_size=2, max_grad_norm=1e9)
 nats = st.floats(-300, 0)
 
 
@@ -59,9 +57,7 @@ def naive_logprob(model, prompt, response):
 
 
 def referenced(tokenizer, model):
-    rows = dpo.encode(tokenizer, PAIRS)
-    rows = dpo.add_references(rows, tokenizer, model, ARGS)
-    return rows
+    return dpo.add_references(dpo.encode(tokenizer, PAIRS), tokenizer, model, STEP)
 
 
 def test_references_are_the_log_probabilities_of_each_response_alone(fresh):
@@ -71,6 +67,14 @@ def test_references_are_the_log_probabilities_of_each_response_alone(fresh):
     for prompt, chosen, rejected, *references in rows:
         naive = [naive_logprob(model, prompt, response) for response in (chosen, rejected)]
         assert_close(torch.tensor(references), torch.stack(naive).detach())
+
+
+def test_no_split_into_microbatches_changes_the_step(fresh):
+    def rows(tokenizer, model):  # with margins that are not 0
+        rows = enumerate(referenced(tokenizer, model), 1)
+        return [[*ids, chosen + n / 5, rejected] for n, (*ids, chosen, rejected) in rows]
+
+    check_splits(fresh, rows, dpo.PREFERENCE)
 
 
 def test_eos_is_learned_after_finished_responses_only(fresh):

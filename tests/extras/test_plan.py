@@ -1,14 +1,12 @@
 """The plan of a run: its arithmetic, its advice, and its memory against what was measured."""
 
 import os
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from forking import output, result_of
+from forking import output, python, result_of
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 import train_ppo
@@ -58,9 +56,10 @@ def planned_ppo(machine, model, *flags):
     return planned(machine, "--critic", "rule", "--policy", model, *flags)
 
 
-def test_weights_and_moments_are_counted_and_sharded(llama):
-    plans = [planned_ppo(name, llama(**SMALL), *STEP)[0] for name in ("1xA100-80", "8xA100-80")]
-    one, eight = plans
+def test_weights_and_moments_are_counted_and_sharded_and_lora_saves_moments(llama):
+    runs = [("1xA100-80",), ("8xA100-80",), ("1xA100-80", "--lora_r", 8)]
+    plans = [planned_ppo(name, llama(**SMALL), *STEP, *flags)[0] for name, *flags in runs]
+    one, eight, lora = plans
     weights = 4 * one["parameters"] / plan.GIB
     assert one["memory"]["weights"] == one["memory"]["reference"] == pytest.approx(weights)
     assert one["memory"]["optimiser's moments"] == pytest.approx(2 * weights, rel=1e-3)
@@ -68,6 +67,8 @@ def test_weights_and_moments_are_counted_and_sharded(llama):
         assert eight["memory"][name] * 8 == pytest.approx(one["memory"][name])
     parts = [hours for name, hours in one["hours"].items() if name != "all"]
     assert one["hours"]["all"] == pytest.approx(sum(parts)) and len(parts) == 3
+    lora, moments = lora["memory"], "optimiser's moments"
+    assert lora[moments] < 0.2 * one["memory"][moments] and "reference" not in lora
 
 
 def test_flops_are_two_a_weight_and_token_forward_and_six_in_an_epoch(llama):
@@ -79,14 +80,6 @@ def test_flops_are_two_a_weight_and_token_forward_and_six_in_an_epoch(llama):
     assert found["flops"] == pytest.approx(flops, rel=0.25), "attention and logits come on top"
     assert f"the run costs {found['flops']:.1e} FLOP" in printed
     assert found["hours"] == {} and "hours\n" not in printed, "a CPU's speed is not known"
-
-
-def test_lora_saves_moments_and_the_reference(llama):
-    path = llama(**SMALL)
-    plans = [planned_ppo("1xA100-80", path, *STEP, *f)[0] for f in ((), ("--lora_r", 8))]
-    full, lora = (plan["memory"] for plan in plans)
-    assert lora["optimiser's moments"] < 0.2 * full["optimiser's moments"]
-    assert "reference" not in lora and full["reference"] > 0
 
 
 TRAINED = {
@@ -152,7 +145,12 @@ def test_a_run_that_does_not_fit_gets_the_flags_with_which_it_does(llama):
     assert again["fits"]
 
 
-@pytest.mark.parametrize("flags", [(), ("--lora_r", 8), ("--gradient_checkpointing",), ("--bf16",)])
+FLAGS = [(), ("--lora_r", 8), ("--gradient_checkpointing",), ("--bf16",)]
+MEASURED = [("train_ppo.py", flags) for flags in FLAGS]
+MEASURED += [("train_sft.py", flags) for flags in FLAGS[::2]]
+
+
+@pytest.mark.parametrize("flags", FLAGS)
 def test_fake_tensors_need_as_much_memory_as_real_ones(llama, monkeypatch, flags):
     monkeypatch.setattr(cpu, "emulates_bf16", lambda: False)  # on any CPU
     sizes = SMALL | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3}
@@ -175,17 +173,7 @@ def test_fake_tensors_need_as_much_memory_as_real_ones(llama, monkeypatch, flags
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("script", "flags"),
-    [
-        ("train_ppo.py", ()),
-        ("train_ppo.py", ("--lora_r", "8")),
-        ("train_ppo.py", ("--gradient_checkpointing",)),
-        ("train_ppo.py", ("--bf16",)),
-        ("train_sft.py", ()),
-        ("train_sft.py", ("--gradient_checkpointing",)),
-    ],
-)
+@pytest.mark.parametrize(("script", "flags"), MEASURED)
 def test_memory_is_as_measured(llama, tokenizer, tmp_path, script, flags):
     """With blocks of 256 KiB and more returned to the system, which glibc keeps otherwise."""
     path = llama(**SMALL | {"num_hidden_layers": 6})
@@ -198,12 +186,9 @@ def test_memory_is_as_measured(llama, tokenizer, tmp_path, script, flags):
         step += ["--max_prompt_length", "70", "--response_length", "60", "--policy", path]
     else:
         step += ["--max_length", "84", "--optimizer", "adamw", "--model", path]
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "262144"}
-    command = [sys.executable, "-c", PRINT_PEAK, script, *step, "--output_dir", tmp_path / "run"]
-    how = dict(cwd=ROOT, env=environment, capture_output=True, text=True)
-    done = subprocess.run(list(map(str, command)), **how)
-    assert done.returncode == 0, done.stderr[-3000:]
-    measured = float(done.stdout.splitlines()[-1])
+    how = dict(cwd=ROOT, env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "262144"})
+    printed = python("-c", PRINT_PEAK, script, *step, "--output_dir", tmp_path / "run", **how)
+    measured = float(printed.splitlines()[-1])
     assert planned("1xcpu", script, *step)[0]["gib"] == pytest.approx(measured, rel=0.15)
 
 

@@ -1,7 +1,6 @@
 """Revisions: how responses are sampled and scored, reflection, and ILF."""
 
 import argparse
-import json
 import random
 
 import pytest
@@ -11,7 +10,6 @@ from toys import noisy_examples, save_start
 
 from extras.baselines import common, ilf, reflection
 from t2g.feedback import Feedback, revision_prompt
-from t2g.log import read_jsonl
 from t2g.rollout import sample
 from t2g.tasks import toy
 
@@ -26,16 +24,14 @@ def test_the_reward_of_a_sample_is_the_sum_of_its_token_rewards(untrained):
     tokenizer, model = untrained
     examples = [example for example, _ in noisy_examples(random.Random(0), 3)]
     prompts = [example.prompt for example in examples]
-    args = dict(response_length=6, temperature=1.0, bf16=False, missing_eos_penalty=0.25)
-    args |= dict(span_weights="uniform")
+    args = argparse.Namespace(response_length=6, temperature=1.0, bf16=False)
+    args.missing_eos_penalty, args.span_weights = 0.25, "uniform"
 
     def critic(examples, texts):
         return [Feedback("All.", [], [text]) if text.strip() else None for text in texts]
 
     torch.manual_seed(0)
-    rows, stats = common.sample_and_score(
-        examples, critic, tokenizer, model, argparse.Namespace(**args), size=2
-    )
+    rows, stats = common.sample_and_score(examples, critic, tokenizer, model, args, size=2)
     torch.manual_seed(0)
     rollouts = [sample(model, tokenizer, part, 6) for part in (prompts[:2], prompts[2:])]
     assert [row.text for row in rows] == [text for rollout in rollouts for text in rollout.texts]
@@ -61,17 +57,14 @@ def test_a_response_is_revised_after_its_critique_and_stays_without_one(untraine
     monkeypatch.setattr(reflection, "respond", answer)
     examples = [toy.make_example(random.Random(n)) for n in range(2)]
     feedback, prompts = Feedback("The age is 41.", [], [" 27"]), [e.prompt for e in examples]
-    texts, finished = reflection.reflect(
-        model, tokenizer, prompts, 8, examples=examples, critic=lambda *_: [feedback, None]
-    )
+    options = dict(examples=examples, critic=lambda *_: [feedback, None])
+    texts, finished = reflection.reflect(model, tokenizer, prompts, 8, **options)
     assert texts == ["better", "Bo."] and finished == [True, False]
     assert calls == [prompts, [revision_prompt(prompts[0], "Ana is 27.", feedback)]]
     for part in (prompts[0], "Ana is 27.", "The age is 41."):
         assert part in calls[1][0]
     calls.clear()
-    texts, _ = reflection.reflect(
-        model, tokenizer, prompts, 10**9, examples=examples, critic=lambda *_: [feedback, None]
-    )
+    texts, _ = reflection.reflect(model, tokenizer, prompts, 10**9, **options)
     assert texts == ["Ana is 27.", "Bo."] and calls[1] == [], "no critique leaves room for as much"
 
 
@@ -103,16 +96,3 @@ def test_the_best_revision_of_a_prompt_is_kept_unless_it_is_worse_than_its_respo
     assert ilf.best_revisions(first, second) == [("p", "b2")]
     with pytest.raises(SystemExit):
         ilf.best_revisions(first[2:], second[2:])
-
-
-def test_two_steps_of_ilf(untrained, tmp_path, monkeypatch):
-    def all_revisions(first, second):
-        return [(row.example.prompt, row.text) for row in second]
-
-    monkeypatch.setattr(ilf, "best_revisions", all_revisions)
-    short = "--num_prompts 4 --response_length 5 --max_steps 2 --per_device_train_batch_size 2"
-    output(f"extras.baselines.ilf --critic rule {short} --output_dir {tmp_path}/ilf")
-    assert (tmp_path / "ilf" / "checkpoint-2").is_dir()
-    assert len(read_jsonl(tmp_path / "ilf" / "metrics.jsonl")) == 2
-    first, second = json.loads((tmp_path / "ilf" / "sampling.json").read_text())
-    assert first["samples"] == 4 and second["prompt_tokens"] > first["prompt_tokens"]

@@ -54,13 +54,10 @@ def test_a_program_that_reaches_its_end_passes_and_others_have_a_reason(run):
     assert run("input()").reason.startswith("EOFError")
 
 
-def test_files_can_be_imported_and_no_other_file_lies_beside_them(run):
-    program = "import os, solution\nassert solution.x == 1 and os.listdir() == ['solution.py']"
-    assert run(program, files={"solution.py": "x = 1"}).passed
-
-
 USUAL = """
 import asyncio, collections, json, numpy, random, re, subprocess, sys, tempfile, typing
+import os, solution
+assert solution.x == 1 and os.listdir() == ["solution.py"]
 from concurrent.futures import ThreadPoolExecutor
 with ThreadPoolExecutor(4) as pool:
     assert sum(pool.map(lambda x: x, [1, 2])) == 3
@@ -82,8 +79,8 @@ with tempfile.NamedTemporaryFile("w+") as file:
 
 
 def test_usual_programs_work(run):
-    """Threads, event loops, other processes, libraries, deep recursion, files."""
-    result = run(USUAL)
+    """Files beside them, threads, event loops, other processes, libraries, deep recursion."""
+    result = run(USUAL, files={"solution.py": "x = 1"})
     assert result.passed, result.reason
 
 

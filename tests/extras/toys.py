@@ -1,9 +1,16 @@
-"""Untrained starting policies and noisy examples of the toy."""
+"""Untrained starting policies and noisy examples of the toy, and a check of steps with them."""
 
+import argparse
+import itertools
+
+import pytest
 import torch
+from torch.testing import assert_close
 
-from t2g import policy
+from t2g import policy, supervised
 from t2g.tasks import toy
+
+STEP = argparse.Namespace(beta=0.3, bf16=False, per_device_train_batch_size=2, max_grad_norm=1e9)
 
 
 def save_start(root):
@@ -26,3 +33,18 @@ def noisy_examples(rng, n):
     """Returns n of the toy's examples, each with a noisy summary."""
     examples = [toy.make_example(rng) for _ in range(n)]
     return [(example, toy.noisy_summary(example, rng)) for example in examples]
+
+
+def check_splits(fresh, rows_of, objective):
+    """Checks that a step on six rows is the same however they are split into microbatches."""
+    gradients, metrics = [], []
+    for cuts in ((0, 6), (0, 1, 4, 6)):
+        tokenizer, model = fresh()
+        rows = rows_of(tokenizer, model)
+        parts = [rows[start:end] for start, end in itertools.pairwise(cuts)]
+        parts = [objective.collate(part, tokenizer.pad_token_id, "cpu") for part in parts]
+        metrics.append(supervised.train_step(model, parts, STEP, objective))
+        trained = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        gradients.append(torch.cat(trained) / metrics[-1]["grad_norm"])
+    assert metrics[0] == pytest.approx(metrics[1], rel=1e-4)
+    assert_close(*gradients, atol=1e-6, rtol=1e-3)
