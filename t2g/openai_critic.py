@@ -1,8 +1,9 @@
 """A critic behind an OpenAI-compatible server: --critic openai --base_url URL --reward_model NAME.
 
 Unless --free_critiques is given, requests carry a grammar, which vLLM supports; if the server
-refuses it, they are sent without. Prompts are not shortened, because the server's tokenizer is
-unknown here, so its context must hold prompt, response and critique.
+refuses it, they are sent without. It permits no EOS before the quotes, so that a model must begin
+them by itself. Prompts are not shortened, because the server's tokenizer is unknown here, so its
+context must hold prompt, response and critique.
 """
 
 from t2g import server

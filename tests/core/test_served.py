@@ -125,11 +125,11 @@ def test_a_grammar_makes_critiques_behind_a_server_readable(serve, reward_model)
     responses = [*(one.reference for one in examples[3:]), 'A "b" — c,\nd.', " ", "Ana is 27."]
     feedback = openai_critic(serve(reward_model), str(reward_model), 80)(examples, responses)
     local = critics.reward_model_critic(*reversed(policy.load(reward_model)), 80)
-    assert feedback == local(examples, responses)
-    readable = [pair for pair in zip(feedback, responses) if pair[0]]
-    assert len(readable) >= 8 and any(one.good + one.poor for one, _ in readable)
-    for one, response in readable:
-        assert all(locate(response, quote) for quote in one.plain().good + one.plain().poor)
+    rows = [row for row in zip(feedback, local(examples, responses), responses) if row[0]]
+    assert len(rows) >= 8 and any(one.good + one.poor for one, _, _ in rows)
+    for served, alone, response in rows:
+        assert served == alone
+        assert all(locate(response, quote) for quote in served.plain().good + served.plain().poor)
 
 
 def test_a_reward_model_writes_the_same_behind_a_server(serve, toy_model, monkeypatch):
