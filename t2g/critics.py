@@ -103,8 +103,8 @@ def rule_critic(task):
 def reward_model_critic(model, tokenizer, critique_length=200, bf16=False, desc=None, free=False):
     """Returns a reward model as a critic: it writes z = [critique ; span map] greedily.
 
-    Unless free is True, a grammar makes z readable and its quotes verbatim. If a response is too
-    long even with a shortened prompt, its feedback is None. desc labels a progress bar.
+    Unless free is True, a grammar makes z readable. If a response is too long even with a shortened
+    prompt, its feedback is None. desc labels a progress bar.
     """
     context = policy.context_length(model)
     room = context - critique_length
@@ -120,8 +120,8 @@ def reward_model_critic(model, tokenizer, critique_length=200, bf16=False, desc=
         if len(fitting) < len(responses):
             limit = f"the critic's context of {context} tokens"
             print_once(f"some responses are too long for {limit}; they count as unreadable")
-        about, prompts = [responses[row] for row in fitting], list(fitting.values())
-        options = dict(temperature=0, bf16=bf16, desc=desc, about=None if free else about)
+        options = dict(temperature=0, bf16=bf16, desc=desc, readable=not free)
+        prompts = list(fitting.values())
         answers, _ = respond(model, tokenizer, prompts, critique_length, **options)
         for row, answer in zip(fitting, answers):
             feedback[row] = parse_or_none(answer) if free else parse_cut(answer)

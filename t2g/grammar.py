@@ -2,12 +2,11 @@
 
     start -> critique "\\n" {"good": [quotes], "poor": [quotes]} EOS
 
-It permits what Feedback.render() writes with quotes that stand in the response, cut no word in two
-and are not blank: locate() finds each one verbatim. Any chat model that ends its critiques is thus
-a readable critic. A critique must not contain HEAD.
+It permits what Feedback.render() writes. Any chat model that ends its critiques is thus a readable
+critic. A quote may be any string: a critic that is held to words of the response quotes others than
+it means (docs/RESULTS.md). A critique must not contain HEAD.
 """
 
-import json
 from functools import lru_cache
 
 import numpy as np
@@ -16,31 +15,21 @@ import torch
 from t2g.cli import fail
 from t2g.feedback import Feedback, FeedbackError
 from t2g.policy import eos_ids
-from t2g.quotes import pieces
 
 HEAD = '\n{"good": ['
-CRITIQUE_AND_HEAD = r'head[capture, lazy]: /(?s:.*)\n\{"good": \[/'
-HEAD_ALONE = r'head: " \n{\"good\": ["'  # the space ends a character that lacks some bytes
-GRAMMAR = r"""
+QUOTES = r"""
 start: head quotes "], \"poor\": [" quotes "]}"
 quotes: (quote (", " quote)*)?
 quote: STRING | "{\"text\": " STRING ", \"severity\": " SEVERITY "}"
-STRING: "\"" (SUBSTRING & ~BLANK) "\""
-BLANK: /(\s|\\[nrtf]|\\u00(0b|1[c-f]))*/
+STRING: /"([^"\\\x00-\x1f]|\\["\\bfnrt]|\\u00[01][0-9a-f])*"/
 SEVERITY: /-?(0(\.[0-9]+)?|1(\.0+)?|[1-9](\.[0-9]+)?e-0*[1-9][0-9]*)/
-SUBSTRING: %regex """
-NO_QUOTES = r"""
-start: head "], \"poor\": []}"
 """
-
-
-def feedback_grammar(response: str, head=CRITIQUE_AND_HEAD) -> str:
-    """Returns the grammar of the feedback on a response, in llguidance's dialect of Lark."""
-    if not response.strip():
-        return head + NO_QUOTES
-    words = [response[start:end] for start, end in pieces(response)]
-    chunks = [json.dumps(word, ensure_ascii=False)[1:-1] for word in words]
-    return head + GRAMMAR + json.dumps({"substring_chunks": chunks})
+GRAMMAR = (
+    r'head[capture, lazy]: /(?s:.*)\n\{"good": \[/' + QUOTES
+)  # in llguidance's dialect of Lark
+QUOTES_ALONE = (
+    r'head: " \n{\"good\": ["' + QUOTES
+)  # the space ends a character that lacks some bytes
 
 
 def parse_cut(z: str) -> Feedback | None:
@@ -62,24 +51,24 @@ def parse_cut(z: str) -> Feedback | None:
 
 
 class FeedbackGrammar:
-    """Keeps greedy samples in the grammar: row i becomes feedback on responses[i].
+    """Keeps greedy samples, one in each row, in the grammar.
 
     Where a model would end its critique with EOS, its quotes begin. parse_cut() reads quotes that
     the length limit cuts off. A critique that the limit cuts off stays unreadable: a model that
     repeats itself without end would also quote what it repeats.
     """
 
-    def __init__(self, tokenizer, model, responses):
+    def __init__(self, tokenizer, model, rows):
         size = max(len(tokenizer), model.config.get_text_config().vocab_size)
         self.eos = eos_ids(tokenizer, model)
         self.vocabulary = read_vocabulary(tokenizer, size, tuple(self.eos))
-        self.responses, self.matchers = responses, [self.matcher(text) for text in responses]
+        self.matchers = [self.matcher(GRAMMAR) for _ in range(rows)]
         self.ended = set()  # the rows whose critique EOS has ended
 
-    def matcher(self, response, head=CRITIQUE_AND_HEAD):
+    def matcher(self, grammar):
         from llguidance import LLMatcher  # a machine without a learned critic needs no llguidance
 
-        return LLMatcher(self.vocabulary, feedback_grammar(response, head))
+        return LLMatcher(self.vocabulary, grammar)
 
     def choose(self, logits, rows):
         """Returns the likeliest permitted next token of these B rows, given logits (B, V)."""
@@ -87,7 +76,7 @@ class FeedbackGrammar:
         for i, (row, likeliest) in enumerate(zip(rows, token.tolist())):
             has_quotes = row in self.ended or self.matchers[row].get_capture("head") is not None
             if likeliest in self.eos and not has_quotes:
-                self.matchers[row] = self.matcher(self.responses[row], HEAD_ALONE)
+                self.matchers[row] = self.matcher(QUOTES_ALONE)
                 self.ended.add(row)
             matcher = self.matchers[row]
             if not matcher.try_consume_tokens([likeliest]):

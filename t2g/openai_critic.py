@@ -10,7 +10,7 @@ from t2g import server
 from t2g.cli import fail
 from t2g.critics import parse_or_none
 from t2g.feedback import reward_prompt
-from t2g.grammar import feedback_grammar, parse_cut
+from t2g.grammar import GRAMMAR, parse_cut
 from t2g.log import print_once
 
 
@@ -28,16 +28,16 @@ def openai_critic(base_url, model, critique_length=200, timeout=600.0, max_retri
     options = dict(model=model, max_tokens=critique_length, temperature=0)
     refused, read = free, parse_or_none if free else parse_cut
 
-    async def ask(client, request, response):
+    async def ask(client, request):
         nonlocal refused
         if refused:
             return await server.ask(client, **request)
-        grammar = {"structured_outputs": {"grammar": feedback_grammar(response)}}
+        grammar = {"structured_outputs": {"grammar": GRAMMAR}}
         try:
             return await server.ask(client, **request, extra_body=grammar)
         except server.Refused:
             answer = await server.ask(client, **request)  # fails if more than that is wrong
-        print_once("the server takes no grammar, so critiques may be unreadable or quote wrongly")
+        print_once("the server takes no grammar, so critiques may be unreadable")
         refused = True
         return answer
 
@@ -49,7 +49,7 @@ def openai_critic(base_url, model, critique_length=200, timeout=600.0, max_retri
             content = reward_prompt(examples[i].prompt, responses[i])
             request = dict(messages=[{"role": "user", "content": content}], **options)
             try:
-                answer = await ask(client, request, responses[i])
+                answer = await ask(client, request)
                 feedback[i] = read(answer.text)
             except server.NoAnswer as error:
                 errors.append(error)

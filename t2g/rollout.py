@@ -68,11 +68,11 @@ def encode_prompts(tokenizer, prompts: list[str], device="cpu"):
 @torch.no_grad()
 def sample(
     model, tokenizer, prompts, response_length, temperature=1.0, generator=None, bf16=False,
-    about=None,
+    readable=False,
 ) -> Rollout:  # fmt: skip
     """One response of at most response_length tokens to each prompt; temperature 0 is greedy.
 
-    about: a text for each prompt. The response is then readable feedback about it, and greedy.
+    readable: a grammar keeps responses to feedback that can be read, and greedy.
 
     Raises: SystemExit with one sentence if a prompt and its response do not fit the context.
     """
@@ -85,7 +85,7 @@ def sample(
     response = prompt.new_full((len(prompts), response_length), tokenizer.pad_token_id)
     mask = torch.zeros_like(response, dtype=torch.bool)
     finished = torch.zeros_like(mask[:, 0])
-    grammar = FeedbackGrammar(tokenizer, model, about) if about else None
+    grammar = FeedbackGrammar(tokenizer, model, len(prompts)) if readable else None
     past, attention, ids = preallocated(model.config, length), prompt_mask, prompt
     active = torch.arange(len(prompts), device=model.device)  # rows that have not ended
     with autocast(bf16), cpu.packed(model):  # both keep copies of the weights for the whole loop
@@ -124,12 +124,10 @@ def draw(logits, temperature, uniform):
     return token.clamp(max=logits.shape[1] - 1)
 
 
-def respond(
-    model, tokenizer, prompts, response_length, batch_size=64, desc=None, about=None, **sampling
-):
+def respond(model, tokenizer, prompts, response_length, batch_size=64, desc=None, **sampling):
     """Responses to many prompts, in batches of similar length: texts, and which ended with EOS.
 
-    desc shows a progress bar; about and sampling are passed on to sample().
+    desc shows a progress bar; sampling is passed on to sample().
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     texts, finished = [""] * len(prompts), [False] * len(prompts)
@@ -141,8 +139,6 @@ def respond(
         for start in range(0, len(order), batch_size):
             index = order[start : start + batch_size]
             batch = [prompts[i] for i in index]
-            if about:
-                sampling["about"] = [about[i] for i in index]
             rollout = sample(model, tokenizer, batch, response_length, **sampling)
             for i, text, ended in zip(index, rollout.texts, rollout.finished.tolist()):
                 texts[i], finished[i] = text, ended

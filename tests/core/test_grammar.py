@@ -1,4 +1,4 @@
-"""Constrained critiques: whatever a grammar permits can be read, and its quotes stand verbatim."""
+"""Constrained critiques: a grammar permits all feedback, and what it permits can be read."""
 
 import copy
 from types import SimpleNamespace
@@ -9,11 +9,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from t2g import critics
-from t2g.align import resolve, response_text
-from t2g.feedback import Feedback, quoted, reward_prompt
+from t2g.align import response_text
+from t2g.feedback import Feedback, reward_prompt
 from t2g.grammar import HEAD, FeedbackGrammar, parse_cut
 from t2g.openai_critic import openai_critic
-from t2g.quotes import find, pieces
 from t2g.rollout import sample
 from t2g.tasks import Example
 
@@ -25,11 +24,11 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20) | st.samp
 NAMES = ["toy", "byte_level", "byte_fallback"]
 
 
-def grammar_of(tokenizer, response):
+def grammar_of(tokenizer):
     config = SimpleNamespace(vocab_size=len(tokenizer))
     model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: config))
     model.generation_config = None
-    return FeedbackGrammar(tokenizer, model, [response])
+    return FeedbackGrammar(tokenizer, model, 1)
 
 
 @pytest.fixture(params=NAMES, scope="module")
@@ -38,13 +37,11 @@ def any_tokenizer(request, tokenizers, toy_tokenizer):
 
 
 @st.composite
-def feedback(draw, response):
-    """Any feedback whose quotes stand in the response and cut no word in two."""
-    cuts = [0, *(end for _, end in pieces(response))]
+def feedback(draw):
+    """Any feedback, whether its quotes stand in a response or not."""
 
     def quote():
-        text = response[slice(*sorted(draw(st.sampled_from(cuts)) for _ in range(2)))]
-        assume(text.strip())
+        text = draw(texts)
         severity = draw(st.none() | st.floats(-1, 1) | st.integers(-1, 1))
         return text if severity is None else {"text": text, "severity": severity}
 
@@ -55,10 +52,10 @@ def feedback(draw, response):
 
 
 @settings(max_examples=60)
-@given(st.data(), texts)
-def test_whatever_render_writes_is_permitted(any_tokenizer, data, response):
-    z = data.draw(feedback(response)).render()
-    grammar = grammar_of(any_tokenizer, response)
+@given(feedback())
+def test_whatever_render_writes_is_permitted(any_tokenizer, one):
+    z = one.render()
+    grammar = grammar_of(any_tokenizer)
     [matcher] = grammar.matchers
     ids = grammar.vocabulary.greedy_tokenize(z)  # control tokens stay text
     assert grammar.vocabulary.decode_str(ids) == z
@@ -68,11 +65,11 @@ def test_whatever_render_writes_is_permitted(any_tokenizer, data, response):
 
 
 @settings(max_examples=60)
-@given(texts, st.integers(0, 40), st.integers(0, 60), st.integers(0, 10**6))
-def test_a_random_walk_is_readable_once_its_critique_ends_and_its_quotes_stand_verbatim(
-    any_tokenizer, response, critique_length, quotes_length, seed
+@given(st.integers(0, 40), st.integers(0, 60), st.integers(0, 10**6))
+def test_a_random_walk_is_readable_once_its_critique_ends(
+    any_tokenizer, critique_length, quotes_length, seed
 ):
-    grammar, rng, ids = grammar_of(any_tokenizer, response), torch.Generator(), []
+    grammar, rng, ids = grammar_of(any_tokenizer), torch.Generator(), []
     rng.manual_seed(seed)
     end = any_tokenizer.eos_token_id
     length = critique_length + len(" " + HEAD) + quotes_length  # a token has at least one byte
@@ -86,10 +83,6 @@ def test_a_random_walk_is_readable_once_its_critique_ends_and_its_quotes_stand_v
     one = parse_cut(z)
     assert one, z
     assert end not in ids or Feedback.parse(z) == one
-    quotes = [quoted(quote)[0] for quote in one.good + one.poor]
-    for quote in quotes:
-        kind, places = find(response, quote)
-        assert kind == "exact" and all(response[slice(*place)] == quote for place in places), z
 
 
 def test_feedback_that_is_cut_keeps_all_finished_quotes():
@@ -120,8 +113,7 @@ def test_an_untrained_model_is_a_readable_critic_if_it_ends_its_critiques(chat_m
     first = sample(chat_model, tokenizer, prompts, 1, temperature=0).response[:, 0].tolist()
     chat_model.generation_config.eos_token_id = [tokenizer.eos_token_id, *first]
     one = critics.reward_model_critic(chat_model, tokenizer, 40)(examples, responses)
-    for response, feedback in zip(responses, one):
-        assert feedback and resolve(response, feedback)[1].keys() <= {"exact", "ambiguous"}
+    assert all(one)
     alone = critics.reward_model_critic(chat_model, tokenizer, 40)
     assert alone(examples[2:3], responses[2:3]) == one[2:3], "whatever the rest of the batch"
     free = critics.reward_model_critic(chat_model, tokenizer, 40, free=True)
@@ -130,14 +122,14 @@ def test_an_untrained_model_is_a_readable_critic_if_it_ends_its_critiques(chat_m
 
 def test_a_grammar_changes_nothing_that_it_permits(chat_model, tokenizer, monkeypatch):
     """Rows end at different steps; every likeliest token is permitted."""
-    prompts, about = ["a", "b c", "d"], ["x y", "y", "z"]
+    prompts = ["a", "b c", "d"]
     plain = sample(chat_model, tokenizer, prompts, 12, temperature=0)
     monkeypatch.setattr(FeedbackGrammar, "choose", lambda self, logits, *_: logits.argmax(-1))
-    assert sample(chat_model, tokenizer, prompts, 12, 0, about=about).texts == plain.texts
+    assert sample(chat_model, tokenizer, prompts, 12, 0, readable=True).texts == plain.texts
 
 
 def test_a_tokenizer_without_bytes_is_refused(tokenizers, refused):
-    assert "--free_critiques" in refused(grammar_of, tokenizers["wordpiece"], "x")
+    assert "--free_critiques" in refused(grammar_of, tokenizers["wordpiece"])
 
 
 @pytest.mark.parametrize("refuses", [[], ["structured_outputs"]])
