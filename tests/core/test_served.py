@@ -24,7 +24,6 @@ import pytest
 from forking import free_port, python
 
 from t2g import critics, policy
-from t2g.align import locate
 from t2g.feedback import reward_prompt
 from t2g.log import read_jsonl
 from t2g.notes import write_whole
@@ -125,11 +124,9 @@ def test_a_grammar_makes_critiques_behind_a_server_readable(serve, reward_model)
     responses = [*(one.reference for one in examples[3:]), 'A "b" — c,\nd.', " ", "Ana is 27."]
     feedback = openai_critic(serve(reward_model), str(reward_model), 80)(examples, responses)
     local = critics.reward_model_critic(*reversed(policy.load(reward_model)), 80)
-    rows = [row for row in zip(feedback, local(examples, responses), responses) if row[0]]
-    assert len(rows) >= 8 and any(one.good + one.poor for one, _, _ in rows)
-    for served, alone, response in rows:
-        assert served == alone
-        assert all(locate(response, quote) for quote in served.plain().good + served.plain().poor)
+    rows = [row for row in zip(feedback, local(examples, responses)) if row[0]]
+    assert len(rows) >= 8 and any(one.good + one.poor for one, _ in rows)
+    assert all(served == alone for served, alone in rows)
 
 
 def test_a_reward_model_writes_the_same_behind_a_server(serve, toy_model, monkeypatch):
