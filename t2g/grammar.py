@@ -24,12 +24,9 @@ quote: STRING | "{\"text\": " STRING ", \"severity\": " SEVERITY "}"
 STRING: /"([^"\\\x00-\x1f]|\\["\\bfnrt]|\\u00[01][0-9a-f])*"/
 SEVERITY: /-?(0(\.[0-9]+)?|1(\.0+)?|[1-9](\.[0-9]+)?e-0*[1-9][0-9]*)/
 """
-GRAMMAR = (
-    r'head[capture, lazy]: /(?s:.*)\n\{"good": \[/' + QUOTES
-)  # in llguidance's dialect of Lark
-QUOTES_ALONE = (
-    r'head: " \n{\"good\": ["' + QUOTES
-)  # the space ends a character that lacks some bytes
+# In llguidance's dialect of Lark. The space of QUOTES_ALONE ends a character that lacks some bytes.
+GRAMMAR = r'head[capture, lazy]: /(?s:.*)\n\{"good": \[/' + QUOTES
+QUOTES_ALONE = r'head: " \n{\"good\": ["' + QUOTES
 
 
 def parse_cut(z: str) -> Feedback | None:
