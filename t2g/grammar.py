@@ -56,26 +56,24 @@ class FeedbackGrammar:
     """
 
     def __init__(self, tokenizer, model, rows):
+        from llguidance import LLMatcher  # a machine without a learned critic needs no llguidance
+
         size = max(len(tokenizer), model.config.get_text_config().vocab_size)
         self.eos = eos_ids(tokenizer, model)
         self.vocabulary = read_vocabulary(tokenizer, size, tuple(self.eos))
-        self.matchers = [self.matcher(GRAMMAR) for _ in range(rows)]
+        whole = LLMatcher(self.vocabulary, GRAMMAR)  # to read a grammar takes longer than a copy
+        self.matchers = [whole.deep_copy() for _ in range(rows)]
+        self.quotes_alone = LLMatcher(self.vocabulary, QUOTES_ALONE)
         self.ended = set()  # the rows whose critique EOS has ended
-
-    def matcher(self, grammar):
-        from llguidance import LLMatcher  # a machine without a learned critic needs no llguidance
-
-        return LLMatcher(self.vocabulary, grammar)
 
     def choose(self, logits, rows):
         """Returns the likeliest permitted next token of these B rows, given logits (B, V)."""
         token = logits.argmax(-1)
         for i, (row, likeliest) in enumerate(zip(rows, token.tolist())):
-            has_quotes = row in self.ended or self.matchers[row].get_capture("head") is not None
-            if likeliest in self.eos and not has_quotes:
-                self.matchers[row] = self.matcher(QUOTES_ALONE)
+            matcher, ends = self.matchers[row], likeliest in self.eos
+            if ends and row not in self.ended and matcher.get_capture("head") is None:
                 self.ended.add(row)
-            matcher = self.matchers[row]
+                matcher = self.matchers[row] = self.quotes_alone.deep_copy()
             if not matcher.try_consume_tokens([likeliest]):
                 bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
                 permitted = np.unpackbits(bits, bitorder="little")[: logits.shape[1]]

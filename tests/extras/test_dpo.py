@@ -72,7 +72,7 @@ def test_references_are_the_log_probabilities_of_each_response_alone(fresh):
 def test_no_split_into_microbatches_changes_the_step(fresh):
     def rows(tokenizer, model):  # with margins that are not 0
         rows = enumerate(referenced(tokenizer, model), 1)
-        return [[*ids, chosen + n / 5, rejected] for n, (*ids, chosen, rejected) in rows]
+        return [[p, y, z, log_y + n / 5, log_z] for n, (p, y, z, log_y, log_z) in rows]
 
     check_splits(fresh, rows, dpo.PREFERENCE)
 
