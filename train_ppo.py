@@ -1,7 +1,7 @@
 """Stage 3: PPO with token rewards: rollout, critique, spans, token rewards, KL, GAE, update.
 
-    torchrun train_ppo.py                                        # the toy, earlier stages included
-    torchrun train_ppo.py --reward scalar --learning_rate 1.7e-4 --output_dir runs/toy/ppo_scalar
+    torchrun train_ppo.py                                         # the toy, earlier stages too
+    torchrun train_ppo.py --reward scalar --output_dir runs/toy/ppo_scalar    # one scalar
     torchrun train_ppo.py --task summarize --policy HUB_ID --data posts.jsonl --critic rule
 
 The loop in train() is the algorithm, numbered as in docs/GUIDE.md; the maths is in t2g/ppo.py.
