@@ -198,15 +198,20 @@ def check_reference(step, kl):
 def update(actor, optimizer, rollout, batch, args) -> dict[str, float]:
     """The PPO epochs over one rollout; `batch` holds (B, T) tensors of the global batch.
 
-    A gradient that is not finite is skipped and counted. Returns means over the steps taken.
+    A minibatch without a readable critique, or whose gradient is not finite, changes nothing and is
+    counted. Returns means over the steps taken.
     """
     length = rollout.mask.shape[1]  # of this rank's longest response; other ranks' may be longer
     batch = {name: dist.own(x)[:, :length] for name, x in batch.items()}
     taken = []  # the statistics of each optimiser step: this rank's parts of global means
-    for number, minibatch in enumerate(minibatches(len(rollout), args)):
-        stats = accumulate_gradient(actor, rollout, batch, minibatch, args)
+    first_ratio_error = 0.0
+    for minibatch in minibatches(len(rollout), args):
+        token_count = dist.total(batch["mask"][minibatch].sum())
+        if not token_count:  # a step would still move the weights, by Adam's momentum
+            continue
+        stats = accumulate_gradient(actor, rollout, batch, minibatch, token_count, args)
         ratio_error = stats.pop("ratio_error")
-        if number == 0:
+        if not taken:
             first_ratio_error = dist.total(ratio_error).item()
             check_first_ratio(first_ratio_error, args.bf16)
         norm = torch.nn.utils.clip_grad_norm_(actor.parameters(), args.max_grad_norm)
@@ -217,7 +222,7 @@ def update(actor, optimizer, rollout, batch, args) -> dict[str, float]:
         optimizer.zero_grad(set_to_none=True)
     tokens = args.num_ppo_epochs * int(rollout.prompt_mask.sum() + rollout.mask.sum())
     totals = dist.totals(means(taken) | {"update_tokens": tokens})
-    skipped = number + 1 - len(taken)
+    skipped = args.num_ppo_epochs * args.num_mini_batches - len(taken)
     return totals | {"first_ratio_error": first_ratio_error, "skipped_updates": skipped}
 
 
@@ -227,13 +232,12 @@ def minibatches(count, args):
         yield from torch.randperm(count).chunk(args.num_mini_batches)
 
 
-def accumulate_gradient(actor, rollout, batch, minibatch, args) -> dict:
+def accumulate_gradient(actor, rollout, batch, minibatch, token_count, args) -> dict:
     """Adds up a minibatch's gradient over its microbatches, and returns its statistics.
 
-    Each loss is a sum over tokens divided by the token count of the global minibatch, so no split
+    Each loss is a sum over tokens divided by token_count, that of the global minibatch, so no split
     into microbatches or ranks changes the step.
     """
-    token_count = dist.total(batch["mask"][minibatch].sum()).clamp(min=1)
     sums = defaultdict(float)
     # Sorted rows have prompts of similar length.
     for rows in minibatch.sort().values.split(args.per_device_train_batch_size):

@@ -38,7 +38,7 @@ METRICS = {
     "value_clipfrac": "share of tokens where the value clip binds, mean over the update",
     "value_explained": "1 - Var(returns - V) / Var(returns) before the update; returns are A + V",
     "first_ratio_error": "mean |log rho| of the first minibatch before any step: 0 within rounding",
-    "skipped_updates": "minibatches whose gradient was not finite; they changed nothing",
+    "skipped_updates": "minibatches without a readable critique or a finite gradient: no update",
     "tokens_good": "share of tokens with delta > 0",
     "tokens_poor": "share of tokens with delta < 0",
     "prompt_tokens": "tokens of a prompt, mean",

@@ -360,6 +360,17 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(
     assert not all(two[name].equal(three[name]) for name in one)
 
 
+def test_a_minibatch_without_a_readable_critique_changes_nothing_and_is_counted(flags, tmp_path):
+    """One response of a step is readable, so one of the two minibatches of each epoch is empty."""
+    critic = "def critic(task, args):\n    return lambda examples, responses: [1.0, *[None] * 3]\n"
+    (tmp_path / "critic.py").write_text(critic)
+    few = ("--critic", tmp_path / "critic.py", "--max_steps", 1, "--save_steps", 1)
+    assert run(*flags, *few)[0] == 0
+    assert read_jsonl(tmp_path / "ppo" / "metrics.jsonl")[0]["skipped_updates"] == 2
+    [state] = (tmp_path / "ppo" / "checkpoint-1" / "state").glob("*.safetensors")
+    assert load_file(state)["optimizer.0.0.step"] == 2
+
+
 def test_gradients_that_stay_not_finite_end_the_run(flags, tmp_path, break_gradients):
     break_gradients(set(range(2, 99)))
     code, printed = run(*flags, "--save_steps", 1)
