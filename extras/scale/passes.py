@@ -81,7 +81,8 @@ def measure(config, args, update, shape, sharded=False, keep_gradients=False, on
             mock.patch.object(policy, "device", return_value="cpu"),  # where fake tensors are
             mock.patch.object(cpu, "emulates_bf16", return_value=False),
         ):
-            measured[key] = measure_some(config, args, *options)
+            sizes = measured[key] = measure_some(config, args, *options)
+        sizes.update = max(sizes.forward, sizes.backward)
     return measured[key]
 
 
@@ -153,7 +154,7 @@ def measure_passes(args, actor, other, update, rollout) -> dict:
         UPDATES[update](actor, other, rollout, args).backward()
         actor.zero_grad()
 
-    passes = {"score": 0, "update": 0, "update_flops": 0}
+    passes = {"score": 0, "forward": 0, "backward": 0, "update_flops": 0}
     with torch.no_grad():
         few, more = (peak_of(partial(prefill, number)) for number in (1, 3))
         passes["prefill"] = (more - few) / 2  # of a text; copies of weights do not grow with them
@@ -161,8 +162,12 @@ def measure_passes(args, actor, other, update, rollout) -> dict:
         if update == "ppo":
             reference = None if args.lora_r else other
             passes["score"] = peak_of(partial(score_microbatch, actor, reference, rollout, args))
-    if update:
-        passes |= {"update": peak_of(learn), "update_flops": flops_of(learn) / rows}
+    if update:  # each half of an update is linear in the number of layers, their maximum is not
+        with Alive() as alive:
+            loss = UPDATES[update](actor, other, rollout, args)
+            passes["forward"], alive.peak = alive.peak, alive.now
+            loss.backward()
+        passes |= {"backward": alive.peak, "update_flops": flops_of(learn) / rows}
     return passes
 
 
