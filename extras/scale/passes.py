@@ -150,9 +150,8 @@ def measure_passes(args, actor, other, update, rollout) -> dict:
         with torch.autocast("cpu", torch.bfloat16, bool(args.bf16), cache_enabled=False):
             model(mask.long(), use_cache=False, logits_to_keep=1, **inputs)
 
-    def learn():
-        UPDATES[update](actor, other, rollout, args).backward()
-        actor.zero_grad()
+    def loss():
+        return UPDATES[update](actor, other, rollout, args)
 
     passes = {"score": 0, "forward": 0, "backward": 0, "update_flops": 0}
     with torch.no_grad():
@@ -164,10 +163,12 @@ def measure_passes(args, actor, other, update, rollout) -> dict:
             passes["score"] = peak_of(partial(score_microbatch, actor, reference, rollout, args))
     if update:  # each half of an update is linear in the number of layers, their maximum is not
         with Alive() as alive:
-            loss = UPDATES[update](actor, other, rollout, args)
+            value = loss()
             passes["forward"], alive.peak = alive.peak, alive.now
-            loss.backward()
-        passes |= {"backward": alive.peak, "update_flops": flops_of(learn) / rows}
+            value.backward()
+        passes["backward"] = alive.peak
+        actor.zero_grad()
+        passes["update_flops"] = flops_of(lambda: loss().backward()) / rows
     return passes
 
 
