@@ -156,6 +156,7 @@ FAULTS = (  # kind, critique, the sandbox's reason, whose group it quotes; the f
     ("error", "It fails with {}.", r"(.*)"),
 )  # fmt: skip
 FRAME = re.compile(r'File "(?:[^"]*/)?(solution|program)\.py", line (\d+)')
+ON_IMPORT = re.compile(r'/solution\.py", line \d+, in <module>')
 
 
 def critique(example, response: str) -> Feedback:
@@ -181,7 +182,9 @@ def judge(example, response) -> tuple[Feedback, list[str]]:
     failed = next((n for file, n in reversed(frames) if file == "program"), 0)  # in the tests
     definition = called(example, program, failed)
     wrong, right = lines_at_fault(program, definition, frames, kind), []
-    if kind == "wrong answer" and frames:
+    if kind == "wrong answer" and ON_IMPORT.search(result.stderr):
+        sentence += " An assertion of its own fails on import."
+    elif kind == "wrong answer" and frames:
         nodes = ast.walk(unit_tests.tree_of(tests_of(example)))
         held = sum(isinstance(node, ast.Assert) and node.end_lineno < failed for node in nodes)
         right = lines_that_ran(definition, held > 0)
@@ -192,10 +195,7 @@ def judge(example, response) -> tuple[Feedback, list[str]]:
 
 
 def lines_that_ran(definition, held) -> list[tuple[int, int]]:
-    """Returns the first line of a function that ran; if asserts held, also MAX_SPANS of its body.
-
-    These are its first statements of one line that return nothing.
-    """
+    """Returns a function's first line; if asserts held, also MAX_SPANS one-line statements."""
     if not isinstance(definition, FUNCTIONS):
         return []
     body = [node for node in definition.body if not isinstance(node, ast.Return)]

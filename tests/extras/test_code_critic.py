@@ -112,6 +112,13 @@ def test_the_line_of_an_assertion_in_the_program_is_no_line_of_the_tests(comment
 
 
 @linux
+def test_a_program_whose_own_assertion_fails_on_import_has_not_run():
+    critique, quotes, kind = judge("def f(a, b):\n    return a\n\nassert f(1, 1) == 2, 'no'")
+    assert critique == "It gives a wrong answer: no. An assertion of its own fails on import."
+    assert (quotes, kind) == (["assert f(1, 1) == 2, 'no'"], "wrong answer")
+
+
+@linux
 def test_assertions_hold_inside_the_functions_of_pytest_too():
     two = "assert f(2, 2) == 4\n\ndef test_b():\n    assert f(2, 3) == 5"
     tests = f"try:\n    from solution import *\nexcept ImportError:\n    pass\n\ndef test_a():\n    {two}"
