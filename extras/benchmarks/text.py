@@ -8,6 +8,8 @@
     bleu          of the whole corpus, by sacrebleu, divided by 100
     bert_score    F1 without idf or rescaling, by bert-score; only with --bert_model
     perplexity    of the responses alone under another model; only with --perplexity_model
+    reward_NAME   sum of the token rewards of the reward model in a folder NAME (--reward_model),
+                  such as one that the policy was not trained with; 0 if its critique is unreadable
     words         words of a response, mean
     and of MODELs, the scores of the task, such as the share of invented names
 
@@ -15,12 +17,15 @@
 for BLEU use `sacrebleu --paired-bs`.
 """
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from transformers import AutoTokenizer
 
 from extras import benchmarks
-from t2g import cli, policy, tasks
+from extras.baselines.common import text_reward
+from t2g import cli, critics, policy, tasks
 from t2g.data import needed
 from t2g.metrics import task_scores
 from t2g.ppo import sampled_logprobs, vocabulary_logprobs
@@ -37,6 +42,8 @@ def main():
     layer = "layer of the encoder; bert-score's choice if not given"
     add("--bert_layers", None, layer, cli.positive(int))
     add("--perplexity_model", None, "a causal model, such as the one before training")
+    judge = "folder of a reward model that judges the responses of MODELs; may be given repeatedly"
+    parser.add_argument("--reward_model", action="append", default=[], help=judge)
     task, args = tasks.parse(parser, "benchmark")
     scorer = bert_scorer(args.bert_model, args.bert_layers) if args.bert_model else None
     judge = args.perplexity_model and policy.load(args.perplexity_model, policy.device())
@@ -67,7 +74,17 @@ def read_or_respond(task, name, args) -> tuple[list[str], list[str], dict]:
     examples, texts = benchmarks.respond_to_heldout(name, args)
     rows = task_scores(task, examples, texts)
     columns = {metric: np.array([row[metric] for row in rows], dtype=float) for metric in rows[0]}
+    for folder in args.reward_model:
+        columns[f"reward_{Path(folder).name}"] = rewards(folder, examples, texts, args.bf16)
     return [example.reference for example in examples], texts, columns
+
+
+def rewards(folder, examples, texts, bf16) -> np.ndarray:
+    """Returns the sum of delta over the tokens of each text, by a reward model's critiques."""
+    tokenizer, model = policy.load(folder, policy.device())
+    critic = critics.reward_model_critic(model, tokenizer, bf16=bf16, desc=f"{folder} criticises")
+    pairs = zip(texts, critic(examples, texts))
+    return np.array([text_reward(tokenizer, *pair) for pair in pairs])
 
 
 def score_texts(references, texts, scorer=None) -> dict[str, np.ndarray]:

@@ -9,7 +9,8 @@ from annotating import write
 from forking import output, result_of
 
 from extras.benchmarks import text
-from t2g import policy
+from t2g import critics, policy
+from t2g.feedback import Feedback
 from t2g.tasks import toy
 
 # The example of rouge-score's README.
@@ -78,6 +79,16 @@ def test_files_are_compared_example_by_example(tmp_path):
     assert difference == pytest.approx({"value": 1, "low": 1, "high": 1})
 
 
+def test_a_reward_model_pays_for_the_tokens_that_it_quotes(tmp_path, monkeypatch):
+    tokenizer, model = toy.new_model(0)
+    folder = policy.save(model, tokenizer, tmp_path / "rm", 0)
+    feedback = [Feedback("Yes.", good=[" is 27"], poor=[]), Feedback("No.", [], [" 41"]), None]
+    monkeypatch.setattr(critics, "reward_model_critic", lambda *_, **__: lambda *_: feedback)
+    text_of = "Ana is {}, lives in Porto.".format
+    texts = [text_of(27), text_of(41), text_of(41)]
+    assert text.rewards(folder, [None] * 3, texts, bf16=False).tolist() == [2, -1, 0]
+
+
 @pytest.mark.usefixtures("posts")
 def test_models_answer_the_same_held_out_prompts(tmp_path):
     tokenizer, model = toy.new_model(0)
@@ -86,10 +97,11 @@ def test_models_answer_the_same_held_out_prompts(tmp_path):
         model.get_output_embeddings().weight.zero_()  # every token has the same probability
     uniform = policy.save(model, tokenizer, tmp_path / "uniform", 0)
     flags = "--task toy --eval_samples 4 --response_length 6 --temperature 1"
-    flags = f"{flags} --perplexity_model {uniform}"
+    flags = f"{flags} --perplexity_model {uniform} --reward_model {folders[0]}"
     result = result_of(output(f"extras.benchmarks.text {flags}", *folders))
     one, two = result["scores"].values()
     assert one == two and result["examples"] == 4
-    assert set(one) == {"rouge_1", "rouge_2", "rouge_l", "bleu", "perplexity", *toy.METRICS}
+    own = {"rouge_1", "rouge_2", "rouge_l", "bleu", "perplexity", "reward_checkpoint-0"}
+    assert set(one) == own | set(toy.METRICS)
     assert one["perplexity"]["value"] == pytest.approx(len(tokenizer), rel=1e-3)
     assert all(figure["value"] == 0 for figure in result["differences"][str(folders[1])].values())
