@@ -39,6 +39,8 @@ def main():
     task, args = tasks.parse(parser, "eval")
     if args.what == "rm" and not (args.annotations or hasattr(task, "critique")):
         cli.fail(f"the task {args.task} has no rule; give the true records as --annotations")
+    if args.policy and args.what != "rm":
+        cli.fail("--policy belongs to eval.py rm; name policies as arguments: eval.py policy RUN")
     needed = [] if args.runs else NEEDED.get(args.what, [])
     earlier = partial(stages.ensure, needed, args, f"runs/{task.NAME}", args.policy)
     with torchrun.session(run_first=earlier):

@@ -148,7 +148,7 @@ def train(task, args, actor, reference, critic, tokenizer, run):
         # 6. PPO: a few epochs of minibatches against the clipped losses.
         batch = dict(old_logprobs=old.logprobs, old_values=old.values, advantages=whitened)
         batch |= dict(returns=returns, mask=mask)
-        stats = update(actor, run.optimizer, rollout, batch, args) if mask.any() else {}
+        stats = update(actor, run.optimizer, rollout, batch, args)
         run.end_phase("update")
 
         # 7. Did the criticised tokens move? Log, save, and steer the KL coefficient.

@@ -4,6 +4,8 @@ python train_sft.py                                       # for the toy, from sc
 python train_sft.py --task summarize --model HUB_ID --data posts.jsonl --output_dir runs/posts/sft
 """
 
+import random
+
 from t2g import cli, cpu, policy, supervised, tasks, torchrun
 
 
@@ -31,6 +33,8 @@ def main():
         if hasattr(task, "sft_pairs"):
             pairs = [tasks.Example(*pair, {}) for pair in task.sft_pairs(args, examples)]
             examples = list(map(tasks.valid_example, pairs))
+        else:
+            random.Random(args.seed).shuffle(examples)  # files may be sorted
         if not any(example.reference.strip() for example in examples):
             cli.fail(f"the task {args.task} has no references to learn; start from a chat model")
         pairs = [(example.prompt, example.reference) for example in examples]

@@ -192,14 +192,22 @@ def size_of(module) -> float:
 
 
 def hash_of(examples) -> str:
-    text = json.dumps([list(example) for example in examples], default=stable)
+    text = json.dumps(stable(examples))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def stable(value):
-    """The same text in each process, unlike str() of a set, or of an object with its address."""
+    """The same for json in each process, unlike str() of a set, or of an object with its address."""
+    if isinstance(value, dict):
+        return {str(stable(key)): stable(x) for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [stable(x) for x in value]
     if isinstance(value, set | frozenset):
-        return sorted(map(str, value))
+        return sorted(str(stable(x)) for x in value)
+    if value is None or isinstance(value, str | int | float):
+        return value
+    if fields := getattr(value, "__dict__", None):
+        return stable(fields)
     return re.sub(" at 0x[0-9a-f]+", "", str(value))
 
 

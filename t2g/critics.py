@@ -164,11 +164,17 @@ def parse_or_none(z: str) -> Feedback | None:
 
 
 def quote_of(text: str, start: int, end: int) -> str:
-    """Returns text[start:end], grown to the left word by word until locate() finds it only there.
+    """Returns text[start:end], grown word by word until locate() finds it only there.
 
-    >>> quote_of("is 27, is 27", 9, 12)
-    ' is 27'
+    It grows to the left, and at the beginning of the text to the right.
+
+    >>> quote_of("is 27, is 27", 9, 12), quote_of("is 27, is 41", 0, 2)
+    (' is 27', 'is 27,')
     """
-    while start > 0 and locate(text, text[start:end]) != [(start, end)]:
-        start = max(text.rfind(" ", 0, start), text.rfind(",", 0, start), 0)
+    while len(text) > end - start and locate(text, text[start:end]) != [(start, end)]:
+        if start > 0:
+            start = max(text.rfind(" ", 0, start), text.rfind(",", 0, start), 0)
+        else:
+            space = text.find(" ", end + 1)
+            end = space if space > 0 else len(text)
     return text[start:end]

@@ -56,8 +56,10 @@ def load(args, reader):
     train = examples(args.data, reader)
     if args.heldout_data:
         heldout = examples(args.heldout_data, reader)
-        train = [example for prompt, example in train.items() if prompt not in heldout]
-        return train, list(heldout.values())
+        kept = [example for prompt, example in train.items() if prompt not in heldout]
+        if len(kept) < len(train):
+            print(f"{len(train) - len(kept)} prompts of {args.data} are held out, and dropped")
+        return kept, list(heldout.values())
     train = list(train.values())
     random.Random(0).shuffle(train)
     count = max(1, round(HELDOUT_SHARE * len(train)))

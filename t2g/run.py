@@ -93,7 +93,7 @@ class Run:
         self.write(step, metrics)
         self.bar.set_postfix_str(STATUS.format_map(defaultdict(float, metrics)))
         updates = self.args.num_ppo_epochs * self.args.num_mini_batches
-        is_bad = metrics.get("skipped_updates") == updates
+        is_bad = metrics["skipped_updates"] == updates and metrics["unparsable"] < 1
         self.bad_steps = self.bad_steps + 1 if is_bad else 0
         if self.bad_steps == BAD_STEPS:
             remedy = "lower --learning_rate and go on with --resume CHECKPOINT"

@@ -12,7 +12,7 @@ resampling during training, and no dropout.
 
 python -m extras.baselines.dpo                                      # the toy, into runs/toy/dpo
 python -m extras.baselines.dpo --task summarize --policy HUB_ID --data posts.jsonl --critic rule
-python -m extras.baselines.dpo --policy HUB_ID --pairs pairs.jsonl --output_dir runs/mine/dpo
+python -m extras.baselines.dpo --task summarize --policy HUB_ID --pairs pairs.jsonl
 """
 
 import random

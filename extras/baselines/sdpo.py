@@ -110,8 +110,7 @@ def train(task, args, tokenizer, model, critic, pool):
         clock.append(now())
 
         # 5. Distillation by minibatches; then the teacher follows the policy.
-        batch = rollout, hindsight, learns
-        stats = update(model, teacher, optimizer, *batch, args) if dist.gather(learns).any() else {}
+        stats = update(model, teacher, optimizer, rollout, hindsight, learns, args)
         move_teacher(teacher, model, args.teacher_update_rate)
         clock.append(now())
 
@@ -165,22 +164,26 @@ def token_divergence(model, teacher, rollout, hindsight, args):
 
 def update(model, teacher, optimizer, rollout, hindsight, mask, args) -> dict[str, float]:
     """The passes over one rollout. The loss is a mean over the tokens of the whole minibatch."""
-    sums, optimizer_steps = defaultdict(float), args.num_ppo_epochs * args.num_mini_batches
+    sums, taken = defaultdict(float), 0
     for _ in range(args.num_ppo_epochs):
         for minibatch in torch.randperm(len(rollout)).chunk(args.num_mini_batches):
-            token_count = dist.total(mask[minibatch].sum()).clamp(min=1)
+            token_count = dist.total(mask[minibatch].sum())
+            if not token_count:  # a step would still move the weights, by Adam's momentum
+                continue
             for rows in minibatch.sort().values.split(args.per_device_train_batch_size):
                 parts = rollout.rows(rows), hindsight.rows(rows)
                 per_token = token_divergence(model, teacher, *parts, args)
                 loss = per_token.masked_fill(~mask[rows], 0).sum() / token_count
                 loss.backward()
-                sums["divergence"] += loss.item() / optimizer_steps
+                sums["divergence"] += loss.item()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
             norm = dist.plain(norm)
             check_numbers(norm)
-            sums["grad_norm"] += norm.item() / optimizer_steps / dist.size()
+            sums["grad_norm"] += norm.item() / dist.size()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            taken += 1
+    sums = {name: total / taken for name, total in sums.items()}
     for name, read in (("update_tokens", rollout), ("teacher_tokens", hindsight)):
         sums[name] = args.num_ppo_epochs * int(read.prompt_mask.sum() + read.mask.sum())
     return dist.totals(sums)

@@ -45,6 +45,7 @@ def main():
     judge = "folder of a reward model that judges the responses of MODELs; may be given repeatedly"
     parser.add_argument("--reward_model", action="append", default=[], help=judge)
     task, args = tasks.parse(parser, "benchmark")
+    check_reward_models(args)
     scorer = bert_scorer(args.bert_model, args.bert_layers) if args.bert_model else None
     judge = args.perplexity_model and policy.load(args.perplexity_model, policy.device())
     first, scores, differences, expected = None, {}, {}, None
@@ -77,6 +78,14 @@ def read_or_respond(task, name, args) -> tuple[list[str], list[str], dict]:
     for folder in args.reward_model:
         columns[f"reward_{Path(folder).name}"] = rewards(folder, examples, texts, args.bf16)
     return [example.reference for example in examples], texts, columns
+
+
+def check_reward_models(args):
+    names = [Path(folder).name for folder in args.reward_model]
+    if len(set(names)) < len(names):
+        cli.fail(f"reward models of one name cannot be told apart: {', '.join(args.reward_model)}")
+    if names and any(name.endswith(".jsonl") for name in args.models):
+        cli.fail("--reward_model judges the responses of models; a .jsonl file has no prompts")
 
 
 def rewards(folder, examples, texts, bf16) -> np.ndarray:

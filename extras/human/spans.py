@@ -72,8 +72,8 @@ def compare_rules(responses) -> dict:
     """Returns precision and recall of each rule on quotes that occur several times.
 
     Precision counts places that people marked for any error, recall those that the quote was taken
-    from. "context" is what an annotator can do: lengthen the quote to the left until it is unique;
-    there, both count characters.
+    from. "context" is what an annotator can do: lengthen the quote until it is unique; there, both
+    count characters.
     """
     hits = defaultdict(Counter)
     for marked in responses:
@@ -91,7 +91,8 @@ def compare_rules(responses) -> dict:
             for start, end in own:
                 chosen = characters(find(marked.text, quote_of(marked.text, start, end))[1])
                 hits["context"].update(marked=len(chosen), right=len(chosen & faulty))
-                hits["context"].update(own=end - start, found=end - start)
+                found = len(chosen & characters([(start, end)]))
+                hits["context"].update(own=end - start, found=found)
     return {
         rule: {"precision": n["right"] / n["marked"], "recall": n["found"] / n["own"], **n}
         for rule, n in hits.items()

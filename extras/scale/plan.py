@@ -1,8 +1,8 @@
 """Plans a stage before there is a GPU: memory, hours, FLOP, and the flags that make it fit.
 
-    python -m extras.scale.plan 8xH100-80 --policy meta-llama/Llama-3.1-8B-Instruct --critic rule
-    python -m extras.scale.plan 8xH100-80 train_rm.py --model HUB_ID --max_length 1400 --bf16
-    python -m extras.scale.plan 8xH100-80 extras.baselines.dpo --policy HUB_ID --lora_r 16
+    python -m extras.scale.plan 8xH100-80 --task summarize --policy HUB_ID --critic rule
+    python -m extras.scale.plan 8xH100-80 train_rm.py --task summarize --model HUB_ID --bf16
+    python -m extras.scale.plan 8xH100-80 extras.baselines.dpo --task summarize --policy HUB_ID
 
 The flags are those of train_ppo.py or of the script that is named: a training stage, annotate.py,
 eval.py, or a module of extras. `python -m extras.reproduce --plan MACHINE` plans a whole recipe.

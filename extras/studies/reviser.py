@@ -10,6 +10,7 @@ python -m extras.baselines.sdpo --policy runs/reviser/sft
 
 import random
 
+from t2g import dist
 from t2g.tasks import toy
 from t2g.tasks.toy import METRICS, load, score
 
@@ -22,7 +23,7 @@ REVISIONS = 0.5  # share of the pairs that ask for a revision
 def sft_pairs(args, examples):
     """Returns revisions by incomplete critiques, and noisy summaries, in random order."""
     rng, pairs = random.Random(f"revisions {args.seed}"), []
-    for _ in range(args.max_steps * args.per_device_train_batch_size):
+    for _ in range(args.max_steps * dist.batch_size(args)):
         example = rng.choice(examples)
         if rng.random() < REVISIONS:
             pairs.append(toy.revision_pair(example, rng))

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from t2g import dist
 from t2g.cli import fail
 from t2g.critics import quote_of
 from t2g.feedback import Feedback, revision_prompt, reward_prompt
@@ -136,7 +137,7 @@ def sft_pairs(args, examples):
     The clean ones teach the model to bind facts to the writer. Some pairs ask for a revision.
     """
     rng = random.Random(f"noise {args.seed}")
-    n, pairs = args.max_steps * args.per_device_train_batch_size, []
+    n, pairs = args.max_steps * dist.batch_size(args), []
     for i in range(n):
         example = rng.choice(examples)
         if rng.random() < REVISIONS:

@@ -236,3 +236,4 @@ def test_what_cannot_be_compared_ends_in_one_sentence(tmp_path, monkeypatch):
     assert "no record whose status is ok" in refusal("eval rm", truth, "--annotations", failed)
     assert "none.jsonl" in refusal("eval rm --annotations none.jsonl", truth)
     assert "has no rule" in refusal("eval rm --task qa")
+    assert "name policies as arguments" in refusal("eval --policy anything")

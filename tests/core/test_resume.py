@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 import train_ppo
 from t2g import checkpoint, policy
 from t2g.log import read_jsonl
-from t2g.run import Run
+from t2g.run import BAD_STEPS, Run
 from t2g.tasks import toy
 
 pytestmark = pytest.mark.usefixtures("posts")
@@ -270,8 +270,13 @@ def test_a_policy_in_the_folder_of_the_run_is_refused_before_anything_moves(whol
 
 
 def test_data_have_the_same_hash_in_each_process():
-    one, other = ([("p", "r", {"words": set(words), "o": object()})] for words in ([0, 8], [8, 0]))
+    def data(*words):
+        own = SimpleNamespace(words=set(words))
+        return [("p", "r", {"words": set(words), "object": object(), (1, 2): own})]
+
+    one, other = data(0, 8), data(8, 0)
     assert str(one) != str(other) and checkpoint.hash_of(one) == checkpoint.hash_of(other)
+    assert checkpoint.hash_of(one) != checkpoint.hash_of(data(0, 9))
 
 
 STATE = "checkpoint-4/state"
@@ -360,15 +365,24 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(
     assert not all(two[name].equal(three[name]) for name in one)
 
 
-def test_a_minibatch_without_a_readable_critique_changes_nothing_and_is_counted(flags, tmp_path):
+@pytest.mark.parametrize(("first", "skipped"), [("1.0", 2), ("None", 4)])
+def test_a_minibatch_without_a_readable_critique_changes_nothing_and_is_counted(
+    flags, tmp_path, first, skipped
+):
     """One response of a step is readable, so one of the two minibatches of each epoch is empty."""
-    critic = "def critic(task, args):\n    return lambda examples, responses: [1.0, *[None] * 3]\n"
+    critic = f"critic = lambda task, args: lambda *both: [{first}, None, None, None]"
     (tmp_path / "critic.py").write_text(critic)
     few = ("--critic", tmp_path / "critic.py", "--max_steps", 1, "--save_steps", 1)
     assert run(*flags, *few)[0] == 0
-    assert read_jsonl(tmp_path / "ppo" / "metrics.jsonl")[0]["skipped_updates"] == 2
+    assert read_jsonl(tmp_path / "ppo" / "metrics.jsonl")[0]["skipped_updates"] == skipped
     [state] = (tmp_path / "ppo" / "checkpoint-1" / "state").glob("*.safetensors")
-    assert load_file(state)["optimizer.0.0.step"] == 2
+    assert load_file(state).get("optimizer.0.0.step", 0) == 4 - skipped
+
+
+def test_a_run_without_readable_critiques_goes_on(flags, tmp_path):
+    """More steps than a run without finite gradients may have."""
+    (tmp_path / "critic.py").write_text("critic = lambda *_: lambda *both: [None] * 4")
+    assert run(*flags, "--critic", tmp_path / "critic.py", "--max_steps", BAD_STEPS + 1)[0] == 0
 
 
 def test_gradients_that_stay_not_finite_end_the_run(flags, tmp_path, break_gradients):

@@ -9,6 +9,7 @@ from forking import output, python, refusal, result_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_rm
+from t2g import supervised
 from t2g.feedback import Feedback, quoted
 from t2g.log import METRICS, read_jsonl
 from t2g.notes import write_whole
@@ -184,6 +185,22 @@ def test_a_task_without_references_or_a_rule(toy_run, tmp_path):
     training = f"train_sft {task} --model {start} --output_dir {tmp_path}/sft"
     assert "no references" in refusal(training)
     assert "no rule" in refusal(f"annotate {task} --policy {start} --out {tmp_path}/notes.jsonl")
+
+
+def test_the_rows_of_a_file_are_learnt_in_an_order_of_the_seed(toy_run, tmp_path, monkeypatch):
+    """A file may be sorted, and a run may take fewer steps than it has rows."""
+    task = BARE_TASK.replace('[Example("a", "", {})]', '[Example(c, c, {}) for c in "abcdefgh"]')
+    (tmp_path / "letters.py").write_text(task)
+    orders = []
+
+    def finetune(model, tokenizer, pairs, *rest, **options):
+        orders.append([prompt for prompt, _ in pairs])
+
+    monkeypatch.setattr(supervised, "finetune", finetune)
+    for seed in (0, 0, 1):
+        output(f"train_sft --task {tmp_path}/letters.py --model {toy_run}/sft --seed {seed}")
+    assert orders[0] == orders[1] != orders[2] and sorted(orders[2]) == sorted(orders[0])
+    assert list("abcdefgh") not in orders
 
 
 USELESS = [

@@ -137,12 +137,13 @@ def test_other_summaries_are_read_by_the_names_of_their_fields(tmp_path, capsys,
     assert "article" in sentence and "text, summary" in sentence and "--source_field" in sentence
 
 
-def test_heldout_data_is_not_trained_on(tmp_path, refused):
+def test_heldout_data_is_not_trained_on(tmp_path, refused, capsys):
     rows = [{"prompt": str(n), "chosen": "x"} for n in range(10)]
     path, held = write(tmp_path / "a.jsonl", rows), write(tmp_path / "b.jsonl", rows[:4])
     train, heldout = qa.load(flags("qa", path, "--heldout_data", held))
     assert [example.prompt for example in heldout] == list("0123")
     assert [example.prompt for example in train] == list("456789")
+    assert f"4 prompts of {path} are held out, and dropped" in capsys.readouterr().out
     one = write(tmp_path / "c.jsonl", rows[:1])
     for args in (flags("qa", held, "--heldout_data", path), flags("qa", one)):
         assert "no examples to train on, or none held out" in refused(tasks.load, qa, args)

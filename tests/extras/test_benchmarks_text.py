@@ -6,7 +6,7 @@ import importlib.util
 import pytest
 import torch
 from annotating import write
-from forking import output, result_of
+from forking import output, refusal, result_of
 
 from extras.benchmarks import text
 from t2g import critics, policy
@@ -87,6 +87,13 @@ def test_a_reward_model_pays_for_the_tokens_that_it_quotes(tmp_path, monkeypatch
     text_of = "Ana is {}, lives in Porto.".format
     texts = [text_of(27), text_of(41), text_of(41)]
     assert text.rewards(folder, [None] * 3, texts, bf16=False).tolist() == [2, -1, 0]
+
+
+def test_reward_models_need_names_of_their_own_and_prompts(tmp_path):
+    both = "--reward_model a/rm --reward_model b/rm"
+    assert "of one name" in refusal(f"extras.benchmarks.text --task toy {both} m")
+    file = write(tmp_path / "a.jsonl", [{"response": "A cat.", "reference": "A cat sat."}])
+    assert "has no prompts" in refusal(f"extras.benchmarks.text {file} --reward_model a/rm")
 
 
 @pytest.mark.usefixtures("posts")
