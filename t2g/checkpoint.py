@@ -197,7 +197,7 @@ def hash_of(examples) -> str:
 
 
 def stable(value):
-    """The same for json in each process, unlike str() of a set, or of an object with its address."""
+    """The same in each process, unlike str() of a set or of an object with its address."""
     if isinstance(value, dict):
         return {str(stable(key)): stable(x) for key, x in value.items()}
     if isinstance(value, list | tuple):
