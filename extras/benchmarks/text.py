@@ -42,8 +42,8 @@ def main():
     layer = "layer of the encoder; bert-score's choice if not given"
     add("--bert_layers", None, layer, cli.positive(int))
     add("--perplexity_model", None, "a causal model, such as the one before training")
-    judge = "folder of a reward model that judges the responses of MODELs; may be given repeatedly"
-    parser.add_argument("--reward_model", action="append", default=[], help=judge)
+    folder = "folder of a reward model that judges the responses of MODELs; may be given repeatedly"
+    parser.add_argument("--reward_model", action="append", default=[], help=folder)
     task, args = tasks.parse(parser, "benchmark")
     check_reward_models(args)
     scorer = bert_scorer(args.bert_model, args.bert_layers) if args.bert_model else None
