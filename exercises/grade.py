@@ -141,7 +141,7 @@ def grade(path, name, seconds):
             return receiver.recv()
         return 0, f"it does not end within {seconds:g} seconds"
     except EOFError:
-        return 0, "it ends Python"
+        return 0, "it exits the Python process"
     finally:
         process.kill()
 

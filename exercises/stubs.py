@@ -74,8 +74,8 @@ def gae(rewards, values, mask, gamma, lam):
     A response ends with its last token: V is 0 after it, and no credit comes from beyond.
 
     Return two (B, T) tensors, both 0 off the mask: the advantages A, and the returns A + V, which
-    the value head learns to predict. By hand: TD_1 = 1 + 0 - 1 = 0, for the praise was expected,
-    and TD_0 = 0 + 1 - 1/4, for at token 0 it was not.
+    the value head learns to predict. By hand: TD_1 = 1 + 0 - 1 = 0, because the praise was
+    expected, and TD_0 = 0 + 1 - 1/4, because at token 0 it was not.
 
     >>> rewards, values = torch.tensor([[0.0, 1.0]]), torch.tensor([[0.25, 1.0]])
     >>> gae(rewards, values, torch.tensor([[True, True]]), gamma=1.0, lam=0.5)[0]

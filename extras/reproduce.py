@@ -8,8 +8,9 @@ python -m extras.reproduce --recipe slf5k_8b --dry_run            # print the co
 python -m extras.reproduce --recipe slf5k_8b --plan 8xH100-80     # memory, hours and costs
 
 A recipe is a file recipes/NAME.toml. The rows of a seed share its [stages.*]. Each of the [rows.*]
-is trained by its `run` and measured by its `measure` or the recipe's, and [words] replace their
-{names}. Kill it at any moment: the same command resumes it. The last line printed is a JSON object.
+is trained by its `run` and measured by its `measure` or the recipe's; each {name} in a command is
+replaced by that entry of [words]. Kill it at any moment: the same command resumes it. The last line
+printed is a JSON object.
 """
 
 import json
@@ -26,6 +27,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from extras import table
+from t2g import checkpoint
 from t2g.cli import fail, flags, friendly_errors, parser, positive
 from t2g.log import write_json
 
@@ -80,7 +82,7 @@ def main():
         return print(json.dumps(plan_recipe(args.plan, by_seed[0], len(seeds))))
     root.mkdir(parents=True, exist_ok=True)
     jobs = [job for same in zip(*by_seed) for job in same]
-    jobs.sort(key=lambda job: job.name in rows)  # what others wait for comes first
+    jobs.sort(key=lambda job: job.name in rows)  # stages before rows
     run_all(jobs, args.jobs or recipe.get("jobs", 1))
     folders = [root / f"seed-{seed}" for seed in seeds]
     result = table.write(root, folders, recipe, rows, [job.name for job in by_seed[0]])
@@ -155,7 +157,7 @@ def run_all(jobs, at_once):
 
 
 def run_job(job, needs, at_once):
-    """Runs the commands that are left, with a log, and notes each. Returns a failed job."""
+    """Runs a job's remaining commands, and records each in NAME.done.json; returns a failed job."""
     if any(need.result() for need in needs):
         return job
     threads = str(max(1, (os.cpu_count() or 1) // at_once))
@@ -174,6 +176,7 @@ def run_job(job, needs, at_once):
         done["commands"].append(line)
         done["seconds"] += time.perf_counter() - start
         done["result"] = ended.stdout.rstrip().rpartition("\n")[2]
+        done["commit"] = checkpoint.commit()
         write_json(job.result, done)
 
 

@@ -2,7 +2,8 @@
 
 The ledger counts a model of N parameters as 2 N FLOPs per token read or written and 6 N per token
 trained on, 4 N with LoRA. It leaves out attention's own products, validation and measuring. A rule
-or a server costs no FLOPs here. Of a command that was killed, "all" counts the last start alone.
+or a server costs no FLOPs here. If a command was killed and restarted, "all" counts only its last
+start.
 """
 
 import json
@@ -37,7 +38,9 @@ def write(root, folders, recipe, rows, jobs) -> dict:
     for name in jobs:
         if name not in rows:
             stages[name] = interval([read_done(folder, name)["seconds"] for folder in folders])
+    commits = {read_done(folder, name).get("commit") for folder in folders for name in jobs}
     result = {"rows": summarise(cells, recipe, rows), "stages": stages}
+    result["commits"] = sorted(filter(None, commits))
     write_json(root / "table.json", result)
     text = markdown(result, recipe, rows)
     (root / "table.md").write_text(text, encoding="utf-8")
@@ -154,7 +157,13 @@ def summarise(cells, recipe, rows) -> dict:
     for name, ours in cells.items():
         against = rows[name].get("against", recipe.get("against"))
         theirs = cells.get(against) if against != name else None
-        columns = {key: [cell["scores"][key] for cell in ours] for key in ours[0]["scores"]}
+        columns = {}
+        for metric in dict.fromkeys(metric for cell in ours for metric in cell["scores"]):
+            values = [cell["scores"].get(metric) for cell in ours]
+            if None not in values:
+                columns[metric] = values
+            else:  # such as the perplexity of no text
+                print(f"{name}: not every seed has a {metric}, so the table leaves it out")
         if theirs:
             pairs = zip(columns[main], [cell["scores"][main] for cell in theirs])
             columns["difference"] = [a - b for a, b in pairs]
@@ -166,7 +175,9 @@ def summarise(cells, recipe, rows) -> dict:
             for metric in recipe.get("also_at_equal_kl", []):
                 gains = [gain_at_equal_kl(*pair, metric) for pair in zip(ours, theirs)]
                 columns[f"{metric}_at_equal_kl"] = gains
-            reached = [rollouts_to_end(a["curve"], b["curve"]) for a, b in zip(ours, theirs)]
+            sign = -1 if recipe.get("lower_is_better") else 1
+            curves = [(a["curve"], b["curve"]) for a, b in zip(ours, theirs)]
+            reached = [rollouts_to_end(*pair, sign) for pair in curves]
             if any(reached):
                 columns["rollouts_to_rival"] = [number for number in reached if number]
         for metric in SHIFTS:  # a run without such tokens has none
@@ -186,7 +197,7 @@ def summarise(cells, recipe, rows) -> dict:
 def gain_at_equal_kl(ours, theirs, metric="curve") -> float:
     """Returns the difference of two curves of a metric at the KL that both runs reach.
 
-    A run is read where it first had that KL, even if it came back later.
+    Each run is read at the first rollout that reaches it, even if its KL falls again later.
     """
     kl, values = min(max(ours["kl"]), max(theirs["kl"])), []
     for run in (ours, theirs):
@@ -195,14 +206,15 @@ def gain_at_equal_kl(ours, theirs, metric="curve") -> float:
     return float(values[0] - values[1])
 
 
-def rollouts_to_end(curve, rival) -> int | None:
-    """Returns the rollouts until a curve is as far as its rival's last value, None if it never is.
+def rollouts_to_end(curve, rival, sign=1) -> int | None:
+    """Returns the first rollout at which a curve reaches its rival's last value, or None.
 
-    >>> rollouts_to_end([0.1, 0.5, 0.4], [0.2, 0.3, 0.4]), rollouts_to_end([9, 8], [9, 7])
+    sign: -1 if lower values of the metric are better.
+
+    >>> rollouts_to_end([0.1, 0.5, 0.4], [0.2, 0.3, 0.4]), rollouts_to_end([7, 8], [7, 9])
     (2, None)
     """
-    direction = np.sign(rival[-1] - rival[0])  # of some metrics less is better
-    reached = (np.array(curve) - rival[-1]) * direction >= 0
+    reached = sign * np.array(curve) >= sign * rival[-1]
     return int(reached.argmax()) + 1 if reached.any() else None
 
 
@@ -223,7 +235,8 @@ def markdown(result, recipe, rows) -> str:
         title += f" (differences to {titles.get(other, other)})" if other else ""
         seeds, cells = row["seconds"]["seeds"], [shown(row.get(head), head) for head in heads]
         reached = row.get("rollouts_to_rival", row["seconds"])["seeds"]
-        cells[-1] += f", reached by {reached} of {seeds} seeds" if reached < seeds else ""
+        if reached < seeds:  # a mean of those alone says nothing of the others
+            cells[-1] = f"reached by {reached} of {seeds} seeds"
         scores.append([title, *cells])
         cells = [row.get(f"{part}_{unit}") for part, unit in LEDGER]
         sizes = [UNITS[unit][1] for _, unit in LEDGER]
@@ -232,6 +245,7 @@ def markdown(result, recipe, rows) -> str:
     units = [f"{part}, {UNITS[unit][0]}" for part, unit in LEDGER]
     stages = ", ".join(f"{name} {cell['mean']:.0f}" for name, cell in result["stages"].items())
     last = f"Seconds of shared stages per seed: {stages or 'none'}.\n"
+    last += f"Commits of the runs: {', '.join(result['commits']) or 'unknown'}.\n"
     return "\n".join([pipes(heads.values(), scores), pipes([*units, "all, s"], costs), last])
 
 
@@ -251,7 +265,7 @@ def shown(cell, head) -> str:
     """Returns a cell as text; a share whose interval leaves [0, 1] shows its seeds instead.
 
     >>> shown(interval([0.5, 0.7]), "perfect"), shown(interval([0.5, 0.7]), "difference")
-    ('0.60 (0.50, 0.70)', '0.60 [-0.67, 1.87]')
+    ('0.60 (0.50, 0.70)', '0.600 [-0.671, 1.871]')
     """
     if not cell or cell["seeds"] == 1:
         return f"{cell['mean']:.2f}" if cell else ""
@@ -259,7 +273,8 @@ def shown(cell, head) -> str:
     share = min(values) >= 0 and max(values) <= 1 and not head.startswith("difference")
     if share and not 0 <= low <= high <= 1:
         return f"{cell['mean']:.2f} ({', '.join(f'{value:.2f}' for value in values)})"
-    return f"{cell['mean']:.2f} [{low:.2f}, {high:.2f}]"
+    digits = 3 if head.startswith("difference") else 2
+    return f"{cell['mean']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def plot(path, cells, recipe, rows):

@@ -67,9 +67,13 @@ def add_sampling_flags(add, num_prompts, samples_per_prompt):
 
 
 def draw_examples(task, args, tokenizer, model) -> list[tasks.Example]:
-    """Draws --num_prompts training examples, each --samples_per_prompt times, sorted by length."""
+    """Draws --num_prompts training examples, each --samples_per_prompt times, sorted by length.
+
+    An example is drawn more than once only if there are fewer than --num_prompts.
+    """
     train = tasks.short_enough(tasks.load(task, args)[0], tokenizer, model, args)
-    drawn = random.Random(f"offline {args.seed}").choices(train, k=args.num_prompts)
+    rng, enough = random.Random(f"offline {args.seed}"), args.num_prompts <= len(train)
+    drawn = (rng.sample if enough else rng.choices)(train, k=args.num_prompts)
     drawn.sort(key=lambda example: (len(example.prompt), example.prompt))
     return [example for example in drawn for _ in range(args.samples_per_prompt)]
 
@@ -123,7 +127,7 @@ def total_rewards(tokenizer, rollout, feedback, args) -> list[float | None]:
 def text_reward(tokenizer, text, feedback) -> float:
     """Returns the sum of delta over the tokens of a text, which need not be a sampled one.
 
-    Of an unreadable critique it is 0, of a critic that gives numbers its number.
+    An unreadable critique counts as 0; a number from the critic is returned as it is.
     """
     if not isinstance(feedback, Feedback):
         return feedback or 0.0

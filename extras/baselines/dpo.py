@@ -1,6 +1,7 @@
 """DPO, a baseline: for each prompt, the response with the highest reward is preferred to the worst.
 
-    y+, y- ~ pi_ref(. | x), the responses with the highest and the lowest sum of delta_t
+    y+, y- ~ pi_ref(. | x), the responses with the highest and the lowest reward: the sum of
+                            delta_t, less the penalty of a missing EOS
     L = - E[ log sigmoid( beta ( log pi(y+|x) / pi_ref(y+|x) - log pi(y-|x) / pi_ref(y-|x) ) ) ]
                                                                     Rafailov et al. 2023, eq. 7
 

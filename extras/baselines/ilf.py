@@ -1,7 +1,8 @@
 """ILF, imitation learning from language feedback, a baseline: trains on revised responses.
 
     y ~ pi(. | x),  c its critique,  y' ~ pi(. | x, y, c)
-    L = - E[ log pi(y* | x) ],  y* the revision y' of a prompt with the highest reward
+    L = - E[ log pi(y* | x) ],  y* the best revision y' of a prompt: the highest sum of delta_t,
+                                   less the penalty of a missing EOS
 
 After Chen et al. 2023 (arXiv 2303.16749) and Scheurer et al. 2023 (arXiv 2303.16755). The policy
 itself revises, so it must be able to; a separate revision model is left out.

@@ -49,7 +49,7 @@ def main():
     add("--eval_samples", 256, "number of held-out prompts")
     task, args = tasks.parse(parser, "eval")
     root, examples = Path(args.runs[0]).parent, tasks.load(task, args)[1]
-    args.replicate_frozen, args.cpu_offload = True, False  # ranks ask the critic as often as needed
+    args.replicate_frozen, args.cpu_offload = True, False  # ranks call it unequally often
     args.output_dir = args.runs[0]  # critics look for their models beside it
     scores = {}
     earlier = partial(stages.ensure, critics.stages_before(args), args, root)

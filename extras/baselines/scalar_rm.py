@@ -3,8 +3,8 @@
     score(x, y) = w . h_last(x, y) + b        the value head at the text's last token (policy.py)
     L = E[ (score(x, y) - s)^2 ]              s: the sum of delta_t over y, from the annotations
 
-The command trains it; as a critic, this file returns the score of each response as its reward. The
-tokens are those of the reward model's tokenizer. Long prompts are shortened in the middle.
+The command trains it; as a critic, this file returns the score of each response as its reward.
+delta_t is computed on the reward model's own tokens. Long prompts are shortened in the middle.
 
 python -m extras.baselines.scalar_rm                             # the toy, into runs/toy/rm_scalar
 python -m extras.baselines.scalar_rm --task summarize --model HUB_ID --annotations notes.jsonl

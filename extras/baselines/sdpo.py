@@ -7,7 +7,7 @@ Rollout and critique are those of train_ppo.py. The teacher is an average of the
 weights. Its prompt shows the response and the words of the critique, and the policy learns the
 teacher's distribution at each token of the response, or of its poor spans alone (--tokens poor).
 Values are not used. Left out: other divergences, other responses as demonstrations (each prompt is
-answered once), importance weights of later passes, and resuming.
+answered once), off-policy correction in later epochs, and resuming.
 
 python -m extras.baselines.sdpo                                     # the toy, into runs/toy/sdpo
 python -m extras.baselines.sdpo --task summarize --policy HUB_ID --data posts.jsonl --critic rule
@@ -102,7 +102,7 @@ def train(task, args, tokenizer, model, critic, pool):
         hindsight, fits = add_critiques(tokenizer, model, prompts, rollout, feedback)
         mask = rollout.mask & fits[:, None]
 
-        # 4. Token rewards and KL, which are logged; of --tokens poor, the spans choose the tokens.
+        # 4. Token rewards and KL, which are logged; with --tokens poor, delta < 0 also selects.
         delta, quotes = token_rewards(tokenizer, rollout, feedback, args)
         learns = mask & (delta < 0) if args.tokens == "poor" else mask
         old = score(actor, reference, rollout, args)

@@ -113,7 +113,7 @@ def judge(problem, program) -> dict:
     if problem.tests:
         result = unit_tests.run(problem.tests, program)
         verdict["base"] = result.passed
-        verdict["runs"] = result.passed or result.reason.startswith("AssertionError")
+        verdict["runs"] = result.passed or is_failed_test(result)
     for check in problem.checks:
         files = {"solution.py": program, "problem.txt": check}
         result = sandbox.run(PLUS, PLUS_TIMEOUT_S, PLUS_MEMORY_MB, files)
@@ -121,6 +121,12 @@ def judge(problem, program) -> dict:
             break
         verdict["base"] = True
     return verdict | {"passed": result.passed, "reason": result.reason}
+
+
+def is_failed_test(result) -> bool:
+    """Returns True if an assertion of the tests failed, and not one of the program's own."""
+    files = [file for file, _ in task.FRAME.findall(result.stderr)]
+    return result.reason.startswith("AssertionError") and files[-1:] == ["program"]
 
 
 def score(samples, plus, seed=0) -> dict:

@@ -13,8 +13,8 @@
     words         words of a response, mean
     and of MODELs, the scores of the task, such as the share of invented names
 
-"differences" holds the mean difference of each further model to the first, example by example;
-for BLEU use `sacrebleu --paired-bs`.
+"differences" holds the mean difference of each further model to the first, example by example.
+BLEU is not per example; compare it with `sacrebleu --paired-bs`.
 """
 
 from pathlib import Path
@@ -53,7 +53,8 @@ def main():
         references, texts, own_scores = read_or_respond(task, name, args)
         expected = expected or references
         if references != expected:
-            cli.fail(f"{name} has not the references of {args.models[0]}; score it by itself")
+            remedy = "score it in a command of its own"
+            cli.fail(f"{name} has other references than {args.models[0]}; {remedy}")
         columns = own_scores | score_texts(references, texts, scorer)
         scores[name] = {metric: benchmarks.interval(column) for metric, column in columns.items()}
         scores[name]["bleu"], signature = corpus_bleu(references, texts)

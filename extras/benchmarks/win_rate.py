@@ -29,7 +29,8 @@ from t2g import cli, server
 from t2g.notes import Notes
 
 QUESTION = """\
-Two responses to the same prompt follow. Say which of them serves the one who asked better.
+Two responses to the same prompt follow. Say which response is more useful to the person
+who asked.
 
 Weigh whether it does what was asked, whether it is true, and whether it is clear and complete.
 A longer response is not better for its length, and which one stands first means nothing. Compare

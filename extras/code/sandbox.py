@@ -18,9 +18,9 @@ The last line needs Landlock (Linux 5.13) and seccomp, which containers allow; p
 what this machine has. Where the kernel also gives out namespaces, to root or to all users, the
 files of a program share 16 MiB of memory, and those in /dev/shm as much again; its daemons die even
 if we are killed. Without them, the limit holds for each file, multiprocessing has no locks, and
-before Linux 6.12 a program can send signals to processes of its user. That is the user who starts
-it, the times of whose files it can change; or, if root does, another one, who must be able to read
-the folder of Python's packages.
+before Linux 6.12 a program can send signals to processes of its user. Programs run as the user who
+starts them and can change timestamps of that user's files. Started by root, they run as an
+unprivileged user, who must be able to read the folder of Python's packages.
 
 Left out:
 

@@ -33,7 +33,7 @@ for _test, _code in [{functions}]:
     if _test.__code__ is not _code:
         raise RuntimeError("it changed " + _code.co_name)
     _test()
-"""  # no program can reach the list
+"""  # the list is on the stack of this loop, so the tested program cannot change it
 FIXTURES = "setup_class setup_method setup_module setup_function setUpClass setUpModule".split()
 TEST_CASE = {"TestCase", "unittest.TestCase"}
 

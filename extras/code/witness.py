@@ -2,7 +2,7 @@
 
 A program shares its interpreter with whatever watches it. The token that proves its end is
 therefore held where no Python code can reach: in C iterators on the stack of the program's thread.
-The frames below the program do not know the token. What could find the iterators or jump over
+No Python frame on the stack holds the token. What could find the iterators or jump over
 lines (the garbage collector's lists, frames of other threads, tracing) ends the process. What
 ctypes can read is not covered.
 """

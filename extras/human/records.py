@@ -7,7 +7,7 @@ FineGrainedRLHF's QA feedback (ranges of errors by kind), of ILF's feedback on p
 and the mended program), or a record of annotate.py in which people filled in critique, good_spans
 and poor_spans, as the page of extras.human.page does. Invalid feedback is reported and left out.
 
-In the published forms, poor is what people removed or named. Good is sparse, as in the paper: names
+In the published forms, poor marks what people removed or named; few places are marked good: names
 and numbers of a summary that the corrector kept and the article has, the longest runs of an answer
 without an error, the longest lines of a program that were kept.
 """

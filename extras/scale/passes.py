@@ -87,7 +87,7 @@ def measure(config, args, update, shape, sharded=False, keep_gradients=False, on
 
 
 def measure_few_layers(config, args, *options):
-    """Extrapolates from 2 and 4 layers, for all sizes are linear in the number of equal layers."""
+    """Extrapolates from 2 and 4 layers, because all sizes are linear in their number."""
     sizes = []
     for layers in (2, 4):
         part = copy.deepcopy(config)

@@ -125,7 +125,7 @@ def estimate(args, processes, machine, script="train_ppo.py") -> dict:
 
 
 def flags_that_fit(args, processes, machine, script="train_ppo.py", available=1) -> list[str]:
-    """The shortest prefix of savers() with which the run fits; [] if all of them do not suffice."""
+    """The shortest prefix of savers() with which the run fits; [] if none does."""
     flags, args = [], copy.copy(args)
     for flag, changed in savers(args, processes, machine, available):
         flags += flag

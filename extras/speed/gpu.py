@@ -4,7 +4,7 @@
     python -m extras.speed.gpu --out DIR --model SMOLLM2 --data defacto
     python -m extras.speed.gpu --out DIR --rehearse        # every part in tiny shapes, on a CPU
 
-The parts run in the order of their worth, each in its own process and time box. After each part
+The parts run in order of importance, each in its own process with a time limit. After each part
 DIR/gpu.json and DIR/gpu.md (a table for docs/RESULTS.md) are rewritten, so an interruption costs
 one part at most, and the rows of that part are in DIR/PART.jsonl. The exit code is 1 if a part or
 a check failed.

@@ -16,6 +16,8 @@ import train_ppo
 from t2g import rollout as sampling
 from t2g.cli import fail
 
+MARKS = (",", ".", "?", "!")
+
 
 def neutral_plus_one():
     """Rewards tokens outside all spans with +1, as the official recipe for code does."""
@@ -28,33 +30,35 @@ def neutral_plus_one():
     train_ppo.token_rewards = token_rewards
 
 
-def masked_punctuation():
-    """Masks tokens of punctuation out of the loss, and restarts GAE after each of them."""
+def masked_after_punctuation():
+    """Masks the tokens after , . ? and !, EOS included, out of the loss, and restarts GAE there.
+
+    The official code looks for these marks at the indices of tokens, but its masks are shifted to
+    those of log-probabilities, so that each mark removes the token after it.
+    """
     ours_sample, ours_whiten = train_ppo.sample, train_ppo.whiten
     latest = {}
 
     def sample(model, tokenizer, *args, **kwargs):
         rollout = ours_sample(model, tokenizer, *args, **kwargs)
-        punctuation = torch.zeros_like(rollout.mask)
+        latest["kept"] = torch.ones_like(rollout.mask)
         for row, ids in enumerate(rollout.response.tolist()):
-            for t, token in enumerate(ids):
-                text = tokenizer.decode([token]).strip()
-                punctuation[row, t] = bool(text) and not any(c.isalnum() for c in text)
-        latest["words"] = ~punctuation | (rollout.response == tokenizer.eos_token_id)
+            for t, token in enumerate(ids[:-1]):
+                latest["kept"][row, t + 1] = tokenizer.decode([token]).strip() not in MARKS
         return rollout
 
     def gae(rewards, values, mask, gamma, lam):
-        words = mask & latest["words"]
+        kept = mask & latest["kept"]
         advantages = torch.zeros_like(rewards)
         next_value = next_advantage = torch.zeros_like(rewards[:, 0])
         for t in reversed(range(rewards.shape[1])):
             td = rewards[:, t] + gamma * next_value - values[:, t]
-            advantages[:, t] = next_advantage = (td + gamma * lam * next_advantage) * words[:, t]
-            next_value = values[:, t] * words[:, t]
+            advantages[:, t] = next_advantage = (td + gamma * lam * next_advantage) * kept[:, t]
+            next_value = values[:, t] * kept[:, t]
         return advantages, advantages + values
 
     train_ppo.sample, train_ppo.gae = sample, gae
-    train_ppo.whiten = lambda x, mask: ours_whiten(x, mask & latest["words"])
+    train_ppo.whiten = lambda x, mask: ours_whiten(x, mask & latest["kept"])
 
 
 def encoded_again():
@@ -125,7 +129,7 @@ def means_of_microbatches():
     sys.argv += ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "8"]
 
 
-DETAILS = (neutral_plus_one, masked_punctuation, encoded_again, narrow_sampling)
+DETAILS = (neutral_plus_one, masked_after_punctuation, encoded_again, narrow_sampling)
 DETAILS += (whitened_apart, means_of_microbatches)
 
 
@@ -135,6 +139,14 @@ def main():
     if name not in details:
         fail(f"no detail {name!r}; give one of {', '.join(details)}, then flags of train_ppo.py")
     sys.argv[:2] = ["train_ppo.py"]
+    parse_args = train_ppo.parse_args
+
+    def with_detail():
+        task, args = parse_args()
+        args.detail = name  # stands in config.json, so that no run resumes one of another detail
+        return task, args
+
+    train_ppo.parse_args = with_detail
     details[name]()
     train_ppo.main()
 

@@ -181,7 +181,7 @@ def whiten(x, mask):
     (*lines, total), points = graded("wild.py")
     assert [line.split(maxsplit=1)[1] for line in lines] == [
         "0/6  it does not end within 3 seconds",
-        "0/4  it ends Python",
+        "0/4  it exits the Python process",
         "0/5  SystemExit in line 6: enough",
         "5/5  ",
         "0/4  AttributeError in line 8: 'Tensor' object has no attribute 'nothing'",

@@ -58,6 +58,22 @@ def test_solutions_of_humaneval_pass_and_others_do_not(command):
     assert found["pass@1"] == 0 and found["parses"] == 1
 
 
+@pytest.mark.parametrize(
+    ("program", "runs"),
+    [
+        ("def f(x): return x + 1", True),
+        ("def f(x): return x", True),
+        ("def f(x): return g(x)", False),
+        ("assert False\ndef f(x): return x", False),
+        ("def f(x):\n    assert x > 5\n    return x", False),
+        ("def f(x):\n    raise AssertionError('x')", False),
+    ],
+)
+def test_a_program_runs_if_no_assertion_but_the_tests_own_fails(program, runs):
+    problem = code.Problem("a", "", tests="from solution import f\nassert f(1) == 2")
+    assert code.judge(problem, program)["runs"] == runs
+
+
 def test_a_chat_model_writes_a_whole_program_or_the_body_of_the_function():
     row = read_problems()["HumanEval/32"]  # its prompt defines a helper and imports math
     problem, body = code.humaneval(row), row["canonical_solution"]

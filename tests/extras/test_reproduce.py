@@ -279,11 +279,23 @@ def test_rollouts_to_the_rival_s_end_say_how_many_seeds_reach_it():
         for name, curve in (("a", ours), ("b", [0.8, 0.6, 0.4])):
             cell = dict(scores={"bad": curve[-1]}, seconds=1, ledger={}, kl=[0, 1, 2], shifts={})
             cells[name].append(cell | {"curve": curve})
-    recipe = {"main": "bad", "metrics": ["bad"], "against": "b"}
+    recipe = {"main": "bad", "metrics": ["bad"], "against": "b", "lower_is_better": True}
     rows = {name: {"title": name.upper()} for name in cells}
-    result = {"rows": table.summarise(cells, recipe, rows), "stages": {}}
+    result = {"rows": table.summarise(cells, recipe, rows), "stages": {}, "commits": []}
     assert result["rows"]["a"]["rollouts_to_rival"]["values"] == [2]
-    assert "| 2.00, reached by 1 of 2 seeds |" in table.markdown(result, recipe, rows)
+    assert "| reached by 1 of 2 seeds |" in table.markdown(result, recipe, rows)
+    better = table.summarise(cells, recipe | {"lower_is_better": False}, rows)
+    assert better["a"]["rollouts_to_rival"]["values"] == [1, 1], "a rival that got worse is reached"
+
+
+@pytest.mark.parametrize("without", [0, 1])
+def test_a_metric_that_a_seed_lacks_is_left_out_and_named(without, capsys):
+    cells = [dict(scores={"good": 1.0, "perplexity": 9.0}, curve=[], shifts={}) for _ in range(2)]
+    cells = [cell | dict(ledger={}, seconds=1) for cell in cells]
+    del cells[without]["scores"]["perplexity"]
+    rows = table.summarise({"a": cells}, {"main": "good"}, {"a": {}})
+    assert "perplexity" not in rows["a"] and rows["a"]["good"]["values"] == [1.0, 1.0]
+    assert "a: not every seed has a perplexity" in capsys.readouterr().out
 
 
 def test_curves_can_be_drawn_of_any_rows(tmp_path):

@@ -12,11 +12,11 @@ from toys import save_start
 
 import train_ppo
 from extras.studies import deviations, rule_check
-from t2g.log import read_jsonl
+from t2g.log import read_json, read_jsonl
 from t2g.notes import write_whole
 
 ROOT = Path(__file__).parents[2]
-PATCHED = ("sample", "whiten", "gae", "token_rewards", "policy_loss", "value_loss")
+PATCHED = ("parse_args", "sample", "whiten", "gae", "token_rewards", "policy_loss", "value_loss")
 
 
 @pytest.mark.parametrize("detail", [detail.__name__ for detail in deviations.DETAILS])
@@ -29,6 +29,7 @@ def test_each_detail_changes_a_step_of_training(detail, tmp_path, monkeypatch):
     output(f"extras.studies.deviations {detail} {flags}")
     [row] = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     assert row["grad_norm"] > 0
+    assert read_json(tmp_path / "run" / "config.json")["detail"] == detail
 
 
 def test_healthy_prints_a_table_and_draws_the_curves(tmp_path):
