@@ -73,10 +73,10 @@ def read_texts(path, *fields) -> list[dict]:
     return rows
 
 
-def interval(values, seed=0) -> dict:
+def bootstrap(values, seed=0) -> dict:
     """Returns the mean and its 95% interval, a percentile bootstrap over the values.
 
-    >>> interval([1, 1, 1])
+    >>> bootstrap([1, 1, 1])
     {'value': 1.0, 'low': 1.0, 'high': 1.0}
     """
     values = np.asarray(values, dtype=float)

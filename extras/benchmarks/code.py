@@ -139,7 +139,7 @@ def score(samples, plus, seed=0) -> dict:
     figures = {}
     for metric, field in metrics.items():
         shares = [sum(row[field] for row in rows) / len(rows) for rows in by_problem.values()]
-        figures[metric] = benchmarks.interval(shares, seed)
+        figures[metric] = benchmarks.bootstrap(shares, seed)
     return figures
 
 

@@ -56,13 +56,13 @@ def main():
             remedy = "score it in a command of its own"
             cli.fail(f"{name} has other references than {args.models[0]}; {remedy}")
         columns = own_scores | score_texts(references, texts, scorer)
-        scores[name] = {metric: benchmarks.interval(column) for metric, column in columns.items()}
+        scores[name] = {metric: benchmarks.bootstrap(column) for metric, column in columns.items()}
         scores[name]["bleu"], signature = corpus_bleu(references, texts)
         if judge and any(texts):
             scores[name]["perplexity"] = perplexity(texts, *judge, args.bf16)
         if first:
             change = {name: columns[name] - first[name] for name in first if name in columns}
-            differences[name] = {metric: benchmarks.interval(x) for metric, x in change.items()}
+            differences[name] = {metric: benchmarks.bootstrap(x) for metric, x in change.items()}
         first = first or columns
     versions = {"bleu": signature, "bert_score": scorer.hash if scorer else None}
     benchmarks.report(scores, differences=differences, examples=len(expected), **versions)

@@ -152,7 +152,7 @@ def rates(a_first, b_first) -> tuple[dict, dict]:
         "inconsistent": float((abs(scores[0] - scores[1]) == 1).mean()),
         "first_position": None if ties.all() else float(points[~ties].mean()),
     }
-    return benchmarks.interval(scores.mean(0)), biases
+    return benchmarks.bootstrap(scores.mean(0)), biases
 
 
 if __name__ == "__main__":
