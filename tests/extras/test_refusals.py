@@ -32,7 +32,7 @@ REFUSED = {  # a command of extras, and what its sentence says
     f"baselines.reflection sft --eval_samples 2 {NO_WORDS}": "gives numbers",
     "benchmarks.answers sft out.json --prompts question.jsonl": "needs instruction",
     "benchmarks.text half.jsonl": "row 1 of half.jsonl needs reference",
-    "benchmarks.text a.jsonl b.jsonl": "has not the references of",
+    "benchmarks.text a.jsonl b.jsonl": "has other references than",
     "benchmarks.text a.jsonl --bert_model ./folder": "choose one with --bert_layers",
     "benchmarks.text a.jsonl --bert_model nowhere/x/y --bert_layers 2": "cannot be loaded",
     "human.records a.jsonl --out a.jsonl": "choose another --out",

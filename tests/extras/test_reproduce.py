@@ -11,7 +11,7 @@ from forking import output, refusal, result_of
 from scipy.stats import ttest_1samp
 from transformers import AutoModelForCausalLM
 
-from extras import reproduce, table
+from extras import ledger, reproduce, table
 from extras.interval import interval
 from t2g import adapters
 
@@ -79,7 +79,7 @@ measure = "{script} measure {root}/sft {seed} 0.1"
 
 @pytest.fixture
 def recipe(tmp_path, monkeypatch):
-    monkeypatch.setattr(table, "parameters", lambda run: {"a": 100, "b": 100, "rm": 50}[run.name])
+    monkeypatch.setattr(ledger, "parameters", lambda run: {"a": 100, "b": 100, "rm": 50}[run.name])
     (tmp_path / "stand_in.py").write_text(STAND_IN)
     path = tmp_path / "recipe.toml"
     path.write_text(RECIPE.replace("STAND_IN", str(tmp_path / "stand_in.py")))
@@ -253,7 +253,7 @@ def test_the_ledger_counts_two_flops_per_weight_and_token_read_and_six_trained(r
         "update": (70.0, 2 * read + trained, 4 * 100 * read + 6 * 100 * trained),
     }
     for part, values in expected.items():
-        assert tuple(costs[part, unit] for unit in table.UNITS) == values
+        assert tuple(costs[part, unit] for unit in ledger.UNITS) == values
 
 
 def test_the_ledger_counts_the_model_under_an_adapter(model, tmp_path):
@@ -263,7 +263,7 @@ def test_the_ledger_counts_the_model_under_an_adapter(model, tmp_path):
     adapter = adapters.added(base, SimpleNamespace(lora_r=4, lora_alpha=32.0))
     adapter.save_pretrained(tmp_path / "run" / "checkpoint-1")
     for path in (tmp_path / "base", tmp_path / "run"):
-        assert table.parameters(path) == under
+        assert ledger.parameters(path) == under
 
 
 def test_at_equal_kl_a_run_is_read_where_it_had_gone_as_far_as_the_other():
