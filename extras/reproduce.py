@@ -32,6 +32,8 @@ from t2g.cli import fail, flags, friendly_errors, parser, positive
 from t2g.log import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
+# A recipe may also have seeds, jobs, stages, words, curve, against, also_at_equal_kl (metrics whose
+# difference is taken there too) and lower_is_better (true or false, of the curve).
 NEEDED = {"title", "metrics", "main", "main_title", "curves", "measure", "rows"}
 
 
@@ -176,7 +178,7 @@ def run_job(job, needs, at_once):
         done["commands"].append(line)
         done["seconds"] += time.perf_counter() - start
         done["result"] = ended.stdout.rstrip().rpartition("\n")[2]
-        done["commit"] = checkpoint.commit()
+        done["commits"] = [*done.get("commits", []), checkpoint.commit()]
         write_json(job.result, done)
 
 

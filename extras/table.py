@@ -29,9 +29,9 @@ def write(root, folders, recipe, rows, jobs) -> dict:
     for name in jobs:
         if name not in rows:
             stages[name] = interval([read_done(folder, name)["seconds"] for folder in folders])
-    commits = {read_done(folder, name).get("commit") for folder in folders for name in jobs}
-    result = {"rows": summarise(cells, recipe, rows), "stages": stages}
-    result["commits"] = sorted(filter(None, commits))
+    done = [read_done(folder, name) for folder in folders for name in jobs]
+    commits = {commit for job in done for commit in job.get("commits", []) if commit}
+    result = {"rows": summarise(cells, recipe, rows), "stages": stages, "commits": sorted(commits)}
     write_json(root / "table.json", result)
     text = markdown(result, recipe, rows)
     (root / "table.md").write_text(text, encoding="utf-8")
@@ -82,9 +82,6 @@ def smooth(curve) -> list[float]:
     return [float(np.mean(curve[max(0, end - SMOOTH) : end])) for end in range(1, len(curve) + 1)]
 
 
-# ---- the table ---------------------------------------------------------------------------------
-
-
 def summarise(cells, recipe, rows) -> dict:
     """Returns {row: {metric: interval()}} of {row: the cell of each seed}."""
     main, table = recipe["main"], {}
@@ -110,8 +107,7 @@ def summarise(cells, recipe, rows) -> dict:
                 gains = [gain_at_equal_kl(*pair, metric) for pair in zip(ours, theirs)]
                 columns[f"{metric}_at_equal_kl"] = gains
             sign = -1 if recipe.get("lower_is_better") else 1
-            curves = [(a["curve"], b["curve"]) for a, b in zip(ours, theirs)]
-            reached = [rollouts_to_end(*pair, sign) for pair in curves]
+            reached = [rollouts_to_end(a["curve"], b["curve"], sign) for a, b in zip(ours, theirs)]
             if any(reached):
                 columns["rollouts_to_rival"] = [number for number in reached if number]
         for metric in SHIFTS:  # a run without such tokens has none

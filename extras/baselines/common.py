@@ -72,8 +72,9 @@ def draw_examples(task, args, tokenizer, model) -> list[tasks.Example]:
     An example is drawn more than once only if there are fewer than --num_prompts.
     """
     train = tasks.short_enough(tasks.load(task, args)[0], tokenizer, model, args)
-    rng, enough = random.Random(f"offline {args.seed}"), args.num_prompts <= len(train)
-    drawn = (rng.sample if enough else rng.choices)(train, k=args.num_prompts)
+    rng = random.Random(f"offline {args.seed}")
+    draw = rng.sample if args.num_prompts <= len(train) else rng.choices
+    drawn = draw(train, k=args.num_prompts)
     drawn.sort(key=lambda example: (len(example.prompt), example.prompt))
     return [example for example in drawn for _ in range(args.samples_per_prompt)]
 

@@ -77,10 +77,10 @@ def spoil(text: str, feedback: Feedback, kind: str, rate: float, rng) -> Feedbac
 
 
 def moved(text: str, quote, label: str, kind: str, rng):
-    """Returns a quote of equal length and severity from another place than the one that it marks.
+    """Returns a quote of equal severity from another place than the one that it marks.
 
-    label: "good" or "poor"; a repeated good quote marks its first place, a poor one its last. The
-    new quote may be longer than the old one, because it must stand at one place only.
+    It starts as long as the old one, and is lengthened until it stands at one place only. label:
+    "good" or "poor"; a repeated good quote marks its first place, a poor one its last.
     """
     spans, _ = resolve(text, Feedback("", **{label: [quote]}))
     if not spans:
