@@ -95,9 +95,9 @@ def summarise(cells, recipe, rows) -> dict:
                 columns[metric] = values
             else:  # such as the perplexity of no text
                 print(f"{name}: not every seed has a {metric}, so the table leaves it out")
-        if theirs:
-            pairs = zip(columns[main], [cell["scores"][main] for cell in theirs])
-            columns["difference"] = [a - b for a, b in pairs]
+        rival = [cell["scores"].get(main) for cell in theirs or []]
+        if rival and None not in rival and main in columns:
+            columns["difference"] = [a - b for a, b in zip(columns[main], rival)]
         if ours[0]["curve"]:
             columns["kl"] = [cell["kl"][-1] for cell in ours]
             columns["curve_end"] = [cell["curve"][-1] for cell in ours]
@@ -231,7 +231,7 @@ def plot(path, cells, recipe, rows):
             for curve in curves if name in pair else []:
                 axes.plot(steps, curve[:length], color=colour, linewidth=0.8, alpha=0.5)
         else:
-            ends = [cell["scores"][recipe["main"]] for cell in cells[name]]
+            ends = [cell["scores"].get(recipe["main"], np.nan) for cell in cells[name]]
             label += ", held out"
             axes.plot([edge] * len(ends), ends, "D", color=colour, alpha=0.7, label=label)
             edge += 1

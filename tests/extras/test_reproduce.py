@@ -290,12 +290,18 @@ def test_rollouts_to_the_rival_s_end_say_how_many_seeds_reach_it():
 
 @pytest.mark.parametrize("without", [0, 1])
 def test_a_metric_that_a_seed_lacks_is_left_out_and_named(without, capsys):
-    cells = [dict(scores={"good": 1.0, "perplexity": 9.0}, curve=[], shifts={}) for _ in range(2)]
-    cells = [cell | dict(ledger={}, seconds=1) for cell in cells]
-    del cells[without]["scores"]["perplexity"]
-    rows = table.summarise({"a": cells}, {"main": "good"}, {"a": {}})
-    assert "perplexity" not in rows["a"] and rows["a"]["good"]["values"] == [1.0, 1.0]
+    def cell(**scores):
+        return dict(scores=scores, curve=[], shifts={}, ledger={}, seconds=1)
+
+    cells = {name: [cell(good=1.0, perplexity=9.0) for _ in range(2)] for name in "ab"}
+    del cells["a"][without]["scores"]["perplexity"]
+    rows = {"a": {"against": "b"}, "b": {"against": "a"}}
+    by_good = table.summarise(cells, {"main": "good"}, rows)
+    assert "perplexity" not in by_good["a"] and by_good["a"]["good"]["values"] == [1.0, 1.0]
+    assert by_good["a"]["difference"]["values"] == [0.0, 0.0]
     assert "a: not every seed has a perplexity" in capsys.readouterr().out
+    by_perplexity = table.summarise(cells, {"main": "perplexity"}, rows)
+    assert all("difference" not in row for row in by_perplexity.values())
 
 
 def test_curves_can_be_drawn_of_any_rows(tmp_path):
