@@ -92,18 +92,13 @@ def test_with_gamma_and_lambda_1_the_expected_step_is_the_gradient_of_the_expect
 
 
 @given(seed=st.integers(0, 10**6), gamma=st.floats(0, 1), lam=st.floats(0, 1))
-def test_discounting_credits_a_reward_less_to_tokens_further_back_and_nothing_else(
+def test_a_reward_credits_earlier_tokens_less_and_v_adds_a_bias_only_where_lambda_is_below_1(
     seed, gamma, lam
 ):
-    """With V = 0, r_k credits token t <= k with weight (gamma lam)^(k - t), the exact bias."""
-    example = Example(seed)
-    step = example.expected_step(example.rewards, torch.zeros_like(example.rewards), gamma, lam)
-    assert_close(step, example.credit(example.rewards, lambda distance: (gamma * lam) ** distance))
+    """r_k credits token t <= k with weight (gamma lam)^(k - t), and V acts as a reward.
 
-
-@given(seed=st.integers(0, 10**6), gamma=st.floats(0, 1), lam=st.floats(0, 1))
-def test_a_value_head_adds_a_bias_only_where_lambda_is_below_1(seed, gamma, lam):
-    """V acts as a reward gamma (1 - lam) V_k for reaching the state before token k."""
+    That of reaching the state before token k is gamma (1 - lam) V_k.
+    """
     example = Example(seed)
     step = example.expected_step(example.rewards, example.values, gamma, lam)
     of_rewards = example.credit(example.rewards, lambda distance: (gamma * lam) ** distance)

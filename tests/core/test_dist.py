@@ -54,6 +54,15 @@ def test_two_processes_make_the_step_of_one(model, two_processes, case):
     assert (moved or adapted) == (case != "all_are_unreadable")
 
 
+def test_no_split_into_microbatches_changes_a_step(model):
+    """Rows have unequal lengths, so that a mean of the microbatches' means would differ."""
+    (ones, stats), (twos, same) = (
+        one_step.one_step(model, x) for x in ("uneven_lengths", "microbatches")
+    )
+    assert stats == pytest.approx(same, rel=1e-4, abs=1e-6)
+    assert_close(ones, twos, atol=1e-6, rtol=1e-5)
+
+
 def sample_by_prompt(model, tokenizer, prompts, *shape, **options):
     """sample(), with random numbers that depend on the prompt alone, whichever rank has it."""
     generators = [random.Random(prompt) for prompt in prompts]

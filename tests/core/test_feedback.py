@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from t2g.feedback import Feedback, FeedbackError, quoted, reward_prompt
+from t2g.feedback import Feedback, FeedbackError, reward_prompt
 
 SPAN_MAP = '{"good": ["a"], "poor": []}'
 NASTY = 'ab{}[]()"\\/:, \t\r\n\v\f\x00\x1c\x85\u2028\u2029\ufeffé😀👩‍👩‍👧'
@@ -53,13 +53,6 @@ def test_parse_inverts_render_and_plain_feedback_has_no_severities(feedback, spa
     assert plain.plain() == plain == Feedback.parse(plain.render())
     for before, after in ((feedback.good, plain.good), (feedback.poor, plain.poor)):
         assert after == [quote if isinstance(quote, str) else quote["text"] for quote in before]
-
-
-@given(texts, severities)
-def test_a_quote_weighs_its_severity_whatever_the_sign_and_a_plain_one_weighs_one(text, severity):
-    assert quoted(text) == (text, 1)
-    for signed in (severity, -severity):
-        assert quoted({"text": text, "severity": signed}) == (text, max(severity, -severity))
 
 
 def test_quotes_are_written_without_escapes_and_keys_come_in_either_order():

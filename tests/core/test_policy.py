@@ -10,13 +10,14 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_ppo
-from t2g import cpu
+from t2g import adapters, cpu
 from t2g.align import span_rewards, token_offsets
 from t2g.chat import chat_text
 from t2g.log import print_once
 from t2g.policy import Policy, autocast, eos_ids, latest_checkpoint, load, response_logits, save
 from t2g.ppo import entropies, gae, kl_penalty, masked_mean, policy_loss, vocabulary_logprobs
 from t2g.rollout import draw, encode_prompts, respond, sample
+from t2g.score import score
 
 PROMPTS = [
     "Hi.",
@@ -65,17 +66,6 @@ def naive_rows(model, rollout):
 # ---- log-probabilities, entropies, values ----------------------------------------------------
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7, 2.5])
-@torch.no_grad()
-def test_logprobs_and_entropies_are_those_of_a_naive_forward(policy, rollout, temperature):
-    """They are those of softmax(logits / temperature), from which tokens are drawn."""
-    stats = policy(rollout, temperature, with_entropy=True)
-    for b, n, response, logits in naive_rows(policy.model, rollout):
-        expected = torch.distributions.Categorical(logits=logits / temperature)
-        assert_close(stats.logprobs[b, :n], expected.log_prob(response), atol=1e-5, rtol=0)
-        assert_close(stats.entropy[b, :n], expected.entropy(), atol=1e-5, rtol=0)
-
-
 def test_impossible_tokens_add_nothing_to_entropy_and_kl(policy, rollout):
     """A vocabulary that is padded with logits of -inf."""
     logits = response_logits(policy.model, rollout)[0].detach()
@@ -87,6 +77,30 @@ def test_impossible_tokens_add_nothing_to_entropy_and_kl(policy, rollout):
     assert_close(kl, kl_penalty(ours[..., :-3], theirs[..., :-3], "full"), atol=1e-6, rtol=0)
     entropies(ours).sum().backward()
     assert padded.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", train_ppo.KL_KINDS)
+@pytest.mark.parametrize("lora", [False, True])
+@torch.no_grad()
+def test_scores_are_those_of_naive_forwards_of_policy_and_reference(model, rollout, kind, lora):
+    """The reference is a model of its own, or with LoRA the policy without its adapters."""
+    torch.manual_seed(2)
+    trained, reference = copy.deepcopy(model), None if lora else model
+    trained = adapters.added(trained, argparse.Namespace(lora_r=2 if lora else None, lora_alpha=4))
+    for name, weight in trained.named_parameters():
+        if not lora or "lora_B" in name:
+            weight += 0.1 * torch.randn_like(weight)
+    args = dict(per_device_train_batch_size=3, bf16=False, temperature=0.7, kl_estimator=kind)
+    scores = score(Policy(trained), reference, rollout, argparse.Namespace(**args))
+    rows = zip(naive_rows(trained, rollout), naive_rows(model, rollout))
+    for (b, n, response, logits), (*_, ref_logits) in rows:
+        both = [vocabulary_logprobs(x, 0.7) for x in (logits, ref_logits)]
+        sampled = [log_p.gather(1, response[:, None])[:, 0] for log_p in both]
+        kl = kl_penalty(*(both if kind == "full" else sampled), kind)
+        for ours, naive in ((scores.kl, kl), (scores.logprobs, sampled[0])):
+            assert_close(ours[b, :n], naive, atol=1e-5, rtol=1e-4)
+            assert not ours[b, n:].any()
+    assert scores.kl.abs().max() > 0.01
 
 
 @torch.no_grad()
@@ -131,25 +145,6 @@ def test_the_entropy_bonus_is_subtracted_from_the_loss_and_has_a_gradient(policy
 
 
 # ---- sampling --------------------------------------------------------------------------------
-
-
-def test_the_mask_holds_eos_and_nothing_after_it(model, tokenizer, rollout):
-    ends = torch.tensor(eos_ids(tokenizer, model))
-    for response, mask, finished in zip(rollout.response, rollout.mask, rollout.finished):
-        n = int(mask.sum())
-        assert mask[:n].all() and not mask[n:].any()
-        assert torch.isin(response[n - 1], ends) == finished
-        assert not torch.isin(response[: n - 1], ends).any()
-        assert finished or n == response.shape[0] == T
-        assert (response[n:] == tokenizer.pad_token_id).all()
-
-
-def test_sampling_stops_when_all_rows_have_ended(model, tokenizer):
-    """No column that is padding in every row."""
-    for seed in range(8):
-        random = torch.Generator().manual_seed(seed)
-        rollout = sample(model, tokenizer, PROMPTS[:1], 60, generator=random)
-        assert rollout.mask.any(0).all()
 
 
 def test_a_token_is_drawn_as_often_as_it_is_likely_and_one_that_cannot_be_never():

@@ -62,41 +62,12 @@ def test_gae_is_the_double_sum_of_its_definition(mask, seed, gamma, lam):
         assert not advantages[b, n:].any() and not returns[b, n:].any()
 
 
-@given(masks(), seeds, rates, rates)
-def test_true_values_give_no_advantage(mask, seed, gamma, lam):
-    """Where V is exactly what is still to come, nothing is better than expected."""
-    rewards = noise(seed, *mask.shape) * mask
-    values = gae(rewards, torch.zeros_like(rewards), mask, gamma, 1.0)[0]
-    assert_close(gae(rewards, values, mask, gamma, lam)[0], torch.zeros_like(rewards))
-
-
-@given(masks(min_tokens=1), seeds, rates, rates, st.data())
-def test_a_reward_reaches_back_and_never_forward(mask, seed, gamma, lam, data):
-    rewards, values = noise(seed, 2, *mask.shape)
-    b, t = data.draw(st.sampled_from(mask.nonzero().tolist()))
-    changed = rewards.clone()
-    changed[b, t] += 1
-    before, after = (gae(r, values, mask, gamma, lam)[0] for r in (rewards, changed))
-    expected = torch.zeros_like(rewards)
-    expected[b, : t + 1] = (gamma * lam) ** torch.arange(t, -1, -1, dtype=torch.float64)
-    assert_close(after - before, expected)
-    assert torch.equal((after != before) & (expected == 0), torch.zeros_like(mask))
-
-
 @given(masks(), seeds, rates, rates, st.sampled_from([1e30, math.inf, math.nan]))
 def test_gae_is_blind_to_what_stands_in_padding(mask, seed, gamma, lam, junk):
     rewards, values = noise(seed, 2, *mask.shape)
     clean = gae(rewards, values, mask, gamma, lam)
     spoilt = rewards.masked_fill(~mask, junk), values.masked_fill(~mask, -junk)
     assert all(map(torch.equal, clean, gae(*spoilt, mask, gamma, lam)))
-
-
-@given(masks(), seeds, rates, rates, st.integers(1, 4))
-def test_more_padding_changes_nothing(mask, seed, gamma, lam, more):
-    rewards, values = noise(seed, 2, *mask.shape)
-    longer = [torch.nn.functional.pad(x, (0, more)) for x in (rewards, values, mask)]
-    for short, long in zip(gae(rewards, values, mask, gamma, lam), gae(*longer, gamma, lam)):
-        assert torch.equal(torch.nn.functional.pad(short, (0, more)), long)
 
 
 @pytest.mark.parametrize("shape", [(2, 0), (0, 3)])
@@ -162,9 +133,9 @@ def test_without_any_token_all_is_zero():
 # ---- KL --------------------------------------------------------------------------------------
 
 
-def two_policies(seed, requires_grad=False):
+def two_policies(seed, requires_grad=False, spread=1.0):
     """Log-softmaxes over a vocabulary of five tokens at two places: pi and pi_ref."""
-    logits = noise(seed, 2, 1, 2, 5).requires_grad_(requires_grad)
+    logits = (spread * noise(seed, 2, 1, 2, 5)).requires_grad_(requires_grad)
     return logits[0].log_softmax(-1), logits[1].log_softmax(-1).detach(), logits
 
 
@@ -174,9 +145,9 @@ def each_token(logprobs, ref_logprobs, kind):
     return torch.stack([kl_penalty(*pair, kind) for pair in pairs], dim=-1)
 
 
-@given(seeds)
-def test_full_kl_is_the_kl_divergence(seed):
-    logprobs, ref_logprobs, _ = two_policies(seed)
+@given(seeds, st.floats(0.01, 30))
+def test_full_kl_is_the_kl_divergence(seed, spread):
+    logprobs, ref_logprobs, _ = two_policies(seed, spread=spread)
     pair = (torch.distributions.Categorical(logits=x) for x in (logprobs, ref_logprobs))
     expected = torch.distributions.kl_divergence(*pair)
     assert_close(kl_penalty(logprobs, ref_logprobs, "full"), expected)
@@ -258,7 +229,7 @@ def test_a_tenth_of_the_horizon_moves_it_by_a_tenth_of_the_error(kl, factor):
 
 
 @given(kls, st.integers(1, 1000))
-def test_an_infinite_horizon_keeps_the_coefficient(kl, n):
+def test_without_a_target_the_coefficient_stays(kl, n):
     fixed = AdaptiveKL(0.05)
     fixed.update(kl, n)
     assert fixed.value == 0.05

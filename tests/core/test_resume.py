@@ -95,13 +95,6 @@ def test_held_out_prompts_are_shown_before_the_first_update_and_after_each(whole
     assert set(kl[0]) == {0} and any(kl[STEPS]), "policy and reference are one at the start"
 
 
-def test_the_value_head_has_a_learning_rate_of_its_own(whole):
-    weights = load_file(policy.latest_checkpoint(whole) / "value_head" / "value_head.safetensors")
-    policy_rate = toy.DEFAULTS["train_ppo"]["learning_rate"]
-    updates = 4 * STEPS  # each of which moves a weight by hardly more than its rate
-    assert max(x.abs().max() for x in weights.values()) > 2 * updates * policy_rate
-
-
 def test_by_default_a_step_changes_v_by_a_fifth_for_states_of_ones(model, tokenizer, tmp_path):
     args = SimpleNamespace(learning_rate=1e-6, value_learning_rate=None, kl_coef=0.1)
     args.output_dir, args.max_steps, args.tensorboard = tmp_path, 1, False
@@ -211,9 +204,11 @@ def test_other_flags_or_none_begin_anew(stopped, flags, other, shown):
         ("--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 2),
     ],
 )
-def test_flags_that_do_not_change_the_training_may_differ(stopped, flags, other):
+def test_flags_that_do_not_change_the_training_may_differ(stopped, flags, whole, other):
     code, printed = run(*flags, *other)
     assert code == 0 and "resuming after step 4" in printed and "moved to" not in printed
+    for ours, theirs in zip(output_of(stopped)[0], output_of(whole)[0], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
 
 
 def test_a_path_may_be_spelt_differently_and_the_run_may_be_moved(

@@ -85,7 +85,7 @@ def check(model, tokenizer, temperature=1.0, atol=1e-3):
     """Compares sampling and scoring of a batch with naive forwards of its rows, to their end."""
     random = torch.Generator().manual_seed(0)
     rollout = sample(model, tokenizer, PROMPTS, T, temperature, random)
-    logprobs = policy.Policy(model)(rollout, temperature or 1.0).logprobs
+    scores = policy.Policy(model)(rollout, temperature or 1.0, with_entropy=True)
     random.manual_seed(0)
     uniform = torch.stack([torch.rand(len(PROMPTS), generator=random) for _ in range(T)])
     ends = policy.eos_ids(tokenizer, model)
@@ -95,11 +95,15 @@ def check(model, tokenizer, temperature=1.0, atol=1e-3):
             ids = torch.cat([prompt, torch.tensor(response[:t], dtype=torch.long)])
             logits = model(input_ids=ids[None], use_cache=False).logits[:, -1].float()
             assert draw(logits, temperature, uniform[t, b : b + 1]).item() == token
-            logprob = (logits / (temperature or 1.0)).log_softmax(-1)[0, token]
-            assert_close(logprob, logprobs[b, t], atol=atol, rtol=0)
+            naive = torch.distributions.Categorical(logits=logits[0] / (temperature or 1.0))
+            logprob, entropy = naive.log_prob(torch.tensor(token)), naive.entropy()
+            assert_close(scores.logprobs[b, t], logprob, atol=atol, rtol=0)
+            assert_close(scores.entropy[b, t], entropy, atol=atol, rtol=0)
             assert (token in ends) == (rollout.finished[b].item() and t == len(response) - 1)
         assert rollout.finished[b] or len(response) == T
         assert rollout.mask[b].tolist() == [t < len(response) for t in range(rollout.mask.shape[1])]
+        assert (rollout.response[b, len(response) :] == tokenizer.pad_token_id).all()
+    assert rollout.mask.any(0).all(), "sampling stops when all rows have ended"
 
 
 @pytest.mark.parametrize("name", ACCEPTED)
@@ -111,7 +115,7 @@ def test_a_batch_is_its_rows_alone(name, tokenizer):
 
 @pytest.mark.parametrize("temperature", [0.8, 0])
 def test_a_batch_is_its_rows_alone_at_any_temperature(model, tokenizer, temperature):
-    check(model, tokenizer, temperature, atol=1e-4)
+    check(model, tokenizer, temperature, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", REFUSED)

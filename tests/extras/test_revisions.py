@@ -9,6 +9,7 @@ from forking import output, result_of
 from toys import noisy_examples, save_start
 
 from extras.baselines import common, ilf, reflection
+from t2g.align import token_offsets
 from t2g.feedback import Feedback, revision_prompt
 from t2g.rollout import sample
 from t2g.tasks import toy
@@ -36,11 +37,13 @@ def test_the_reward_of_a_sample_is_the_sum_of_its_token_rewards(untrained):
     rollouts = [sample(model, tokenizer, part, 6) for part in (prompts[:2], prompts[2:])]
     assert [row.text for row in rows] == [text for rollout in rollouts for text in rollout.texts]
     assert [row.example for row in rows] == examples and stats["samples"] == 3
-    masks = [mask for rollout in rollouts for mask in rollout.mask]
-    for row, mask in zip(rows, masks):
-        poor_tokens = int(mask.sum()) - row.finished  # EOS has no characters
-        assert row.reward <= 0 and row.reward >= -poor_tokens - 0.25
-    assert stats["response_tokens"] == pytest.approx(sum(int(mask.sum()) for mask in masks) / 3)
+    ids = [rollout.ids(b) for rollout in rollouts for b in range(len(rollout))]
+    for row, tokens in zip(rows, ids):
+        first, last = len(row.text) - len(row.text.lstrip()), len(row.text.rstrip())
+        offsets = token_offsets(tokenizer, tokens)
+        poor = sum(max(start, first) < min(end, last) for start, end in offsets)
+        assert row.reward == -poor - 0.25 * (not row.finished) and poor > 1
+    assert stats["response_tokens"] == pytest.approx(sum(map(len, ids)) / 3)
 
 
 # ---- reflection ----------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""SDPO: the divergence beside torch's, the teacher by brute force, the update, the command."""
+"""SDPO: the divergence and its teacher by brute force, the update, the command."""
 
 import argparse
 import copy
@@ -6,8 +6,6 @@ import copy
 import pytest
 import torch
 from forking import output
-from hypothesis import given
-from hypothesis import strategies as st
 from torch.distributions import Categorical, kl_divergence
 from torch.testing import assert_close
 from toys import save_start
@@ -16,7 +14,6 @@ from extras.baselines import sdpo
 from t2g.chat import chat_text
 from t2g.feedback import Feedback, revision_prompt
 from t2g.log import read_jsonl
-from t2g.ppo import kl_penalty
 from t2g.rollout import sample
 
 PROMPTS = ["Hi.", "I am 27.", "My name is Ana. I plan to learn chess.", "I live in Porto."]
@@ -26,33 +23,6 @@ ARGS = dict(
     temperature=0.7, bf16=False, num_ppo_epochs=1, num_mini_batches=1,
     per_device_train_batch_size=8, max_grad_norm=1e9
 )  # fmt: skip
-
-
-def distributions(seed, spread=2.0):
-    generator = torch.Generator().manual_seed(seed)
-    draws = torch.randn(2, 3, 4, 7, generator=generator, dtype=torch.float64)
-    return (spread * draws).log_softmax(-1)
-
-
-# ---- the divergence ------------------------------------------------------------------------------
-
-
-@given(seed=st.integers(0, 10**6), spread=st.floats(0.01, 30))
-def test_reverse_kl_is_the_one_of_torch_and_0_for_equal_distributions(seed, spread):
-    p, q = distributions(seed, spread)
-    found = kl_penalty(p, q, "full")
-    assert_close(found, kl_divergence(Categorical(logits=p), Categorical(logits=q)))
-    assert (found > 0).all()
-    assert_close(kl_penalty(p, p.clone(), "full"), torch.zeros_like(found))
-
-
-def test_the_gradient_of_reverse_kl_is_a_policy_gradient_over_the_vocabulary():
-    """Ascent on sum_v p(v) A(v) grad log p(v) with constant advantages A = log q - log p."""
-    p, q = distributions(2)
-    logits = p.clone().requires_grad_()
-    kl_penalty(logits.log_softmax(-1), q, "full").sum().backward()
-    jacobian = torch.eye(7, dtype=p.dtype) - p.exp()[..., None, :]  # d log p(v) / d logit(w)
-    assert_close(-logits.grad, torch.einsum("btv,btv,btvw->btw", p.exp(), q - p, jacobian))
 
 
 # ---- policy and teacher --------------------------------------------------------------------------

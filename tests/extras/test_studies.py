@@ -8,28 +8,43 @@ from pathlib import Path
 import numpy as np
 import pytest
 from forking import output, result_of
+from safetensors.torch import load_file
 from toys import save_start
 
 import train_ppo
 from extras.studies import deviations, rule_check
-from t2g.log import read_json, read_jsonl
+from t2g.log import read_json
 from t2g.notes import write_whole
 
 ROOT = Path(__file__).parents[2]
 PATCHED = ("parse_args", "sample", "whiten", "gae", "token_rewards", "policy_loss", "value_loss")
 
 
+SHORT = "--critic rule --max_steps 1 --num_ppo_epochs 1 --response_length 24 --eval_samples 1"
+SHORT += " --per_device_train_batch_size 16"
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """A folder with an untrained policy, and a plain step of it."""
+    folder = tmp_path_factory.mktemp("start")
+    save_start(folder)
+    output(f"train_ppo {SHORT} --output_dir {folder}/plain")
+    return folder
+
+
+def weights(folder):
+    return load_file(folder / "checkpoint-1" / "model.safetensors")
+
+
 @pytest.mark.parametrize("detail", [detail.__name__ for detail in deviations.DETAILS])
-def test_each_detail_changes_a_step_of_training(detail, tmp_path, monkeypatch):
-    save_start(tmp_path)
+def test_each_detail_changes_a_step_of_training(detail, start, monkeypatch):
     for name in PATCHED:
         monkeypatch.setattr(train_ppo, name, getattr(train_ppo, name))
-    flags = "--critic rule --max_steps 1 --num_ppo_epochs 1 --response_length 8 --eval_samples 1"
-    flags += f" --per_device_train_batch_size 4 --output_dir {tmp_path}/run"
-    output(f"extras.studies.deviations {detail} {flags}")
-    [row] = read_jsonl(tmp_path / "run" / "metrics.jsonl")
-    assert row["grad_norm"] > 0
-    assert read_json(tmp_path / "run" / "config.json")["detail"] == detail
+    output(f"extras.studies.deviations {detail} {SHORT} --output_dir {start / detail}")
+    plain, changed = weights(start / "plain"), weights(start / detail)
+    assert any((plain[name] != changed[name]).any() for name in plain)
+    assert read_json(start / detail / "config.json")["detail"] == detail
 
 
 def test_healthy_prints_a_table_and_draws_the_curves(tmp_path):
