@@ -7,7 +7,7 @@ One index convention holds everywhere: a (B, T) tensor is indexed by the respons
     | logprobs[:, t] | log pi(response[:, t] | prompt, response[:, :t]), in nats                |
     | values[:, t]   | V of the state before token t; V after the last token is 0              |
     | rewards[:, t]  | the reward for emitting token t                                         |
-    | mask[:, t]     | True up to and including EOS; masked positions are 0 and ignored |
+    | mask[:, t]     | True up to and including EOS; other places are 0 and ignored            |
 
 Losses are sums over tokens divided by `token_count`. With the count of the whole minibatch, over
 all ranks, no split into microbatches changes the step.
