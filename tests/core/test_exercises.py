@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_placement import rollout_of
 from torch.testing import assert_close
 
 from t2g.align import SENTENCE_OR_LINE, locate, resolve, span_rewards, steps, token_offsets
@@ -21,7 +22,6 @@ from t2g.ppo import (
     whiten,
 )
 from t2g.rewards import place_rewards
-from t2g.rollout import Rollout
 from train_ppo import check_first_ratio
 
 TEXT = "Ana is 27, lives in Porto."  # eight tokens: Ana | is | 27 | , | lives | in | Porto | .
@@ -32,12 +32,6 @@ EIGHT = torch.ones(1, 8, dtype=torch.bool)
 
 def noise(seed, *shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def rollout_of(response) -> Rollout:
-    """A rollout of these token ids, without padding, after a prompt of one token."""
-    real = torch.ones_like(response, dtype=torch.bool)
-    return Rollout(response[:, :1], real[:, :1], response, real, real.all(1), [""] * len(response))
 
 
 def test_exercise_1a_the_advantages_of_the_eight_tokens_by_hand():
@@ -107,9 +101,8 @@ def test_exercise_4_k3_is_never_negative_and_its_mean_over_the_vocabulary_is_the
 def test_exercise_5_process_rewards_are_the_sums_of_segments(tokenizer):
     """prm puts the sum of each sentence on its last token; scalar puts the total on the last."""
     text = "Ana is 27. Ana lives in Porto."
-    ids = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
-    rollout = rollout_of(torch.tensor([ids]))
-    rollout.texts = [text]
+    rollout = rollout_of(tokenizer, [text], [True])
+    ids = rollout.ids(0)
     critique = "The age is 41. The name and the city are right."
     feedback = Feedback(critique, good=["Ana", " Porto"], poor=[" 27"])
     offsets = token_offsets(tokenizer, ids)

@@ -202,17 +202,6 @@ def test_an_unknown_estimator_is_refused(kind):
 
 # ---- the KL coefficient ----------------------------------------------------------------------
 
-kls = st.floats(0, 1e6)
-
-
-@given(st.floats(0.01, 10), st.floats(0.1, 100), kls, st.integers(1, 1000), st.floats(1000, 1e6))
-def test_the_coefficient_follows_the_kl_within_its_bounds(init, target, kl, n, horizon):
-    steered = AdaptiveKL(init, target=target, horizon=horizon)
-    steered.update(kl, n)
-    change = steered.value / init - 1
-    assert abs(change) <= 0.2 * n / horizon + 1e-12
-    assert math.copysign(1, kl - target) * change >= 0
-
 
 @pytest.mark.parametrize(
     ("kl", "factor"),
@@ -228,8 +217,7 @@ def test_a_tenth_of_the_horizon_moves_it_by_a_tenth_of_the_error(kl, factor):
     assert usual.value == pytest.approx(steered.value)
 
 
-@given(kls, st.integers(1, 1000))
-def test_without_a_target_the_coefficient_stays(kl, n):
+def test_without_a_target_the_coefficient_stays():
     fixed = AdaptiveKL(0.05)
-    fixed.update(kl, n)
+    fixed.update(1e6, 1000)
     assert fixed.value == 0.05
