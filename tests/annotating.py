@@ -18,6 +18,12 @@ def texts(count):
     return records
 
 
+def annotated(prompt, response, feedback, **more):
+    """A record as annotate.py writes it."""
+    spans = {"good_spans": feedback.good, "poor_spans": feedback.poor}
+    return {"prompt": prompt, "response": response, "critique": feedback.critique, **spans, **more}
+
+
 def write(path, records):
     write_whole(path, records)
     return path

@@ -17,7 +17,9 @@ from hypothesis import settings
 from small_tokenizers import FAMILIES, build
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from t2g import cpu, policy
 from t2g.log import read_jsonl
+from t2g.tasks import toy
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # equal bytes are promised only on a CPU
 torch.set_num_threads(1)
@@ -48,26 +50,29 @@ def tok(request, tokenizers):
 
 
 @pytest.fixture(scope="session")
-def toy_tokenizer():
-    from t2g.tasks import toy
-
-    return toy.new_model(0)[0]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(toy_tokenizer):
-    """The toy's tokenizer; each module may change its own copy."""
-    return copy.deepcopy(toy_tokenizer)
-
-
-@pytest.fixture(scope="module")
-def fresh():
-    """Returns a new copy of the same tokenizer and small model of the toy at each call."""
-    from t2g.tasks import toy
-
+def toy_start():
+    """The toy's tokenizer and its untrained small model, which no test changes."""
     torch.manual_seed(0)
-    tokenizer, model = toy.new_model(0)
-    return lambda: (tokenizer, copy.deepcopy(model).eval())
+    return toy.new_model(0)
+
+
+@pytest.fixture(scope="session")
+def untrained(toy_start, tmp_path_factory):
+    """The folder of an untrained policy of the toy; it serves as a reward model too."""
+    tokenizer, model = toy_start
+    return policy.save(model, tokenizer, tmp_path_factory.mktemp("untrained"), 1)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(toy_start):
+    """The toy's tokenizer; each module may change its own copy."""
+    return copy.deepcopy(toy_start[0])
+
+
+@pytest.fixture(scope="session")
+def fresh(toy_start):
+    """Returns the toy's tokenizer and a new copy of its small model at each call."""
+    return lambda: (toy_start[0], copy.deepcopy(toy_start[1]).eval())
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +81,6 @@ def model(tokenizer):
 
     One token in sixteen ends a response.
     """
-    from t2g import cpu
-
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=2,
         num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=256,
@@ -102,8 +105,6 @@ def folder(model, tokenizer, tmp_path_factory):
 @pytest.fixture(scope="module")
 def posts():
     """Makes the toy's 20,000 posts of a seed once per module."""
-    from t2g.tasks import toy
-
     made = functools.cache(lambda seed, load=toy.load: load(SimpleNamespace(seed=seed)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(toy, "load", lambda args: tuple(map(list, made(args.seed))))

@@ -10,7 +10,9 @@ import resource
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "2")
 
@@ -42,24 +44,26 @@ def forked(script, flags, **options):
     return started(main, script, flags, **options)
 
 
-def two_ranks(prepare, flags, errors, script="train_ppo"):
-    """Two processes that run a script together, each after prepare(rank); errors: two files."""
-    port, ranks = free_port(), []
-    for rank in (0, 1):
-        call = train, prepare, script, flags, errors[rank], rank
-        ranks.append(started(as_rank, rank, port, *call))
-    return ranks
+def in_two(script, flags, prepare=None, seconds=600) -> tuple[list, list]:
+    """Runs a script in two ranks, each after prepare(rank). Returns exit codes and stderr of both."""
+    with tempfile.TemporaryDirectory() as folder:
+        errors = [f"{folder}/{rank}" for rank in (0, 1)]
+        codes = run_ranks(run_rank, script, flags, prepare, errors, seconds=seconds, joined=False)
+        return codes, [Path(file).read_text() for file in errors]
 
 
-def train(prepare, script, flags, errors, rank):
-    prepare(rank)
-    main(script, flags, errors=errors)
+def run_rank(script, flags, prepare, errors):
+    rank = int(os.environ["RANK"])
+    if prepare:
+        prepare(rank)
+    main(script, flags, errors=errors[rank])
 
 
-def run_ranks(function, *args, seconds=600) -> list:
-    """Two ranks that call a function. Returns their exit codes as exit_codes() does."""
+def run_ranks(function, *args, seconds=600, joined=True) -> list:
+    """Two ranks that call a function, joined by torchrun's session. Returns their exit codes."""
     port = free_port()
-    return exit_codes([started(as_rank, rank, port, function, *args) for rank in (0, 1)], seconds)
+    call = joined, function, *args
+    return exit_codes([started(as_rank, rank, port, *call) for rank in (0, 1)], seconds)
 
 
 def exit_codes(processes, seconds=600) -> list:
@@ -79,12 +83,15 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def as_rank(rank, port, function, *args):
+def as_rank(rank, port, joined, function, *args):
     """Calls a function in torchrun's environment of one of two processes."""
+    from t2g import torchrun
+
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2}
     place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in place.items()}
-    function(*args)
+    with torchrun.session() if joined else contextlib.nullcontext():
+        function(*args)
 
 
 def python(*words, **options) -> str:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from t2g.align import find, locate, resolve, response_text, span_rewards, token_offsets
+from t2g.align import find, locate, resolve
 from t2g.feedback import Feedback
 
 NFD = partial(unicodedata.normalize, "NFD")
@@ -34,8 +34,6 @@ def cuts_a_word(text, start, end):
 
 
 # ---- quotes ------------------------------------------------------------------------------------
-
-
 @given(st.data(), st.text("ab .12,\né", min_size=1, max_size=12))
 def test_all_occurrences_are_found_and_those_that_cut_words_only_without_others(data, text):
     assume(text.strip())
@@ -216,7 +214,6 @@ def test_a_quote_of_a_megabyte_is_lost_quickly(unit):
 
 
 # ---- feedback to spans -------------------------------------------------------------------------
-
 TWICE = "He is 27 today. Yes, 27 it is."
 
 
@@ -267,17 +264,3 @@ def test_every_quote_is_counted_once_under_its_kind(quotes, cut):
     assert counts["ambiguous"] == sum(part.count("27") == 1 for part in (good, poor))
     located = [{quote for quote in part if find(TWICE, quote)[1]} for part in (good, poor)]
     assert len(spans) >= sum(map(len, located)) and bool(spans) == any(located)
-
-
-def test_a_quote_becomes_the_reward_of_its_own_tokens(tok):
-    """The tokens with a reward spell the quote, and a lost quote rewards nothing."""
-    ids = tok.encode("the fox is 27 and the dog sleeps", add_special_tokens=False)
-    ids.append(tok.eos_token_id)
-    text, offsets = response_text(tok, ids), token_offsets(tok, ids)
-    spans, counts = resolve(text, Feedback("", good=["dog", "a purple elephant"], poor=["27"]))
-    assert counts["lost"] == 1
-    delta = span_rewards(offsets, spans)
-    for score, quote in ((1, "dog"), (-1, "27")):
-        marked = [text[slice(*place)] for place, d in zip(offsets, delta) if d == score]
-        assert "".join(marked).strip() == quote
-    assert delta[-1] == 0

@@ -6,11 +6,12 @@ import random
 import re
 
 import pytest
+from annotating import annotated
 from forking import output, refusal, result_of
 from hypothesis import given
 from hypothesis import strategies as st
+from toys import noisy_examples
 
-from t2g import policy
 from t2g.card import SIGNS, card, flat
 from t2g.feedback import Feedback, quoted
 from t2g.notes import write_whole
@@ -25,10 +26,8 @@ def record(response, feedback, **more):
 
 def toy_records(count, seed=0):
     """Noisy summaries with the rule's feedback, and the kinds of its poor quotes."""
-    rng, records = random.Random(seed), []
-    for _ in range(count):
-        example = toy.make_example(rng)
-        text = toy.noisy_summary(example, rng)
+    records = []
+    for example, text in noisy_examples(random.Random(seed), count):
         records.append(record(text, toy.critique(example, text), kinds=toy.kinds(example, text)))
     return records
 
@@ -172,18 +171,13 @@ def test_intervals_contain_the_figure_shrink_with_more_responses_and_follow_the_
 
 
 # ---- files and the command line ----------------------------------------------------------------
-
-
 def write(path, records, **more):
     """Writes records as annotate.py does, and returns the path."""
     lines = []
     for number, row in enumerate(records):
-        line = {"id": str(number), "kinds": [], **row}
-        feedback = line.pop("feedback")
-        if feedback:
-            line |= {"critique": feedback.critique}
-            line |= {"good_spans": feedback.good, "poor_spans": feedback.poor}
-        lines.append(line | {"status": "ok" if feedback else "failed"} | more)
+        feedback, status = row["feedback"] or Feedback(""), "ok" if row["feedback"] else "failed"
+        fields = {"id": str(number), "kinds": row.get("kinds", []), "status": status} | more
+        lines.append(annotated(row["prompt"], row["response"], feedback, **fields))
     write_whole(path, lines)
     return path
 
@@ -214,26 +208,19 @@ def test_critics_that_are_files_are_compared_by_their_responses(tmp_path):
     assert list(both) == [str(weak), str(truth)] and both[str(truth)]["good"]["f1"] == 1
 
 
-def test_a_reward_model_is_measured_by_its_own_tokens_against_annotations(tmp_path):
-    tokenizer, model = toy.new_model(0)
-    policy.save(model, tokenizer, tmp_path / "rm", 1)
+def test_a_reward_model_is_measured_by_its_own_tokens(tmp_path, untrained, tokenizer):
     records = toy_records(4)
     truth = write(tmp_path / "truth.jsonl", records)
-    both = measured(tmp_path / "rm", truth, "--annotations", truth, "--critique_length", 3)
+    both = measured(untrained, truth, "--annotations", truth, "--critique_length", 3)
     expected = card(records, [None] * 4, tokenizer)
-    assert both[str(tmp_path / "rm")] == json.loads(json.dumps(expected))
+    assert both[str(untrained)] == json.loads(json.dumps(expected))
 
 
-def test_what_cannot_be_compared_ends_in_one_sentence(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_what_cannot_be_compared_ends_in_one_sentence(tmp_path):
     row = record(TEXT, Feedback("c", poor=["27"]))
     truth = write(tmp_path / "truth.jsonl", [row])
     for change in ({"response": "another"}, {"status": "failed"}, {"good_spans": [3]}):
         critic = write(tmp_path / "critic.jsonl", [row], **change)
         assert "critic.jsonl" in refusal("eval rm", critic, "--annotations", truth)
     failed = write(tmp_path / "failed.jsonl", [row], status="failed")
-    assert "--annotations" in refusal("eval rm", truth)
     assert "no record whose status is ok" in refusal("eval rm", truth, "--annotations", failed)
-    assert "none.jsonl" in refusal("eval rm --annotations none.jsonl", truth)
-    assert "has no rule" in refusal("eval rm --task qa")
-    assert "name policies as arguments" in refusal("eval --policy anything")

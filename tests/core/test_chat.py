@@ -18,6 +18,12 @@ CHATML = (
 THINKING = "{{ messages[0].content }}{% if enable_thinking is false %}<|assistant|>{% endif %}"
 
 
+@pytest.fixture(autouse=True)
+def no_kwargs_are_left():
+    yield
+    use_kwargs(None)
+
+
 def with_template(tokenizer, template):
     changed = copy.deepcopy(tokenizer)
     changed.chat_template = template
@@ -49,7 +55,6 @@ def test_templates_get_the_arguments_of_the_command_line(tokenizer, refused):
     assert template_kwargs == {"a": "?"}
     use_kwargs('{"continue_final_message": true}')
     refused(chat_text, tokenizer, "Hi.")
-    use_kwargs(None)
 
 
 def test_a_control_token_that_a_text_spells_stays_text(tokenizer):

@@ -8,7 +8,7 @@ from annotating import flags, requests, texts, write
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from t2g import annotator, critics, policy
+from t2g import annotator, critics
 from t2g.align import locate
 from t2g.critics import checked, quote_of, rule_critic
 from t2g.feedback import Feedback
@@ -17,7 +17,6 @@ from t2g.openai_critic import openai_critic
 from t2g.tasks import Example, toy
 
 # ---- quotes and files of one's own -------------------------------------------------------------
-
 PARTS = st.lists(st.sampled_from(["a", "b", "ab", "27"]), min_size=1, max_size=8)
 
 
@@ -95,13 +94,6 @@ def test_a_rule_must_return_feedback(refused):
 
 
 # ---- annotation by programs --------------------------------------------------------------------
-@pytest.fixture(scope="module")
-def untrained(tmp_path_factory):
-    """An untrained policy of the toy."""
-    tokenizer, model = toy.new_model(0)
-    return policy.save(model, tokenizer, tmp_path_factory.mktemp("policy"), 0)
-
-
 def test_the_rule_judges_given_responses_as_it_judges_samples(untrained, tmp_path, call):
     samples, bare, given = (tmp_path / f"{name}.jsonl" for name in ("samples", "bare", "given"))
     assert call("--policy", untrained, "--num_samples", 5, "--out", samples)[0] == 0
@@ -159,9 +151,7 @@ def test_records_are_judged_by_their_own_example_or_by_the_task_s(tmp_path, call
     assert critiques == ["r0 fails 0", "x fails few"]
 
 
-def test_a_server_reads_the_log_of_the_unit_tests_and_the_task_s_criteria(
-    serve, tmp_path, call, tested, monkeypatch
-):
+def test_a_server_reads_the_test_log_and_the_criteria(serve, tmp_path, call, tested, monkeypatch):
     url, log = serve()
     monkeypatch.setattr(toy, "CRITERIA", "Good is what is short.", raising=False)
     call(*flags(url, tmp_path, [{"id": "a", "prompt": "Sub.", "response": "x"}]))

@@ -1,16 +1,17 @@
 """Two processes make the step and the run of one; no split into ranks or microbatches matters."""
 
 import random
+from types import SimpleNamespace
 
 import one_step
 import pytest
 import torch
-from forking import TORCHRUN, exit_codes, output, python, run_ranks, two_ranks
+from forking import TORCHRUN, in_two, output, python, run_ranks
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 import train_ppo
-from t2g import checkpoint, critics, dist, torchrun
+from t2g import checkpoint, critics, dist
 from t2g.feedback import Feedback
 from t2g.log import read_jsonl
 from t2g.policy import Policy
@@ -56,9 +57,8 @@ def test_two_processes_make_the_step_of_one(model, two_processes, case):
 
 def test_no_split_into_microbatches_changes_a_step(model):
     """Rows have unequal lengths, so that a mean of the microbatches' means would differ."""
-    (ones, stats), (twos, same) = (
-        one_step.one_step(model, x) for x in ("uneven_lengths", "microbatches")
-    )
+    ones, stats = one_step.one_step(model, "uneven_lengths")
+    twos, same = one_step.one_step(model, "microbatches")
     assert stats == pytest.approx(same, rel=1e-4, abs=1e-6)
     assert_close(ones, twos, atol=1e-6, rtol=1e-5)
 
@@ -94,12 +94,11 @@ def prepare(rank, patch=setattr):
 
 def test_two_processes_with_a_learned_critic_make_the_run_of_one(folder, monkeypatch):
     flags = [*FLAGS, "--policy", folder / "model", "--reward_model", folder / "model"]
-    errors = [folder / "errors0", folder / "errors1"]
-    ranks = two_ranks(prepare, [*flags, "--output_dir", folder / "ppo2"], errors)
+    codes, errors = in_two("train_ppo", [*flags, "--output_dir", folder / "ppo2"], prepare)
+    assert codes == [0, 0], errors
     prepare(0, monkeypatch.setattr)
     whole = ["--gradient_accumulation_steps", 2, "--output_dir", folder / "ppo1"]
     output("train_ppo", *flags, *whole)
-    assert exit_codes(ranks) == [0, 0], errors[1].read_text()[-2000:]
 
     one, two = (read_jsonl(folder / name / "metrics.jsonl") for name in ("ppo1", "ppo2"))
     for ours, theirs in zip(one, two, strict=True):
@@ -114,14 +113,13 @@ def test_two_processes_with_a_learned_critic_make_the_run_of_one(folder, monkeyp
 
 def load_state(state, saved):
     """Loads a state into a sharded layer, and saves the whole of its weights."""
-    with torchrun.session():
-        layer = dist.shard(torch.nn.Linear(3, 5))
-        optimizer = torch.optim.AdamW(layer.parameters())
-        assert checkpoint.load(state, layer, [optimizer]) == {"step": 7}
-        weights = dist.whole_state(layer)
-        weights["moments"] = dist.plain(optimizer.state_dict()["state"][0]["exp_avg"])
-        if dist.rank() == 0:
-            save_file(weights, saved)
+    layer = dist.shard(torch.nn.Linear(3, 5))
+    optimizer = torch.optim.AdamW(layer.parameters())
+    assert checkpoint.load(state, layer, [optimizer]) == {"step": 7}
+    weights = dist.whole_state(layer)
+    weights["moments"] = dist.plain(optimizer.state_dict()["state"][0]["exp_avg"])
+    if dist.rank() == 0:
+        save_file(weights, saved)
 
 
 def test_two_processes_load_the_state_of_one(tmp_path):
@@ -133,3 +131,13 @@ def test_two_processes_load_the_state_of_one(tmp_path):
     assert run_ranks(load_state, tmp_path / "one", tmp_path / "two") == [0, 0]
     expected = layer.state_dict() | {"moments": optimizer.state_dict()["state"][0]["exp_avg"]}
     assert_close(load_file(tmp_path / "two"), expected, rtol=0, atol=0)
+
+
+def test_data_have_the_same_hash_in_each_process():
+    def data(*words):
+        own = SimpleNamespace(words=set(words))
+        return [("p", "r", {"words": set(words), "object": object(), (1, 2): own})]
+
+    one, other = data(0, 8), data(8, 0)
+    assert str(one) != str(other) and checkpoint.hash_of(one) == checkpoint.hash_of(other)
+    assert checkpoint.hash_of(one) != checkpoint.hash_of(data(0, 9))

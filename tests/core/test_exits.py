@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from forking import exit_codes, run_ranks, started, two_ranks
+from forking import exit_codes, in_two, run_ranks, started
 from safetensors import SafetensorError
 from tqdm import tqdm
 
@@ -47,10 +47,8 @@ def break_one(name, rank):
 @pytest.mark.parametrize("cause", CAUSES)
 def test_whatever_one_rank_dies_of_both_are_gone_and_say_why(cause, folder, tmp_path):
     flags = [*FLAGS, "--policy", folder / "model", "--output_dir", tmp_path / "ppo"]
-    errors = [tmp_path / "errors0", tmp_path / "errors1"]
-    codes = exit_codes(two_ranks(partial(break_one, cause), flags, errors), SECONDS)
+    codes, printed = in_two("train_ppo", flags, partial(break_one, cause), SECONDS)
     assert codes in ([1, 1], [2, 2]), "all ranks end, with the exit code of the one that failed"
-    printed = [path.read_text() for path in errors]
     assert CAUSES[cause][2] in "".join(printed)
     assert sum("Traceback" in text for text in printed) <= 1, "the other rank adds none"
 
@@ -79,7 +77,7 @@ def all_is_well():
     "function, codes", [(first_fails, [2, 2]), (one_is_killed, [9, 1]), (all_is_well, [0, 0])]
 )
 def test_ranks_end_together(function, codes):
-    assert run_ranks(function, seconds=SECONDS) == codes
+    assert run_ranks(function, seconds=SECONDS, joined=False) == codes
 
 
 def test_in_bf16_first_ratios_far_from_1_are_a_warning_given_once():

@@ -66,9 +66,6 @@ def test_the_reward_prompt_contains_prompt_and_response_verbatim(prompt, respons
     assert whole.startswith(prompt) and response in whole[len(prompt) :]
 
 
-# ---- other texts -------------------------------------------------------------------------------
-
-
 @given(feedback_of(texts), st.data())
 def test_damaged_feedback_is_refused_or_is_feedback_that_renders_to_itself(feedback, data):
     z = feedback.render()

@@ -43,10 +43,8 @@ def test_quoted_code_stands_in_the_function_that_is_named(name, file, code):
     assert contains(source_of(file, name), code), f"{name} of {file} does not contain\n{code}"
 
 
-def test_every_code_block_is_checked_and_a_changed_one_would_be_noticed():
+def test_every_code_block_is_checked():
     assert len(QUOTES) == GUIDE.count("```python") > 10
-    name, file, code = next(quote for quote in QUOTES if quote[0] == "gae")
-    assert not contains(source_of(file, name), code.replace("lam", "gamma"))
 
 
 def test_the_tour_prints_what_the_guide_shows(tmp_path):

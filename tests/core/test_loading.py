@@ -40,9 +40,7 @@ def test_weights_that_are_not_the_model_s_are_refused_by_name(folder, named, ref
     assert named in refused(load, folder)
 
 
-def test_a_folder_without_a_model_and_a_tokenizer_without_a_template_are_refused(
-    folder, tmp_path, refused
-):
+def test_a_missing_model_or_template_is_refused(folder, tmp_path, refused):
     (tmp_path / "empty").mkdir()
     assert "empty" in refused(load, tmp_path / "empty")
     (folder / "chat_template.jinja").unlink()
@@ -96,9 +94,7 @@ def test_an_argument_that_a_template_does_not_have_is_reported(folder, monkeypat
     assert "has no add_generation" in capsys.readouterr().out
 
 
-def test_weights_that_are_no_numbers_end_sampling_and_are_not_saved(
-    model, tokenizer, tmp_path, refused
-):
+def test_nan_weights_end_sampling_and_are_not_saved(model, tokenizer, tmp_path, refused):
     broken = copy.deepcopy(model)
     broken.model.layers[1].mlp.down_proj.weight.data[3, 3] = math.nan
     assert "NaN" in refused(sample, broken, tokenizer, ["Hi."], 4)
@@ -158,9 +154,7 @@ def test_an_adapter_without_its_base_is_refused(folder, tokenizer, refused, base
     assert problem in refused(load, path)
 
 
-def test_an_adapter_finds_its_base_from_its_own_folder_and_needs_weights(
-    folder, tokenizer, refused, monkeypatch
-):
+def test_an_adapter_finds_its_base_and_needs_weights(folder, tokenizer, refused, monkeypatch):
     path = save_adapter(folder, tokenizer)[0]
     change(path / "adapter_config.json", {"base_model_name_or_path": f"../{folder.name}"})
     monkeypatch.chdir(folder.parent)

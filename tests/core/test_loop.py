@@ -1,17 +1,22 @@
 """The training loop: what its update receives and what it logs, recomputed from their definitions."""
 
+import copy
 from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 import torch
-from forking import output
+from forking import output, refusal
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import train_ppo
 from t2g.feedback import Feedback
 from t2g.log import read_jsonl
+from t2g.policy import Policy, latest_checkpoint
 from t2g.ppo import gae
+from t2g.run import BAD_STEPS, Run
+from t2g.tasks import toy
 
 STEPS, ROWS = 4, 6
 GAMMA, LAM, MAX_NORM = 0.9, 0.7, 0.05
@@ -146,3 +151,80 @@ def test_a_run_that_starts_from_another_run_takes_its_value_head(steps, folder):
     where = "--policy", folder / "run", "--output_dir", folder / "next"
     [first] = train("--max_steps", 1, *where)
     assert first.score.values.abs().max() > 0.01
+
+
+def test_held_out_prompts_are_shown_before_the_first_update_and_after_each(steps, folder):
+    rows = [row for row in read_jsonl(folder / "run" / "samples.jsonl") if row["heldout"]]
+    kl = {row["step"]: [token["kl"] for token in row["tokens"]] for row in rows}
+    assert sorted(kl) == list(range(STEPS + 1))
+    assert set(kl[0]) == {0} and any(kl[STEPS]), "policy and reference are one at the start"
+
+
+def test_by_default_a_step_changes_v_by_a_fifth_for_states_of_ones(model, tokenizer, tmp_path):
+    args = SimpleNamespace(learning_rate=1e-6, value_learning_rate=None, kl_coef=0.1)
+    args.output_dir, args.max_steps, args.tensorboard = tmp_path, 1, False
+    actor = Policy(copy.deepcopy(model))
+    run = Run(args, toy, tokenizer, actor, [], [], tmp_path)
+    ones = torch.ones(1, 1, actor.value_head.in_features)
+    for _ in run.steps():
+        actor.values(ones, torch.ones(1, 1, dtype=torch.bool)).sum().backward()
+        run.optimizer.step()
+    assert actor.value_head(ones).item() == pytest.approx(-0.2, rel=0.1)  # and the bias a little
+
+
+# ---- updates that are skipped ------------------------------------------------------------------
+@pytest.fixture
+def flags(folder, tmp_path):
+    """The flags of a run in tmp_path/run whose steps have four minibatches and a checkpoint."""
+    more = "--num_ppo_epochs", 2, "--num_mini_batches", 2, "--save_steps", 1
+    where = "--policy", folder / "model", "--output_dir", tmp_path / "run"
+    return [*FLAGS, *more, "--save_total_limit", 9, *where, "--max_steps"]
+
+
+@pytest.fixture
+def break_gradients(monkeypatch):
+    """break_gradients(steps) makes the gradients of these steps nan."""
+    calls, honest = [], train_ppo.policy_loss
+
+    def break_gradients(steps):
+        def loss(*args):
+            calls.append(len(calls) // 4 + 1)
+            value, stats = honest(*args)
+            return value * (float("nan") if calls[-1] in steps else 1), stats
+
+        monkeypatch.setattr(train_ppo, "policy_loss", loss)
+
+    return break_gradients
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(flags, tmp_path, break_gradients):
+    break_gradients({2})
+    output("train_ppo", *flags, 3)
+    rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert [row["skipped_updates"] for row in rows] == [0, 4, 0]
+    files = [tmp_path / "run" / f"checkpoint-{n}" / "model.safetensors" for n in (1, 2, 3)]
+    one, two, three = map(load_file, files)
+    assert all(one[name].equal(two[name]) for name in one)
+    assert not all(two[name].equal(three[name]) for name in one)
+
+
+def test_gradients_that_stay_not_finite_end_the_run(flags, tmp_path, break_gradients):
+    break_gradients(range(2, 99))
+    sentence = refusal("train_ppo", *flags, 9)
+    assert "no finite gradient" in sentence and "--learning_rate" in sentence
+    assert latest_checkpoint(tmp_path / "run").name == f"checkpoint-{BAD_STEPS}"
+
+
+@pytest.mark.parametrize(("first", "skipped"), [("1.0", 2), ("None", 4)])
+def test_a_minibatch_without_readable_critiques_changes_nothing(flags, tmp_path, first, skipped):
+    """With one readable response in a step, one of the two minibatches of each epoch is empty.
+
+    A run without any goes on for more steps than one without finite gradients may have.
+    """
+    critic = f"critic = lambda *_: lambda _, texts: [{first}, *[None] * (len(texts) - 1)]"
+    (tmp_path / "critic.py").write_text(critic)
+    output("train_ppo", *flags, BAD_STEPS + 1, "--critic", tmp_path / "critic.py")
+    rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert [row["skipped_updates"] for row in rows] == [skipped] * (BAD_STEPS + 1)
+    [state] = (tmp_path / "run" / "checkpoint-1" / "state").glob("*.safetensors")
+    assert load_file(state).get("optimizer.0.0.step", 0) == 4 - skipped

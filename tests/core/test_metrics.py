@@ -49,8 +49,6 @@ def test_poor_tokens_of_good_responses_and_good_tokens_of_poor_ones_are_told_apa
 
 def test_a_correlation_with_a_constant_is_left_out():
     delta, mask = torch.tensor([[-1.0, -0.2, 0.0, 0.5]]), torch.ones(1, 4, dtype=torch.bool)
-    assert shift(delta**3, delta, mask)["shift_rank"] == pytest.approx(1)
-    assert shift(-delta, delta, mask)["shift_rank"] == pytest.approx(-1)
     assert "shift_rank" not in shift(delta * 0, delta, mask) | shift(delta, delta * 0, mask)
     assert shift(delta, delta, mask & False) == {}
 

@@ -132,28 +132,6 @@ def test_any_tokenisation_gives_tokens_the_characters_of_their_bytes(tokenizers,
 
 
 # ---- other tokenizers --------------------------------------------------------------------------
-
-
-class Untidy:
-    """A tokenizer whose text differs from the sum of its tokens: it drops spaces before marks."""
-
-    def __init__(self, tok):
-        self.tok = tok
-
-    def decode(self, ids, skip_special_tokens):
-        text = self.tok.decode(ids, skip_special_tokens=skip_special_tokens)
-        return text.replace(" .", ".").replace(" ,", ",")
-
-
-@given(text=words("the", "dog", ".", ",", "sleeps", "27"))
-def test_a_text_that_differs_from_the_sum_of_its_tokens_is_tiled_too(tok, text):
-    untidy, ids = Untidy(tok), encode(tok, text)
-    written, offsets = response_text(untidy, ids), token_offsets(untidy, ids)
-    assert_tiles(tok, ids, offsets, written)
-    for token, (start, end) in zip(ids, offsets):
-        assert re.sub(r"\W", "", token_text(tok, token)) in written[start:end]
-
-
 @pytest.fixture(scope="module")
 def word_end_bpe():
     """GPT-1 style: a mark at the end of each word, which is a space unless the word is the last."""
@@ -198,8 +176,6 @@ def test_any_object_that_decodes_is_a_tokenizer():
 
 
 # ---- cost --------------------------------------------------------------------------------------
-
-
 class Counting:
     """A tokenizer that has not been seen before, and counts the lengths of what it decodes."""
 

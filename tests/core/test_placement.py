@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from t2g.align import SENTENCE_OR_LINE, steps, token_offsets
+from t2g.align import SENTENCE_OR_LINE, steps
 from t2g.rewards import place_rewards, token_rewards
 from t2g.rollout import Rollout
 from t2g.tasks import toy
@@ -33,18 +33,6 @@ def placed(tokenizer, rollout, delta, reward, step_end=SENTENCE_OR_LINE, penalty
     return place_rewards(delta, tokenizer, rollout, task, args)
 
 
-def test_a_step_is_rewarded_on_its_last_token(tokenizers):
-    tokenizer = tokenizers["byte_level"]
-    rollout = rollout_of(tokenizer, [TEXT], [True])
-    offsets = token_offsets(tokenizer, rollout.response[0].tolist())
-    delta = torch.ones(rollout.mask.shape)
-    rewards = placed(tokenizer, rollout, delta, "prm")[0]
-    rewarded = [offsets[t][1] for t in rewards.nonzero()[:, 0].tolist()]
-    assert rewarded == [TEXT.index("\n") + 1, TEXT.index("!") + 1, len(TEXT)]
-    assert rewards[-1] > 0, "the last step ends with EOS"
-    assert rewards.sum() == delta.sum()
-
-
 @given(st.data())
 def test_placing_keeps_the_sum_of_delta(tokenizers, data):
     tokenizer = tokenizers[data.draw(st.sampled_from(list(tokenizers)))]
@@ -63,11 +51,13 @@ def test_placing_keeps_the_sum_of_delta(tokenizers, data):
     assert torch.equal(one_step, rewards["scalar"]), "without an end, the text is one step"
 
 
-def test_the_steps_of_the_toy_are_its_clauses():
-    text = "Ana is 27, works as a baker, lives in Porto."
-    offsets = [(i, i + 1) for i in range(len(text))]
-    expected = "0" * 9 + "1" * 18 + "2" * 17
-    assert "".join(map(str, steps(offsets, text, toy.STEP_END))) == expected
+def test_steps_are_sentences_or_lines_and_those_of_the_toy_are_clauses():
+    for text, sizes, step_end in (
+        (TEXT, (11, 16, 19), SENTENCE_OR_LINE),
+        ("Ana is 27, works as a baker, lives in Porto.", (9, 18, 17), toy.STEP_END),
+    ):
+        offsets = [(i, i + 1) for i in range(len(text))]
+        assert steps(offsets, text, step_end) == [n for n in range(3) for _ in range(sizes[n])]
     assert steps([(0, 4), (4, 5)], "\n\n\n\na", r"\n") == [0, 1], "a token may end several"
 
 

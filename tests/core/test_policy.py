@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch.testing import assert_close
+from toys import naive_logits
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_ppo
@@ -49,23 +50,15 @@ def rollout(model, tokenizer):
     pytest.fail("no seed gives responses of several lengths, some of them cut off")
 
 
-def alone(rollout, b):
-    """The tokens of row b without padding, and those of its response."""
-    response = rollout.response[b, rollout.mask[b]]
-    return torch.cat([rollout.prompt[b, rollout.prompt_mask[b]], response]), response
-
-
 def naive_rows(model, rollout):
     """Each row's number, length, response, and logits by one plain forward over this row."""
     for b in range(len(rollout)):
-        ids, response = alone(rollout, b)
-        logits = model(input_ids=ids[None]).logits[0, -len(response) - 1 : -1]
-        yield b, len(response), response, logits
+        prompt = rollout.prompt[b, rollout.prompt_mask[b]]
+        response = rollout.response[b, rollout.mask[b]]
+        yield b, len(response), response, naive_logits(model, prompt, response)
 
 
 # ---- log-probabilities, entropies, values ----------------------------------------------------
-
-
 def test_impossible_tokens_add_nothing_to_entropy_and_kl(policy, rollout):
     """A vocabulary that is padded with logits of -inf."""
     logits = response_logits(policy.model, rollout)[0].detach()
@@ -118,9 +111,10 @@ def test_what_stands_in_padding_changes_nothing_and_off_the_mask_all_is_zero(pol
 def test_values_are_the_head_s_reading_of_the_last_state_before_each_token(policy, rollout):
     values = policy(rollout).values
     for b in range(len(rollout)):
-        ids, response = alone(rollout, b)
-        states = policy.model.model(input_ids=ids[None]).last_hidden_state[0]
-        expected = policy.value_head(states[-len(response) - 1 : -1])[:, 0]
+        prompt, response = rollout.prompt[b, rollout.prompt_mask[b]], rollout.ids(b)
+        ids = torch.tensor([[*prompt, *response]])
+        states = policy.model.model(input_ids=ids).last_hidden_state[0, len(prompt) - 1 : -1]
+        expected = policy.value_head(states)[:, 0]
         assert_close(values[b, : len(response)], expected, atol=1e-5, rtol=0)
     assert not Policy(policy.model)(rollout).values.any(), "a new head says zero"
 
@@ -145,8 +139,6 @@ def test_the_entropy_bonus_is_subtracted_from_the_loss_and_has_a_gradient(policy
 
 
 # ---- sampling --------------------------------------------------------------------------------
-
-
 def test_a_token_is_drawn_as_often_as_it_is_likely_and_one_that_cannot_be_never():
     """Evenly spread numbers pick each token for a share of them that is its probability."""
     logits = torch.tensor([-math.inf, 1.0, 0.0, -math.inf, 2.0, -1.0, -math.inf])
@@ -190,15 +182,11 @@ def test_rows_take_the_same_rows_of_everything_and_leave_out_columns_of_padding(
 
 
 # ---- gradients -------------------------------------------------------------------------------
-
-
 def gradients(policy, loss):
     return torch.autograd.grad(loss, list(policy.parameters()), allow_unused=True)
 
 
-def test_without_critic_clip_and_kl_the_step_is_the_natural_language_gradient(
-    policy, tokenizer, rollout
-):
+def test_without_critic_the_step_is_the_natural_language_gradient(policy, tokenizer, rollout):
     """gamma = lam = 0 and V = 0: the gradient is - sum_t delta_t grad log pi(y_t) / count."""
     delta = torch.zeros(rollout.response.shape)
     for b, text in enumerate(rollout.texts):
@@ -226,8 +214,6 @@ def test_without_critic_clip_and_kl_the_step_is_the_natural_language_gradient(
 
 
 # ---- checkpoints -----------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def test_a_checkpoint_comes_back_as_it_was(policy, tokenizer, rollout, tmp_path):
     (tmp_path / "checkpoint-2.unfinished").mkdir()  # which a kill has left

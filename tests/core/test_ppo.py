@@ -45,8 +45,6 @@ def gradient(loss, x):
 
 
 # ---- advantages ------------------------------------------------------------------------------
-
-
 @given(masks(), seeds, rates, rates)
 def test_gae_is_the_double_sum_of_its_definition(mask, seed, gamma, lam):
     """A_t = sum_l (gamma lam)^l TD_{t+l}, with TD = r + gamma V' - V, one term after the other."""
@@ -96,8 +94,6 @@ def test_a_mask_that_is_no_prefix_is_refused(holes):
 
 
 # ---- whitening -------------------------------------------------------------------------------
-
-
 @given(masks(min_tokens=2), seeds, st.floats(0.01, 100), st.floats(-100, 100))
 def test_whitened_values_have_mean_zero_and_variance_one(mask, seed, scale, shift):
     steps = 10 * torch.arange(mask.numel()).view(mask.shape)  # x is never nearly constant
@@ -131,8 +127,6 @@ def test_without_any_token_all_is_zero():
 
 
 # ---- KL --------------------------------------------------------------------------------------
-
-
 def two_policies(seed, requires_grad=False, spread=1.0):
     """Log-softmaxes over a vocabulary of five tokens at two places: pi and pi_ref."""
     logits = (spread * noise(seed, 2, 1, 2, 5)).requires_grad_(requires_grad)
@@ -201,8 +195,6 @@ def test_an_unknown_estimator_is_refused(kind):
 
 
 # ---- the KL coefficient ----------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("kl", "factor"),
     [(6.0, 1.0), (6.6, 1.01), (5.4, 0.99), (1e9, 1.02), (math.inf, 1.02), (0.0, 0.98)],

@@ -127,8 +127,6 @@ def test_the_main_job_from_scratch(tmp_path):
 
 
 # ---- bad input: one sentence, exit code 2 ------------------------------------------------------
-
-
 BAD_FLAGS = {  # command: what the sentence names
     "train_ppo --max_steps 0": "--max_steps",
     "train_ppo --learning_rat 1": "--learning_rat",
@@ -142,13 +140,27 @@ BAD_FLAGS = {  # command: what the sentence names
     "train_sft --weight_decay 0 --max_length -1": "--max_length",
     "annotate --max_retries -1": "between 0 and 1000",
     "annotate --out notes.jsonl.gz": "gzipped",
+    "annotate --model m --severity": "--severity",
+    "annotate --responses a.jsonl --policy p": "--policy",
+    "annotate --responses a.jsonl --out a.jsonl": "--out",
+    "annotate --model m --budget 1": "--input_price",
+    "annotate --critic openai": "--model",
+    "annotate --model m": "OPENAI_API_KEY",
+    "annotate --model m --base_url localhost:8000": "--base_url",
+    "annotate --responses nowhere --model m --base_url http://localhost/v1": "nowhere",
+    "eval rm --task qa": "has no rule",
+    "eval rm a.jsonl": "--annotations",
+    "eval rm a.jsonl --annotations none.jsonl": "none.jsonl",
+    "eval --policy anything": "name policies as arguments",
     "train_ppo --kl_target 6 --kl_coef 0": "--kl_coef",
     "train_ppo --kl_target 6 --kl_horizon 10": "--kl_horizon",
 }
 
 
 @pytest.mark.parametrize("command", BAD_FLAGS)
-def test_bad_flags(command):
+def test_bad_flags(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     assert BAD_FLAGS[command] in refusal(command)
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from t2g import dist, policy, torchrun
+from t2g import dist, policy
 from train_ppo import make_models
 
 CASES = {"plain": {}, "lora": {"lora_r": 2}, "replicated_reference": {"replicate_frozen": True}}
@@ -39,16 +39,14 @@ def weights_of(options, folder):
 
 
 def save_weights(options, folder, path):
-    with torchrun.session():
-        state = weights_of(options, folder)
-        if dist.rank() == 0:
-            save_file(state, path)
+    state = weights_of(options, folder)
+    if dist.rank() == 0:
+        save_file(state, path)
 
 
 def save_checkpoint(folder, run):
-    with torchrun.session():
-        tokenizer, model = policy.load(folder, empty=True)
-        policy.save(dist.shard(model), tokenizer, run, 1)
+    tokenizer, model = policy.load(folder, empty=True)
+    policy.save(dist.shard(model), tokenizer, run, 1)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -72,13 +70,12 @@ def test_two_ranks_read_the_weights_of_one(model, tokenizer, tmp_path, case, tie
 
 def measure(options, folder, path):
     """Saves the peak of the memory that loading and sharding took, in bytes."""
-    with torchrun.session():
-        before = memory("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        _, model = policy.load(folder, empty=True)
-        models = make_models(model, argparse.Namespace(**PLAIN | options), "nowhere")
-        assert all(dist.parts(part.model) for part in models if part)
-        path.with_suffix(f".{dist.rank()}").write_text(json.dumps(memory("VmHWM") - before))
+    before = memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    _, model = policy.load(folder, empty=True)
+    models = make_models(model, argparse.Namespace(**PLAIN | options), "nowhere")
+    assert all(dist.parts(part.model) for part in models if part)
+    path.with_suffix(f".{dist.rank()}").write_text(json.dumps(memory("VmHWM") - before))
 
 
 def memory(name) -> int:

@@ -9,6 +9,7 @@ from unittest import mock
 import pytest
 import torch
 from torch.testing import assert_close
+from toys import check_splits, naive_logprobs
 from transformers import AutoModelForCausalLM
 
 from t2g import checkpoint, cli, supervised
@@ -59,23 +60,13 @@ def test_the_loss_covers_the_completion_alone_and_padding_changes_nothing(fresh)
     naive = 0.0
     for (prompt, completion), response, chosen in zip(rows, batch.response, trained):
         assert response[chosen].tolist() == completion and completion[-1] == tokenizer.eos_token_id
-        logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
-        naive -= logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None]).sum()
+        naive -= naive_logprobs(model, prompt, completion).sum()
     assert_close(supervised.token_loss(model, batch, trained, flags("nowhere")), naive)
 
 
-def test_accumulated_microbatches_give_the_gradient_of_one_batch(fresh):
+def test_no_split_into_microbatches_changes_the_step(fresh):
     """All tokens of a step weigh the same, which a mean of the microbatches' means would change."""
-    gradients, losses = [], []
-    for sizes in ([6], [1, 3, 2]):
-        tokenizer, model = fresh()
-        rows = iter(supervised.encode_pairs(tokenizer, PAIRS[:6]))
-        parts = [list(itertools.islice(rows, size)) for size in sizes]
-        batches = [supervised.as_rollout(part, tokenizer.pad_token_id, "cpu") for part in parts]
-        losses.append(supervised.train_step(model, batches, flags("nowhere"))["loss"])
-        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-    assert_close(losses[0], losses[1])
-    assert_close(gradients[0], gradients[1], atol=1e-6, rtol=1e-4)
+    check_splits(fresh, lambda tokenizer, _: supervised.encode_pairs(tokenizer, PAIRS[:6]))
 
 
 def test_every_pass_has_each_row_once_and_rows_of_similar_length_share_a_batch():
@@ -162,9 +153,7 @@ def stop_again(fresh, finetune, tmp_path):
 
 
 @pytest.mark.parametrize("changed", [{"learning_rate": 2e-3}, {"pairs": PAIRS[::-1]}, {}])
-def test_the_same_run_is_finished_and_another_one_starts_from_scratch(
-    stop_again, finetune, tmp_path, changed
-):
+def test_the_same_run_is_finished_and_another_starts_anew(stop_again, finetune, tmp_path, changed):
     assert finetune(**changed) == stop_again
     assert (tmp_path / "run.1").is_dir() == bool(changed)
     assert len(read_jsonl(tmp_path / "run" / "metrics.jsonl")) == 8

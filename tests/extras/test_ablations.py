@@ -26,9 +26,6 @@ def places(feedback):
     return resolve(TEXT, feedback, severities=True)[0]
 
 
-# ---- noisy.py ----------------------------------------------------------------------------------
-
-
 def test_at_rate_one_each_kind_does_what_its_name_says():
     assert spoil("flip") == Feedback("c", FEEDBACK.poor, FEEDBACK.good)
     assert spoil("drop") == Feedback("c")
@@ -87,9 +84,6 @@ def test_flags_of_noise():
     for text in ("flip", "flip:", "flip:2", "flip:-0.1", "flip:nan", "twist:0.3", ":0.3", ""):
         with pytest.raises(argparse.ArgumentTypeError):
             noisy.kind_and_rate(text)
-
-
-# ---- dense.py ----------------------------------------------------------------------------------
 
 
 @given(st.data(), texts)

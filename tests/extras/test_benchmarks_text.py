@@ -6,7 +6,7 @@ import importlib.util
 import pytest
 import torch
 from annotating import write
-from forking import output, refusal, result_of
+from forking import output, result_of
 
 from extras.benchmarks import text
 from t2g import critics, policy
@@ -79,21 +79,12 @@ def test_files_are_compared_example_by_example(tmp_path):
     assert difference == pytest.approx({"value": 1, "low": 1, "high": 1})
 
 
-def test_a_reward_model_pays_for_the_tokens_that_it_quotes(tmp_path, monkeypatch):
-    tokenizer, model = toy.new_model(0)
-    folder = policy.save(model, tokenizer, tmp_path / "rm", 0)
+def test_a_reward_model_pays_for_the_tokens_that_it_quotes(untrained, monkeypatch):
     feedback = [Feedback("Yes.", good=[" is 27"], poor=[]), Feedback("No.", [], [" 41"]), None]
     monkeypatch.setattr(critics, "reward_model_critic", lambda *_, **__: lambda *_: feedback)
     text_of = "Ana is {}, lives in Porto.".format
     texts = [text_of(27), text_of(41), text_of(41)]
-    assert text.rewards(folder, [None] * 3, texts, bf16=False).tolist() == [2, -1, 0]
-
-
-def test_reward_models_need_names_of_their_own_and_prompts(tmp_path):
-    both = "--reward_model a/rm --reward_model b/rm"
-    assert "of one name" in refusal(f"extras.benchmarks.text --task toy {both} m")
-    file = write(tmp_path / "a.jsonl", [{"response": "A cat.", "reference": "A cat sat."}])
-    assert "has no prompts" in refusal(f"extras.benchmarks.text {file} --reward_model a/rm")
+    assert text.rewards(untrained, [None] * 3, texts, bf16=False).tolist() == [2, -1, 0]
 
 
 @pytest.mark.usefixtures("posts")

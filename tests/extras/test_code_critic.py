@@ -10,7 +10,7 @@ from t2g import tasks
 from t2g.align import resolve
 from t2g.feedback import quoted
 
-linux = pytest.mark.skipif(sys.platform != "linux", reason="programs run on Linux only")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="programs run on Linux only")
 
 
 def problem(*tests):
@@ -71,13 +71,11 @@ CASES = [  # program, critique, quotes, kind
 ]  # fmt: skip
 
 
-@linux
 @pytest.mark.parametrize(("program", "critique", "quotes", "kind"), CASES)
 def test_the_line_at_fault_is_quoted_with_its_kind(program, critique, quotes, kind):
     assert judge(program) == (critique, quotes, kind)
 
 
-@linux
 def test_time_that_runs_out_is_blamed_on_the_loop(monkeypatch):
     monkeypatch.setattr(unit_tests, "TIMEOUT_S", 0.5)
     endless = "def f(a, b):\n  for i in range(3):\n    while a:\n      b += 1\n  return b"
@@ -85,7 +83,6 @@ def test_time_that_runs_out_is_blamed_on_the_loop(monkeypatch):
     assert judge("import time\n\ndef f(a, b):\n    time.sleep(9)")[1] == ["def f(a, b):"]
 
 
-@linux
 def test_of_several_functions_the_one_that_the_failing_assert_calls_is_blamed():
     tests = "from solution import *\nassert one() == 1\nstack = Stack()\nassert stack.top() == 0"
     program = "class Stack:\n    def top(self):\n        return 9\n\ndef one():\n    return 1\n\n"
@@ -93,7 +90,6 @@ def test_of_several_functions_the_one_that_the_failing_assert_calls_is_blamed():
     assert quotes == ["def top(self):", "return 9"]
 
 
-@linux
 def test_what_ran_is_praised_and_more_of_it_if_some_assertions_hold():
     tests = "from solution import *\nassert f(2, 2) == 4\nassert f(2, 3) == 5"
     critique, quotes, _ = judge("def f(a, b):\n    c = a * b\n    return c", problem(tests))
@@ -101,7 +97,6 @@ def test_what_ran_is_praised_and_more_of_it_if_some_assertions_hold():
     assert (critique, quotes) == (wrong, ["def f(a, b):", "c = a * b", "return c"])
 
 
-@linux
 @pytest.mark.parametrize("comments", [0, 40])
 def test_the_line_of_an_assertion_in_the_program_is_no_line_of_the_tests(comments):
     program = "# x\n" * comments + "def f(a, b):\n    c = a\n    assert c > 9\n    return c"
@@ -111,14 +106,12 @@ def test_the_line_of_an_assertion_in_the_program_is_no_line_of_the_tests(comment
     assert quotes == ["def f(a, b):", "assert c > 9"]
 
 
-@linux
 def test_a_program_whose_own_assertion_fails_on_import_has_not_run():
     critique, quotes, kind = judge("def f(a, b):\n    return a\n\nassert f(1, 1) == 2, 'no'")
     assert critique == "It gives a wrong answer: no. An assertion of its own fails on import."
     assert (quotes, kind) == (["assert f(1, 1) == 2, 'no'"], "wrong answer")
 
 
-@linux
 def test_assertions_hold_inside_the_functions_of_pytest_too():
     two = "assert f(2, 2) == 4\n\ndef test_b():\n    assert f(2, 3) == 5"
     tests = f"try:\n    from solution import *\nexcept ImportError:\n    pass\n\ndef test_a():\n    {two}"
@@ -126,14 +119,12 @@ def test_assertions_hold_inside_the_functions_of_pytest_too():
     assert critique.endswith("and 1 assertions hold.") and "c = a * b" in quotes
 
 
-@linux
 def test_a_line_that_occurs_twice_gets_a_quote_that_is_unique():
     program = "def f(a, b):\n    return a\n\ndef g(a, b):\n    return a"
     assert judge(program, before="It says\nreturn a\n\n")[1][1].endswith("return a")
 
 
 # ---- which tests run -----------------------------------------------------------------------------
-
 TEST_CASE = "class FTest(unittest.TestCase):\n    def setUp(self):\n        self.two = 2\n"
 TEST_CASE += "    def test_f(self):\n        self.assertEqual(f(self.two), 4)\n"
 MAIN = "if __name__ == '__main__':\n    unittest.main()"
@@ -148,7 +139,6 @@ TESTS = [
 ]
 
 
-@linux
 @pytest.mark.parametrize("tests", TESTS)
 def test_tests_of_any_form_are_run(tests):
     assert unit_tests.obstacle(tests) == ""
@@ -160,7 +150,6 @@ def test_tests_of_any_form_are_run(tests):
 NO_TESTS = ["", "from solution import f", "if __name__ == '__main__':\n    assert f(2) == 4"]
 
 
-@linux
 @pytest.mark.parametrize("tests", NO_TESTS)
 def test_tests_that_test_nothing_are_no_pass(tests):
     assert unit_tests.run(tests, "def f(x): return x").reason.endswith("no test was run")
@@ -183,7 +172,6 @@ FAKES = {
 }
 
 
-@linux
 @pytest.mark.parametrize("fake", FAKES)
 def test_no_test_function_is_kept_from_running_by(fake):
     tests = "from solution import f\ndef test_a():\n    assert f(2) == 4\n"
@@ -202,14 +190,12 @@ def f(x): return 0
 """
 
 
-@linux
 @pytest.mark.xfail(reason="not covered: what is patched is mended before the end", strict=True)
 def test_an_assert_library_that_is_patched_and_mended_is_no_pass():
     assert not unit_tests.run(f"import unittest\n{TEST_CASE}", PATCHED_AND_MENDED).passed
 
 
 # ---- the program of a response -------------------------------------------------------------------
-
 F = "def f():\n    return 1"
 RESPONSES = {
     "prose": f"a\n```python\n{F}\n```\nb",
@@ -244,13 +230,11 @@ def test_a_block_that_is_not_python_ends_at_its_first_closing_fence():
     assert code.extract_code("So:\n```python\nx = 1\n```") == "x = 1\n"
 
 
-@linux
 def test_a_response_that_is_nested_deeply():
     deep = "not " * 1200 + "a"
     assert judge(f"def f(a, b):\n    return {deep}")[2] == "wrong answer"
 
 
-@linux
 def test_a_response_without_a_program():
     feedback = code.critique(PROBLEM, "```python\n```")
     assert feedback.critique == "It holds no program." and not feedback.poor
@@ -258,7 +242,6 @@ def test_a_response_without_a_program():
     assert code.kinds(PROBLEM, "I would add them.") == ["syntax error"]
 
 
-@linux
 def test_the_log_shows_how_the_tests_ended_and_nothing_of_the_machine():
     assert code.test_log(PROBLEM, "def f(a, b): return a + b") == "The tests pass."
     log = code.test_log(PROBLEM, "def f(a, b):\n    return a / 0")

@@ -12,7 +12,7 @@ from extras.code import task as code
 from t2g import data, tasks
 from t2g.log import read_jsonl
 
-linux = pytest.mark.skipif(sys.platform != "linux", reason="programs run on Linux only")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="programs run on Linux only")
 KODCODE = {
     "question": "Double a number.", "solution": "def double(x):\n    return 2 * x",
     "test": "from solution import double\n\ndef test_two():\n    assert double(2) == 4",
@@ -39,7 +39,6 @@ def test_rows_of_no_known_form_are_refused(tmp_path, refused):
     assert "question, solution, test or" in refused(load, path)
 
 
-@linux
 @pytest.mark.parametrize("row", [KODCODE, DEMO, MBPP, SANITIZED])
 def test_problems_are_read_in_each_form_and_their_solutions_pass(tmp_path, row):
     another = {**row, "text": "Another.", "question": "Another.", "prompt": "Another."}
@@ -84,9 +83,7 @@ REFUSED = [  # tests, a word of the reason, or "" if they can be used
 
 
 @pytest.mark.parametrize(("tests", "reason"), REFUSED)
-def test_rows_with_tests_that_judge_nothing_here_are_dropped_and_counted(
-    tmp_path, capsys, tests, reason
-):
+def test_rows_whose_tests_judge_nothing_are_dropped_and_counted(tmp_path, capsys, tests, reason):
     rows = [{**KODCODE, "question": str(n)} for n in range(3)] + [{**KODCODE, "test": tests}]
     train, heldout = load(write(tmp_path / "a.jsonl", rows))
     assert len(train) + len(heldout) == 3 + (not reason)
@@ -125,7 +122,6 @@ def test_running_programs_must_be_allowed(refused, script, flags, runs):
         code.check(args, script)
 
 
-@linux
 def test_the_console_says_what_protects_the_machine(monkeypatch, capsys, refused):
     allowed = Namespace(allow_code_execution=True)
     code.check(allowed, "train_ppo")
@@ -140,7 +136,6 @@ def test_the_console_says_what_protects_the_machine(monkeypatch, capsys, refused
     assert "no program can run here: " in refused(code.check, allowed, "train_ppo")
 
 
-@linux
 def test_annotate_judges_records_by_unit_tests_of_their_own(serve, tmp_path, call):
     records = [
         {"id": str(n), "prompt": "Double.", "response": f"def f(x):\n    return x * {n}",
@@ -171,7 +166,6 @@ def test_annotate_judges_records_by_unit_tests_of_their_own(serve, tmp_path, cal
     assert "unit tests of record 2 cannot run" in printed
 
 
-@linux
 @pytest.mark.parametrize("every", [20, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("name", "form", "share"),

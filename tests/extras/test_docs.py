@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from forking import output
 
+from extras import reproduce
+from extras.studies import deviations
 from t2g import tasks
 from t2g.log import METRICS, read_jsonl
 
@@ -20,6 +22,7 @@ PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").g
 PAGES += ["exercises/README.md"]
 TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
 RESULTS, REFERENCE = TEXTS["docs/RESULTS.md"], TEXTS["docs/REFERENCE.md"]
+LAUNCHERS = ("python", "torchrun")
 STAGES = ("train_sft", "annotate", "train_rm", "train_ppo", "eval")
 FIGURES = [
     (page, link) for page in PAGES for link in re.findall(r"!\[[^\]]*\]\((.+?)\)", TEXTS[page])
@@ -51,16 +54,17 @@ def simple_commands(text):
                 yield group
 
 
-def our_commands(text):
-    """(module, arguments) of each command that runs a script or a module of this project."""
-    for words in simple_commands(text):
-        if words[0] not in ("python", "torchrun") or "-c" in words or words[-1] == "--help":
-            continue
-        words = [word for word in words if word != "..."]
-        place = next((i for i, word in enumerate(words) if is_module_or_script(word)), None)
-        if place is not None:
-            name = words[place].removesuffix(".py").replace("/", ".")
-            yield name, words[place + 1 :]
+def our_command(words):
+    """The module and the arguments of a command of this project; None for any other command."""
+    words = [word for word in words if word != "..."]
+    place = next((i for i, word in enumerate(words) if is_module_or_script(word)), None)
+    if place is None or "-c" in words or words[-1] == "--help":
+        return None
+    module, arguments = words[place].removesuffix(".py").replace("/", "."), words[place + 1 :]
+    if module == "extras.studies.deviations" and arguments:  # it takes the flags of train_ppo.py
+        assert arguments[0] in [detail.__name__ for detail in deviations.DETAILS]
+        return "train_ppo", arguments[1:]
+    return module, arguments
 
 
 def is_module_or_script(word):
@@ -100,13 +104,28 @@ def test_commands_get_through_the_parsers_of_their_scripts(page, parse_only, tmp
     shout = r'^```python\n("""shout.py.*?criticise\n)```'
     (example,) = re.findall(shout, TEXTS["docs/TASKS.md"], re.S | re.M)
     (tmp_path / "shout.py").write_text(example)
-    for module, arguments in our_commands(TEXTS[page]):
+    simple = list(simple_commands(TEXTS[page]))
+    tests = [word for words in simple for word in words[1:] if words[0] == "pytest"]
+    assert all((ROOT / word).exists() for word in tests if word.endswith(".py"))
+    commands = [words for words in simple if words[0] in LAUNCHERS]
+    for module, arguments in filter(None, map(our_command, commands)):
         source = ROOT / f"{module.replace('.', '/')}.py"
         is_only_named = module.startswith("extras.") and not arguments
         if is_only_named or (source.is_file() and "parser" not in source.read_text()):
             continue
         arguments = [str(tmp_path / word) if word == "shout.py" else word for word in arguments]
         parse_only(module, *arguments)
+
+
+def test_recipes_name_rows_that_exist_and_commands_that_get_through_the_parsers(parse_only):
+    for path in (ROOT / "recipes").iterdir():
+        recipe = reproduce.read_recipe(path.stem)
+        others = [row["against"] for row in (recipe, *recipe["rows"].values()) if "against" in row]
+        assert {*recipe["curves"], *others} <= set(recipe["rows"])
+        for job in reproduce.jobs_of(recipe, recipe["rows"], 0, Path("out")):
+            for line in job.commands:
+                module, arguments = our_command(shlex.split(line))
+                parse_only(module, *arguments)
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -131,13 +150,6 @@ def test_no_table_is_broken_by_an_empty_line(page):
         assert re.fullmatch(r"[-:| ]+", table.splitlines()[1]), table
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_files_of_tests_that_a_page_names_exist(page):
-    for words in simple_commands(TEXTS[page]):
-        if words[0] == "pytest":
-            assert all((ROOT / word).exists() for word in words if word.endswith(".py")), words
-
-
 def test_commits_that_the_pages_name_belong_to_this_repository():
     def git(*words):
         done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
@@ -155,8 +167,8 @@ def test_what_the_lecturers_page_shows_exists_and_is_run_by_a_test():
     page, guide = TEXTS["docs/TEACHING.md"], TEXTS["docs/GUIDE.md"]
     files = [path for path in (ROOT / "tests").rglob("test_*.py") if path.name != "test_docs.py"]
     tests = "".join(path.read_text() for path in files)
-    scripts = [words[1] for words in simple_commands(page) if words[0] in ("python", "torchrun")]
-    assert len(scripts) == 9
+    scripts = [words[1] for words in simple_commands(page) if words[0] in LAUNCHERS]
+    assert scripts
     for script in scripts:
         if script != "-m" and script.removesuffix(".py") not in STAGES:
             assert (ROOT / script).is_file() and Path(script).name in tests, script
@@ -234,7 +246,7 @@ def test_each_flag_is_explained_and_read(script, parse_only):
     actions = [action for action in parse_only(script)._actions if action.dest != "help"]
     for action in actions:
         assert action.help, action.dest
-        uses = re.findall(rf'args\.{action.dest}\b(?! = )|"{action.dest}"', source)
+        uses = re.findall(rf'args\.{action.dest}\b(?! = )|getattr\(\w+, "{action.dest}"', source)
         assert uses, f"nothing reads --{action.dest}"
     assert len({action.help for action in actions}) == len(actions), "two flags, one explanation"
 

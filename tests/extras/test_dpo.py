@@ -10,7 +10,7 @@ from forking import output
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
-from toys import STEP, check_splits, noisy_examples, save_start
+from toys import STEP, check_splits, naive_logprobs, noisy_examples
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from extras.baselines import dpo
@@ -51,11 +51,6 @@ def test_the_gradient_weights_a_pair_by_how_wrong_it_is():
     assert_close(inputs.grad, torch.stack([-weight, weight, weight, -weight]))
 
 
-def naive_logprob(model, prompt, response):
-    logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
-    return logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None]).sum()
-
-
 def referenced(tokenizer, model):
     return dpo.add_references(dpo.encode(tokenizer, PAIRS), tokenizer, model, STEP)
 
@@ -65,7 +60,7 @@ def test_references_are_the_log_probabilities_of_each_response_alone(fresh):
     rows = referenced(tokenizer, model)
     assert len({len(row[1]) for row in rows}) > 2
     for prompt, chosen, rejected, *references in rows:
-        naive = [naive_logprob(model, prompt, response) for response in (chosen, rejected)]
+        naive = [naive_logprobs(model, prompt, y).sum() for y in (chosen, rejected)]
         assert_close(torch.tensor(references), torch.stack(naive).detach())
 
 
@@ -99,10 +94,10 @@ def test_the_best_response_is_preferred_to_the_worst_and_dropped_prompts_are_cou
     assert dropped == {"ties": 0.5, "unpaired": 0.25}
 
 
-def test_two_steps_of_the_command_and_again_from_its_pairs(tmp_path):
-    save_start(tmp_path)
+def test_two_steps_of_the_command_and_again_from_its_pairs(tmp_path, untrained):
     sampling = "--critic rule --num_prompts 6 --samples_per_prompt 3 --response_length 12"
     training = "--max_steps 2 --per_device_train_batch_size 2 --learning_rate 1e-3 --beta 0.2"
+    training += f" --policy {untrained}"
     output(f"extras.baselines.dpo {sampling} {training} --output_dir {tmp_path}/dpo")
     lines = read_jsonl(tmp_path / "dpo" / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2]

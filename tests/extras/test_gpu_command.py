@@ -77,9 +77,7 @@ def test_the_news_part_ends_with_a_table(tmp_path):
     assert "text2grad: invented" in {row["what"] for row in news["rows"]}
 
 
-def test_on_a_gpu_the_news_part_trains_the_rows_of_the_claim_on_the_user_s_data(
-    tmp_path, monkeypatch
-):
+def test_on_a_gpu_the_news_part_trains_on_the_user_s_data(tmp_path, monkeypatch):
     printed = []
 
     def commands(script, *flags):

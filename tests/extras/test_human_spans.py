@@ -87,9 +87,6 @@ def test_a_file_without_ambiguous_quotes_is_measured(tmp_path):
     assert result["quotes"] == 1 and result["rules"] == {}
 
 
-# ---- real data -----------------------------------------------------------------------------------
-
-
 def test_quotes_that_stand_once_mark_exactly_the_tokens_that_people_marked(tok, answers):
     tokens = human_spans.compare_tokens(answers, tok)["verbatim"]
     assert tokens["human"] > 5000 and tokens["wrong"] == tokens["missed"] == 0

@@ -77,7 +77,7 @@ def test_flops_are_two_a_weight_and_token_forward_and_six_in_an_epoch(llama):
     body = found["parameters"] - 2 * AutoConfig.from_pretrained(path).vocab_size * 512
     passes = 4 + 4 * 3  # rollout, two for the scores, one for the change of log pi; three an epoch
     flops = 5 * passes * 2 * body * 8 * (128 + 64)
-    assert found["flops"] == pytest.approx(flops, rel=0.25), "attention and logits come on top"
+    assert 1 < found["flops"] / flops < 1.12, "attention and logits come on top"
     assert f"the run costs {found['flops']:.1e} FLOP" in printed
     assert found["hours"] == {} and "hours\n" not in printed, "a CPU's speed is not known"
 

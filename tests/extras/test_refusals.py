@@ -1,12 +1,12 @@
 """Bad flags and bad files: the command ends with one sentence and leaves files as they are."""
 
 import pytest
+from annotating import annotated
 from forking import refusal
-from toys import save_start
 
+from t2g.feedback import Feedback
 from t2g.notes import write_whole
 
-RECORD = {"prompt": "Who?", "response": "Ana.", "critique": "c", "good_spans": [], "poor_spans": []}
 FILES = {
     "empty": [],
     "pair": [{"prompt": "a", "chosen": "b"}],
@@ -15,7 +15,7 @@ FILES = {
     "half": [{"response": "a"}],
     "question": [{"question": "?"}],
     "failed": [{"status": "failed"}],
-    "same": [RECORD] * 3,
+    "same": [annotated("Who?", "Ana.", Feedback("c"))] * 3,
 }
 NUMBERS = "def critic(task, args):\n    return lambda examples, responses: [1.0] * len(responses)\n"
 NO_WORDS = "--critic numbers.py --response_length 5"
@@ -35,6 +35,8 @@ REFUSED = {  # a command of extras, and what its sentence says
     "benchmarks.text a.jsonl b.jsonl": "has other references than",
     "benchmarks.text a.jsonl --bert_model ./folder": "choose one with --bert_layers",
     "benchmarks.text a.jsonl --bert_model nowhere/x/y --bert_layers 2": "cannot be loaded",
+    "benchmarks.text --reward_model a/rm --reward_model b/rm --task toy m": "of one name",
+    "benchmarks.text a.jsonl --reward_model a/rm": "has no prompts",
     "human.records a.jsonl --out a.jsonl": "choose another --out",
     "scale.plan 8": "known: A100-40",
     "scale.plan 0xcpu": "known: A100-40",
@@ -46,10 +48,10 @@ REFUSED = {  # a command of extras, and what its sentence says
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
+def inputs(tmp_path_factory, untrained):
     """A folder with a starting policy, a critic without words, and the files."""
     folder = tmp_path_factory.mktemp("inputs")
-    save_start(folder)
+    (folder / "sft").symlink_to(untrained.parent)
     (folder / "numbers.py").write_text(NUMBERS)
     for name, rows in FILES.items():
         write_whole(folder / f"{name}.jsonl", rows)

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 from forking import output, result_of
-from toys import noisy_examples, save_start
+from toys import noisy_examples
 
 from extras.baselines import common, ilf, reflection
 from t2g.align import token_offsets
@@ -15,14 +15,8 @@ from t2g.rollout import sample
 from t2g.tasks import toy
 
 
-@pytest.fixture
-def untrained(tmp_path):
-    """The toy's tokenizer and an untrained model, which are also in tmp_path/sft."""
-    return save_start(tmp_path)
-
-
-def test_the_reward_of_a_sample_is_the_sum_of_its_token_rewards(untrained):
-    tokenizer, model = untrained
+def test_the_reward_of_a_sample_is_the_sum_of_its_token_rewards(fresh):
+    tokenizer, model = fresh()
     examples = [example for example, _ in noisy_examples(random.Random(0), 3)]
     prompts = [example.prompt for example in examples]
     args = argparse.Namespace(response_length=6, temperature=1.0, bf16=False)
@@ -46,11 +40,8 @@ def test_the_reward_of_a_sample_is_the_sum_of_its_token_rewards(untrained):
     assert stats["response_tokens"] == pytest.approx(sum(map(len, ids)) / 3)
 
 
-# ---- reflection ----------------------------------------------------------------------------------
-
-
-def test_a_response_is_revised_after_its_critique_and_stays_without_one(untrained, monkeypatch):
-    tokenizer, model = untrained
+def test_a_response_is_revised_after_its_critique_and_stays_without_one(fresh, monkeypatch):
+    tokenizer, model = fresh()
     calls, answers = [], [["Ana is 27.", "Bo."], ["better"]]
 
     def answer(model, tokenizer, prompts, response_length, **sampling):
@@ -71,19 +62,16 @@ def test_a_response_is_revised_after_its_critique_and_stays_without_one(untraine
     assert texts == ["Ana is 27.", "Bo."] and calls[1] == [], "no critique leaves room for as much"
 
 
-def test_reflection_measures_the_revisions(untrained, monkeypatch, tmp_path):
+def test_reflection_measures_the_revisions(untrained, monkeypatch):
     def perfect(model, tokenizer, prompts, response_length, examples, critic, **sampling):
         return [example.reference for example in examples], [True] * len(examples)
 
     monkeypatch.setattr(reflection, "reflect", perfect)
     flags = "--critic rule --eval_samples 2 --response_length 4"
-    printed = output(f"extras.baselines.reflection {tmp_path}/sft {flags}")
-    scores = result_of(printed)[f"{tmp_path}/sft"]
+    printed = output(f"extras.baselines.reflection {untrained} {flags}")
+    scores = result_of(printed)[str(untrained)]
     for name in ("perfect", "perfect_greedy", "eos_rate", "eos_rate_greedy"):
         assert scores[name] == 1
-
-
-# ---- ILF -----------------------------------------------------------------------------------------
 
 
 def scored(text, reward, prompt="p", finished=True):

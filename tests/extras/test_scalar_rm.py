@@ -3,9 +3,11 @@
 import argparse
 import copy
 import random
+from functools import partial
 
 import pytest
 import torch
+from annotating import annotated
 from forking import output
 from torch.testing import assert_close
 from toys import check_splits, noisy_examples, scorer_of
@@ -31,10 +33,8 @@ def annotations(n):
     """Returns records of noisy summaries as annotate.py writes them."""
     records = []
     for number, (example, response) in enumerate(noisy_examples(random.Random(0), n)):
-        said = toy.critique(example, response).plain()
-        spans = {"good_spans": said.good, "poor_spans": said.poor, "critique": said.critique}
-        record = {"id": str(number), "prompt": example.prompt, "response": response, **spans}
-        records.append(record | {"status": "ok", "reason": ""})
+        said, more = toy.critique(example, response).plain(), {"status": "ok", "reason": ""}
+        records.append(annotated(example.prompt, response, said, id=str(number), **more))
     return records
 
 
@@ -76,9 +76,6 @@ def test_a_score_is_read_after_the_last_token_whatever_else_is_in_the_batch(fres
 
 def test_no_split_into_microbatches_changes_the_step(fresh):
     check_splits(fresh, lambda tokenizer, scorer: rows_of(tokenizer), scalar_rm.REGRESSION)
-
-
-# ---- the command and the critic ------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -127,10 +124,7 @@ def test_train_ppo_takes_the_critic_by_its_path(root):
 
 def test_other_models_are_refused(root, refused):
     """The value head of a policy has another meaning."""
-
-    def load():
-        critic_of(root, reward_model=root / "sft")
-
+    load = partial(critic_of, root, reward_model=root / "sft")
     assert "is no scalar reward model" in refused(load)
 
 

@@ -8,7 +8,7 @@ import torch
 from forking import output
 from torch.distributions import Categorical, kl_divergence
 from torch.testing import assert_close
-from toys import save_start
+from toys import naive_logits
 
 from extras.baselines import sdpo
 from t2g.chat import chat_text
@@ -23,9 +23,6 @@ ARGS = dict(
     temperature=0.7, bf16=False, num_ppo_epochs=1, num_mini_batches=1,
     per_device_train_batch_size=8, max_grad_norm=1e9
 )  # fmt: skip
-
-
-# ---- policy and teacher --------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -48,24 +45,21 @@ def batch(model, tokenizer):
     return rollout, hindsight
 
 
-@torch.no_grad()
-def next_token(model, tokenizer, prompt, ids):
-    """Returns the distribution after a prompt and response ids, by a pass without padding."""
+def distributions(model, tokenizer, prompt, ids):
+    """The distributions of the tokens of a response, by a pass without padding."""
     prompt_ids = tokenizer(chat_text(tokenizer, prompt), add_special_tokens=False)["input_ids"]
-    logits = model(input_ids=torch.tensor([prompt_ids + ids])).logits[0, -1]
-    return Categorical(logits=logits / ARGS["temperature"])
+    return Categorical(logits=naive_logits(model, prompt_ids, ids) / ARGS["temperature"])
 
 
+@torch.no_grad()
 def test_the_teacher_judges_each_token_after_its_critique(model, teacher, tokenizer, batch):
     rollout, hindsight = batch
-    args = argparse.Namespace(**ARGS)
-    found = sdpo.token_divergence(model, teacher, rollout, hindsight, args).detach()
+    found = sdpo.token_divergence(model, teacher, rollout, hindsight, argparse.Namespace(**ARGS))
     for b, (prompt, feedback) in enumerate(zip(PROMPTS, FEEDBACK)):
         asked, ids = revision_prompt(prompt, rollout.texts[b], feedback), rollout.ids(b)
-        for t in range(len(ids)):
-            p = next_token(model, tokenizer, prompt, ids[:t])
-            q = next_token(teacher, tokenizer, asked, ids[:t])
-            assert_close(found[b, t], kl_divergence(p, q), atol=1e-4, rtol=1e-4)
+        p = distributions(model, tokenizer, prompt, ids)
+        q = distributions(teacher, tokenizer, asked, ids)
+        assert_close(found[b, : len(ids)], kl_divergence(p, q), atol=1e-4, rtol=1e-4)
 
 
 def gradients(model, teacher, rollout, hindsight, mask, **changed):
@@ -143,21 +137,19 @@ def test_a_row_without_critique_or_room_keeps_its_prompt(model, tokenizer, batch
     assert torch.equal(hindsight.response, rollout.response)
 
 
-# ---- the command ---------------------------------------------------------------------------------
-
 SHORT = "--critic rule --per_device_train_batch_size 4 --response_length 12 --seed 5"
 
 
-def test_two_steps_begin_with_the_rollout_of_train_ppo(tmp_path):
-    save_start(tmp_path)
+def test_two_steps_begin_with_the_rollout_of_train_ppo(tmp_path, untrained):
+    both = f"{SHORT} --policy {untrained}"
     sdpo_flags = f"--max_steps 2 --learning_rate 0.01 --output_dir {tmp_path}/sdpo"
-    output(f"extras.baselines.sdpo {SHORT} {sdpo_flags}")
+    output(f"extras.baselines.sdpo {both} {sdpo_flags}")
     lines = read_jsonl(tmp_path / "sdpo" / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2]
     assert lines[0]["kl"] == lines[0]["unparsable"] == lines[0]["too_long"] == 0 < lines[1]["kl"]
     assert (tmp_path / "sdpo" / "checkpoint-2" / "model.safetensors").is_file()
     ppo_flags = f"--num_mini_batches 2 --max_steps 1 --eval_samples 1 --output_dir {tmp_path}/ppo"
-    output(f"train_ppo {SHORT} {ppo_flags}")
+    output(f"train_ppo {both} {ppo_flags}")
     [line] = read_jsonl(tmp_path / "ppo" / "metrics.jsonl")
     for name in ("reward", "entropy", "tokens_poor", "response_tokens", "prompt_tokens", "words"):
         assert lines[0][name] == line[name], name

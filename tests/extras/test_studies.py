@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from forking import output, result_of
 from safetensors.torch import load_file
-from toys import save_start
 
 import train_ppo
 from extras.studies import deviations, rule_check
@@ -25,12 +24,11 @@ SHORT += " --per_device_train_batch_size 16"
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    """A folder with an untrained policy, and a plain step of it."""
-    folder = tmp_path_factory.mktemp("start")
-    save_start(folder)
-    output(f"train_ppo {SHORT} --output_dir {folder}/plain")
-    return folder
+def flags(untrained, tmp_path_factory):
+    """The flags of a step of an untrained policy, up to its folder; plain is a step of train_ppo."""
+    flags = f"{SHORT} --policy {untrained} --output_dir {tmp_path_factory.mktemp('steps')}"
+    output(f"train_ppo {flags}/plain")
+    return flags
 
 
 def weights(folder):
@@ -38,13 +36,14 @@ def weights(folder):
 
 
 @pytest.mark.parametrize("detail", [detail.__name__ for detail in deviations.DETAILS])
-def test_each_detail_changes_a_step_of_training(detail, start, monkeypatch):
+def test_each_detail_changes_a_step_of_training(detail, flags, monkeypatch):
+    folder = Path(flags.split()[-1])
     for name in PATCHED:
         monkeypatch.setattr(train_ppo, name, getattr(train_ppo, name))
-    output(f"extras.studies.deviations {detail} {SHORT} --output_dir {start / detail}")
-    plain, changed = weights(start / "plain"), weights(start / detail)
+    output(f"extras.studies.deviations {detail} {flags}/{detail}")
+    plain, changed = weights(folder / "plain"), weights(folder / detail)
     assert any((plain[name] != changed[name]).any() for name in plain)
-    assert read_json(start / detail / "config.json")["detail"] == detail
+    assert read_json(folder / detail / "config.json")["detail"] == detail
 
 
 def test_healthy_prints_a_table_and_draws_the_curves(tmp_path):
@@ -62,9 +61,8 @@ def test_healthy_prints_a_table_and_draws_the_curves(tmp_path):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
-def test_rule_check_says_whether_silence_pays_and_whether_reward_and_score_agree(tmp_path):
-    save_start(tmp_path)
-    flags = f"--critic rule --policy {tmp_path}/sft --num_prompts 2 --samples_per_prompt 2"
+def test_rule_check_compares_rewards_with_silence_and_with_scores(tmp_path, untrained):
+    flags = f"--critic rule --policy {untrained} --num_prompts 2 --samples_per_prompt 2"
     flags += f" --response_length 8 --output_dir {tmp_path}/check"
     result = result_of(output(f"extras.studies.rule_check {flags}"))
     assert result["rewards"]["silence"] == 0 and result["rewards"]["references"] > 4

@@ -1,4 +1,4 @@
-"""Untrained starting policies and noisy examples of the toy, and a check of steps with them."""
+"""Noisy examples of the toy, a scalar reward model, and steps and logits of models by brute force."""
 
 import argparse
 import itertools
@@ -11,13 +11,6 @@ from t2g import policy, supervised
 from t2g.tasks import toy
 
 STEP = argparse.Namespace(beta=0.3, bf16=False, per_device_train_batch_size=2, max_grad_norm=1e9)
-
-
-def save_start(root):
-    """Saves an untrained starting policy of the toy as root/sft; returns it and its tokenizer."""
-    tokenizer, model = toy.new_model(0)
-    policy.save(model, tokenizer, root / "sft", 1)
-    return tokenizer, model.eval()
 
 
 def scorer_of(model) -> policy.Policy:
@@ -35,7 +28,23 @@ def noisy_examples(rng, n):
     return [(example, toy.noisy_summary(example, rng)) for example in examples]
 
 
-def check_splits(fresh, rows_of, objective):
+def naive_logits(model, prompt, response):
+    """The logits (tokens, V) of a response's ids after a prompt's, by a pass without padding."""
+    ids = torch.tensor([[*prompt, *response]])
+    return model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
+
+
+def naive_logprobs(model, prompt, response):
+    logprobs = naive_logits(model, prompt, response).log_softmax(-1)
+    return logprobs.gather(1, torch.tensor(response)[:, None])[:, 0]
+
+
+def distance(one, other):
+    """The norm of the difference of two sets of weights, by name."""
+    return torch.cat([(one[name] - other[name]).flatten() for name in one]).norm()
+
+
+def check_splits(fresh, rows_of, objective=supervised.NEXT_TOKEN):
     """Checks that a step on six rows is the same however they are split into microbatches."""
     gradients, metrics = [], []
     for cuts in ((0, 6), (0, 1, 4, 6)):
