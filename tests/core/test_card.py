@@ -176,8 +176,8 @@ def write(path, records, **more):
     lines = []
     for number, row in enumerate(records):
         feedback, status = row["feedback"] or Feedback(""), "ok" if row["feedback"] else "failed"
-        fields = {"id": str(number), "kinds": row.get("kinds", []), "status": status} | more
-        lines.append(annotated(row["prompt"], row["response"], feedback, **fields))
+        fields = {"id": str(number), "kinds": row.get("kinds", []), "status": status}
+        lines.append(annotated(row["prompt"], row["response"], feedback, **fields) | more)
     write_whole(path, lines)
     return path
 
